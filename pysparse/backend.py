@@ -1,0 +1,132 @@
+"""Floor 1: loads the compiled core, lists its kernels, forces an ISA level, counts threads.
+
+torch is imported before the extension on purpose: its wheel ships ``libgomp.so.1`` under that very
+soname, and whichever library comes first serves both. One OpenMP pool then runs torch's work and ours,
+and ``torch.set_num_threads`` rules both.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+
+logger = logging.getLogger("pysparse")
+
+DISABLE_VARIABLE = "PYSPARSE_DISABLE_EXT"
+ISA_VARIABLE = "PYSPARSE_ISA"
+
+
+@dataclass(frozen=True, slots=True)
+class KernelKey:
+    """One compiled kernel: what it computes, on which packing and values, for which instruction set."""
+
+    op: str  # "linear", "unpack"
+    format: str  # "bitmap", "dense"
+    dtype: str  # "float32", "bfloat16"
+    isa: str  # "generic" | "avx2" | "avx512" | "avx512bf16"
+    supported: bool = True  # by this CPU
+
+    def __str__(self) -> str:
+        return f"{self.op}-{self.format}-{self.dtype}-{self.isa}"
+
+
+def _load_core() -> tuple[ModuleType | None, str]:
+    if os.environ.get(DISABLE_VARIABLE, "0") not in ("", "0"):
+        return None, f"disabled by {DISABLE_VARIABLE}={os.environ[DISABLE_VARIABLE]}"
+    try:
+        from pysparse import _core
+    except ImportError as error:  # a wheel for another platform, a broken build: keep importing
+        return None, str(error)
+    return _core, ""
+
+
+_core, _missing_reason = _load_core()
+_warned: set[str] = set()
+
+
+def warn_once(key: str, message: str) -> None:
+    """Warn about ``key`` a single time per process, however many layers share the cause."""
+    if key not in _warned:
+        _warned.add(key)
+        warnings.warn(message, RuntimeWarning, stacklevel=3)
+
+
+def core() -> Any:
+    """Return the compiled module; raises RuntimeError with the cause when it could not be loaded."""
+    if _core is None:
+        raise RuntimeError(f"the compiled core of pysparse is not available: {_missing_reason}")
+    return _core
+
+
+def available() -> bool:
+    """Tell whether the compiled core is loaded."""
+    return _core is not None
+
+
+def missing_reason() -> str:
+    """Return why the compiled core is not loaded, or an empty string."""
+    return _missing_reason
+
+
+def warn_slow_path() -> None:
+    """Say once that there is no compiled core and that dense products are computed instead."""
+    warn_once(
+        "no-core",
+        f"pysparse runs without its compiled kernels ({_missing_reason}); sparse layers are unpacked and "
+        "multiplied densely, which is slow. Reinstall a wheel for this platform, or build from source.",
+    )
+
+
+def kernels(
+    op: str | None = None,
+    format: str | None = None,
+    dtype: str | None = None,
+    isa: str | None = None,
+    *,
+    supported_only: bool = False,
+) -> list[KernelKey]:
+    """List the compiled kernels, best ISA level first; each filter that is given must match."""
+    if _core is None:
+        return []
+    keys = [KernelKey(*entry) for entry in _core.kernels()]
+    wanted = (op, format, dtype, isa)
+    return [
+        key
+        for key in keys
+        if all(w is None or w == have for w, have in zip(wanted, (key.op, key.format, key.dtype, key.isa), strict=True))
+        and (key.supported or not supported_only)
+    ]
+
+
+def isa_levels() -> list[tuple[str, bool]]:
+    """Return (name, supported by this CPU) of every ISA level, lowest first."""
+    return [] if _core is None else [(name, bool(ok)) for name, ok in _core.isa_levels()]
+
+
+def isa() -> str:
+    """Return the highest ISA level that kernels are taken from now ("none" without the core)."""
+    return "none" if _core is None else str(_core.active_isa())
+
+
+@contextmanager
+def force_isa(name: str) -> Iterator[None]:
+    """Take kernels of ISA level ``name`` or below inside the block; ValueError if the CPU lacks it."""
+    before = core().forced_isa()
+    core().force_isa(name)
+    try:
+        yield
+    finally:
+        core().force_isa(before)
+
+
+def num_threads() -> int:
+    """Return the threads that the kernels use: torch's number, or PYSPARSE_NUM_THREADS where it is set."""
+    return torch.get_num_threads() if _core is None else int(_core.num_threads())

@@ -1,0 +1,12 @@
+"""Floor 2: immutable containers for sparse matrices; pack, unpack, validate, no arithmetic."""
+
+from pysparse.formats.bitmap import BitmapTensor
+from pysparse.formats.csr import CsrTensor
+from pysparse.formats.tiled import TiledBitmap
+
+FORMATS: dict[str, type[BitmapTensor] | type[CsrTensor]] = {
+    "bitmap": BitmapTensor,
+    "csr": CsrTensor,
+}
+
+__all__ = ["FORMATS", "BitmapTensor", "CsrTensor", "TiledBitmap"]

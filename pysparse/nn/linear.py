@@ -1,0 +1,307 @@
+"""Linear layers over the kernels: SparseLinear holds a packed weight, DenseLinear a plain one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from pysparse import backend, ops
+from pysparse.formats import BitmapTensor, TiledBitmap
+
+_CANONICAL = ("compressed", "bitmask", "row_offsets", "shape")
+
+
+class SparseLinear(nn.Module):
+    """``y = x W^T + b`` with W kept as a bitmap: [out_features, in_features], float32, bfloat16 or float16.
+
+    The layer is in one of two states. *Canonical*: buffers ``compressed``, ``bitmask``, ``row_offsets`` and
+    ``shape``, exactly the tensors of the file (a loader fills them in). *Packed*: buffers ``values``,
+    ``masks``, ``tile_offsets``, which the kernels read; the canonical ones are dropped so that the weight
+    is in memory once. ``state_dict()`` always speaks canonical, whichever state the layer is in.
+    """
+
+    compressed: Tensor | None
+    bitmask: Tensor | None
+    row_offsets: Tensor | None
+    shape: Tensor | None
+    values: Tensor | None
+    masks: Tensor | None
+    tile_offsets: Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        nnz: int,
+        bias: bool = True,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        """Build an all-zero layer with room for ``nnz`` values, in the canonical state (works on meta)."""
+        if not 0 <= nnz <= in_features * out_features:
+            raise ValueError(f"nnz={nnz} is outside [0, {in_features * out_features}]")
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        empty = torch.zeros(nnz, dtype=dtype or torch.get_default_dtype(), device=device)
+        self.register_buffer("compressed", empty)
+        self.register_buffer(
+            "bitmask", torch.zeros(out_features, (in_features + 7) // 8, dtype=torch.uint8, device=device)
+        )
+        self.register_buffer("row_offsets", torch.zeros(out_features, dtype=torch.int64, device=device))
+        self.register_buffer("shape", torch.tensor([out_features, in_features], device=device))
+        for name in ("values", "masks", "tile_offsets"):
+            self.register_buffer(name, None, persistent=False)
+        if bias:
+            self.bias = nn.Parameter(torch.zeros(out_features, dtype=empty.dtype, device=device))
+        else:
+            self.register_parameter("bias", None)
+
+    @classmethod
+    def from_dense(
+        cls, linear: nn.Linear, pattern: str | None = None, keep: Tensor | None = None
+    ) -> SparseLinear:
+        """Pack a linear layer; ``keep`` (bool, True survives) defaults to ``weight != 0``. The bias is shared.
+
+        ``pattern`` such as "2:4" (kept : group) is checked, not imposed: ValueError names the first group of
+        consecutive inputs that keeps more.
+        """
+        bitmap = BitmapTensor.from_dense(linear.weight, keep)
+        if pattern not in (None, "unstructured"):
+            _check_pattern(bitmap, str(pattern))
+        return cls.from_bitmap(bitmap, linear.bias)
+
+    @classmethod
+    def from_bitmap(cls, bitmap: BitmapTensor, bias: nn.Parameter | None = None) -> SparseLinear:
+        """Build a packed layer over ``bitmap`` (validated here) and share ``bias``."""
+        rows, cols = bitmap.shape
+        layer = cls(cols, rows, 0, bias=False, dtype=bitmap.dtype, device="meta")
+        layer.bias = bias
+        layer._set_canonical(bitmap)
+        return layer.pack()
+
+    def _set_canonical(self, bitmap: BitmapTensor) -> None:
+        self.compressed, self.bitmask, self.row_offsets = bitmap.values, bitmap.bitmask, bitmap.row_offsets
+        self.shape = torch.tensor([self.out_features, self.in_features], device=bitmap.device)
+        self.values = self.masks = self.tile_offsets = None
+
+    @property
+    def is_packed(self) -> bool:
+        """Tell whether the layer holds the kernels' packing."""
+        return self._buffers["masks"] is not None
+
+    def bitmap(self) -> BitmapTensor:
+        """Return the weight in its row-major form; a view of the buffers in the canonical state, else a copy."""
+        if self.values is not None and self.masks is not None and self.tile_offsets is not None:
+            tiled = TiledBitmap(self.values, self.masks, self.tile_offsets, (self.out_features, self.in_features))
+            return tiled.to_bitmap()
+        if self.compressed is None or self.bitmask is None or self.row_offsets is None or self.shape is None:
+            raise RuntimeError("this SparseLinear has lost its buffers")
+        if self.shape.device.type != "meta" and self.shape.flatten().tolist() != [self.out_features, self.in_features]:
+            raise ValueError(
+                f"shape says {self.shape.flatten().tolist()}, the layer is {[self.out_features, self.in_features]}"
+            )
+        return BitmapTensor(self.compressed, self.bitmask, self.row_offsets, (self.out_features, self.in_features))
+
+    def pack(self) -> SparseLinear:
+        """Validate the canonical buffers and turn them into the kernels' packing; a no-op when packed.
+
+        Without the compiled core, on another device than the CPU, or for float16, the canonical buffers are
+        validated and stay. Raises ValueError when they contradict each other.
+        """
+        if self.is_packed:
+            return self
+        bitmap = self.bitmap()
+        if bitmap.device.type == "meta":
+            raise RuntimeError("this SparseLinear has no data yet (device meta): load a checkpoint first")
+        bitmap.validate()
+        if backend.available() and bitmap.device.type == "cpu" and ops.is_kernel_dtype(bitmap.dtype):
+            tiled = TiledBitmap.from_bitmap(bitmap)
+            self.values, self.masks, self.tile_offsets = tiled.values, tiled.masks, tiled.tile_offsets
+            self.compressed = self.bitmask = self.row_offsets = self.shape = None
+        return self
+
+    def to_dense(self) -> nn.Linear:
+        """Return an ``nn.Linear`` with the same weight, zeros written out; the bias is shared."""
+        weight = self.bitmap().to_dense()
+        linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
+        linear.weight = nn.Parameter(weight, requires_grad=False)
+        linear.bias = self.bias
+        return linear.train(self.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return [..., out_features] for ``x`` [..., in_features] of the weight's dtype."""
+        buffers = self._buffers
+        masks = buffers["masks"]
+        if masks is None or masks.device.type != "cpu" or not ops.is_kernel_dtype(self.dtype):
+            return self._forward_slow(x)
+        if x.shape[-1] != self.in_features:
+            raise ValueError(f"x has {x.shape[-1]} features, the layer takes {self.in_features}")
+        result: Tensor = torch.ops.pysparse.bitmap_linear.default(
+            x, buffers["values"], masks, buffers["tile_offsets"], self._parameters["bias"], self.out_features
+        )
+        return result
+
+    def _forward_slow(self, x: Tensor) -> Tensor:
+        if not self.is_packed and not self.pack().is_packed:
+            if not backend.available():
+                backend.warn_slow_path()
+        elif self.is_packed and ops.is_kernel_dtype(self.dtype) and self.masks is not None and self.masks.device.type == "cpu":
+            return self.forward(x)
+        else:
+            backend.warn_once(
+                f"slow-{self.dtype}-{x.device.type}",
+                f"no sparse kernel for {self.dtype} on {x.device.type} (float32 and bfloat16 on cpu have one): "
+                "weights are unpacked and multiplied densely at each call",
+            )
+        return functional.linear(x, self.bitmap().to_dense(), self.bias)
+
+    @property
+    def nnz(self) -> int:
+        """Number of stored weights."""
+        if self.tile_offsets is not None:
+            return int(self.tile_offsets[-1])
+        return 0 if self.compressed is None else self.compressed.numel()
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of weights that are not stored."""
+        return 1.0 - self.nnz / max(1, self.in_features * self.out_features)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the weight takes in memory now, bias not counted."""
+        return sum(b.numel() * b.element_size() for b in self._buffers.values() if b is not None)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the values."""
+        values = self._buffers["values"]
+        values = self._buffers["compressed"] if values is None else values
+        if values is None:
+            raise RuntimeError("this SparseLinear has lost its buffers")
+        return values.dtype
+
+    @property
+    def kernel(self) -> str:
+        """Name the kernel that a forward pass runs now, and why."""
+        if not self.is_packed:
+            cause = backend.missing_reason() or f"not packed (dtype {self.dtype})"
+            return f"unpack + dense torch: {cause}"
+        return f"linear-bitmap-{str(self.dtype).removeprefix('torch.')}-{backend.isa()}"
+
+    def extra_repr(self) -> str:
+        """Describe shape, sparsity and kernel in ``print(model)``."""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"nnz={self.nnz}, sparsity={self.sparsity:.3f}, dtype={str(self.dtype).removeprefix('torch.')}"
+        )
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        bitmap = self.bitmap()
+        destination[prefix + "compressed"] = bitmap.values
+        destination[prefix + "bitmask"] = bitmap.bitmask
+        destination[prefix + "row_offsets"] = bitmap.row_offsets
+        destination[prefix + "shape"] = torch.tensor([self.out_features, self.in_features], device=bitmap.device)
+        if self.bias is not None:
+            destination[prefix + "bias"] = self.bias if keep_vars else self.bias.detach()
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        given = {name: state_dict[prefix + name] for name in _CANONICAL if prefix + name in state_dict}
+        missing_keys.extend(prefix + name for name in _CANONICAL if name not in given)
+        own = {prefix + name for name in (*_CANONICAL, "bias")}
+        if strict:
+            unexpected_keys.extend(k for k in state_dict if k.startswith(prefix) and k not in own)
+        if self.bias is not None:
+            self._load_bias(state_dict.get(prefix + "bias"), prefix, local_metadata, missing_keys, error_msgs)
+        if len(given) == len(_CANONICAL):
+            try:
+                self._load_canonical(given)
+            except ValueError as error:
+                error_msgs.append(f"{prefix.rstrip('.')}: {error}")
+
+    def _load_bias(
+        self, bias: Tensor | None, prefix: str, metadata: dict[str, Any], missing: list[str], errors: list[str]
+    ) -> None:
+        if bias is None:
+            missing.append(prefix + "bias")
+        elif bias.shape != (self.out_features,):
+            errors.append(f"{prefix}bias has shape {tuple(bias.shape)}, expected ({self.out_features},)")
+        elif metadata.get("assign_to_params_buffers", False) or self.bias is None:
+            self.bias = nn.Parameter(bias, requires_grad=False)
+        else:
+            with torch.no_grad():
+                self.bias.copy_(bias)
+
+    def _load_canonical(self, given: dict[str, Tensor]) -> None:
+        stated = given["shape"].flatten().tolist()
+        if stated != [self.out_features, self.in_features]:
+            raise ValueError(f"shape says {stated}, the layer is {[self.out_features, self.in_features]}")
+        device = self.bias.device if self.bias is not None else given["compressed"].device
+        arrays = (given[name].to(device).clone() for name in ("compressed", "bitmask", "row_offsets"))
+        compressed, bitmask, row_offsets = arrays
+        bitmap = BitmapTensor(compressed.to(self.dtype), bitmask, row_offsets, (self.out_features, self.in_features))
+        bitmap.validate()
+        self._set_canonical(bitmap)
+        self.pack()
+
+
+def _check_pattern(bitmap: BitmapTensor, pattern: str) -> None:
+    kept, _, group = pattern.partition(":")
+    if not (kept.isdigit() and group.isdigit() and 0 < int(kept) < int(group)):
+        raise ValueError(f'pattern is "unstructured" or "n:m" with n kept of m, got "{pattern}"')
+    n, m = int(kept), int(group)
+    cols = bitmap.shape[1] - bitmap.shape[1] % m
+    counts = bitmap.keep_mask()[:, :cols].unflatten(1, (-1, m)).sum(dim=2) if cols else torch.zeros(0, 1)
+    offences = (counts > n).nonzero()
+    if offences.numel():
+        row, index = offences[0].tolist()
+        raise ValueError(
+            f"pattern {pattern} keeps {n} of {m}, but {len(offences)} groups keep more: "
+            f"row {row}, columns {index * m} to {index * m + m - 1} keep {int(counts[row, index])}"
+        )
+
+
+class DenseLinear(nn.Linear):
+    """An ``nn.Linear`` whose few-token products run on the compiled dense kernel.
+
+    Same parameters, same names in the state_dict. Training, many tokens and dtypes without a kernel go to
+    torch's own product.
+    """
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear) -> DenseLinear:
+        """Wrap ``linear``, sharing its Parameters, so that tied weights stay tied."""
+        layer = cls(linear.in_features, linear.out_features, bias=False, device="meta")
+        layer.weight, layer.bias = linear.weight, linear.bias
+        return layer.train(linear.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return [..., out_features] for ``x`` [..., in_features]."""
+        weight, bias = self._parameters["weight"], self._parameters["bias"]
+        if not _dense_kernel_applies(x, weight):
+            return functional.linear(x, self.weight, self.bias)
+        result: Tensor = torch.ops.pysparse.dense_linear.default(x, weight, bias)
+        return result
+
+
+def _dense_kernel_applies(x: Tensor, weight: Tensor | None) -> bool:
+    return (
+        weight is not None
+        and backend.available()
+        and x.device.type == "cpu"
+        and x.dtype is weight.dtype
+        and ops.is_kernel_dtype(weight.dtype)
+        and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
+    )
