@@ -117,13 +117,13 @@ def _bitmap_linear_many(
     """Unpack some rows into a cache-sized block, multiply by torch's GEMM, go on with the next rows."""
     cols = x.shape[-1]
     block_tiles = max(1, _UNPACK_BYTES // max(1, cols * values.element_size()) // 16)
-    parts = []
+    y = x.new_empty((*x.shape[:-1], out_features))
     for first_tile in range(0, -(-out_features // 16), block_tiles):
         first_row = first_tile * 16
-        rows = min(out_features - first_row, block_tiles * 16)
-        block = _unpack(values, masks, tile_offsets, rows, cols, first_tile)
-        parts.append(functional.linear(x, block, None if bias is None else bias[first_row : first_row + rows]))
-    return torch.cat(parts, dim=-1)
+        end = min(out_features, first_row + block_tiles * 16)
+        block = _unpack(values, masks, tile_offsets, end - first_row, cols, first_tile)
+        y[..., first_row:end] = functional.linear(x, block, None if bias is None else bias[first_row:end])
+    return y
 
 
 def _dense_linear_cpu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

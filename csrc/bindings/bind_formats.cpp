@@ -1,0 +1,69 @@
+#include "bind.h"
+#include "pysparse/formats.h"
+
+namespace pysparse {
+namespace {
+
+BitmapView view(int64_t rows, int64_t cols, uintptr_t bitmask, uintptr_t row_offsets) {
+  return {pointer<const uint8_t>(bitmask), pointer<const int64_t>(row_offsets), rows, cols};
+}
+
+}  // namespace
+
+void bind_formats(pybind11::module_& module) {
+  module.def(
+      "bitmap_pack_mask",
+      [](uintptr_t keep, int64_t rows, int64_t cols, uintptr_t bitmask, uintptr_t row_offsets) {
+        return bitmap_pack_mask(pointer<const uint8_t>(keep), rows, cols, pointer<uint8_t>(bitmask),
+                                pointer<int64_t>(row_offsets));
+      },
+      ReleaseGil());
+  module.def(
+      "bitmap_validate",
+      [](uintptr_t bitmask, int64_t rows, int64_t cols, uintptr_t row_offsets, int64_t nnz) {
+        bitmap_validate(view(rows, cols, bitmask, row_offsets), nnz);
+      },
+      ReleaseGil());
+  module.def(
+      "bitmap_gather",
+      [](uintptr_t dense, int64_t word, int64_t rows, int64_t cols, uintptr_t bitmask,
+         uintptr_t row_offsets, uintptr_t values, int64_t nnz) {
+        bitmap_gather(pointer<const void>(dense), word, view(rows, cols, bitmask, row_offsets),
+                      pointer<void>(values), nnz);
+      },
+      ReleaseGil());
+  module.def(
+      "bitmap_scatter",
+      [](uintptr_t values, int64_t word, int64_t rows, int64_t cols, uintptr_t bitmask,
+         uintptr_t row_offsets, int64_t nnz, uintptr_t dense) {
+        bitmap_scatter(pointer<const void>(values), word, view(rows, cols, bitmask, row_offsets), nnz,
+                       pointer<void>(dense));
+      },
+      ReleaseGil());
+  module.def(
+      "tile_pack",
+      [](uintptr_t values, int64_t word, int64_t rows, int64_t cols, uintptr_t bitmask,
+         uintptr_t row_offsets, int64_t nnz, uintptr_t tiled, uintptr_t masks, uintptr_t tile_offsets) {
+        tile_pack(pointer<const void>(values), word, view(rows, cols, bitmask, row_offsets), nnz,
+                  pointer<void>(tiled), pointer<uint32_t>(masks), pointer<int64_t>(tile_offsets));
+      },
+      ReleaseGil());
+  module.def(
+      "tile_unpack",
+      [](uintptr_t tiled, int64_t word, int64_t rows, int64_t cols, uintptr_t masks,
+         uintptr_t tile_offsets, int64_t nnz, uintptr_t values, uintptr_t bitmask, uintptr_t row_offsets) {
+        tile_unpack(pointer<const void>(tiled), word, rows, cols, pointer<const uint32_t>(masks),
+                    pointer<const int64_t>(tile_offsets), nnz, pointer<void>(values),
+                    pointer<uint8_t>(bitmask), pointer<int64_t>(row_offsets));
+      },
+      ReleaseGil());
+  module.def(
+      "csr_indices",
+      [](uintptr_t bitmask, int64_t rows, int64_t cols, uintptr_t row_offsets, int64_t nnz,
+         uintptr_t col_indices) {
+        csr_indices(view(rows, cols, bitmask, row_offsets), nnz, pointer<int32_t>(col_indices));
+      },
+      ReleaseGil());
+}
+
+}  // namespace pysparse

@@ -1,0 +1,5 @@
+#pragma once
+#include "pysparse/kernel_table.h"
+namespace pysparse::isa {
+inline constexpr IsaLevel kGeneric{"generic", 0, [] { return true; }};
+}

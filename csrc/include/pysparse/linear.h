@@ -1,0 +1,60 @@
+#pragma once
+// y = x W^T + b, for a tiled bitmap and for a dense weight: what a kernel file must provide, and the
+// operations that check, choose a kernel and split the work.
+#include "pysparse/views.h"
+
+namespace pysparse {
+
+// How a kernel wants the activations of a few tokens: blocks of `lanes` columns, token after token within a
+// block, input[block][token][lane], the last block padded by zeros. Side by side like this, the tokens of one
+// block share cache lines; rows of x, a power of two apart, would fight for the same cache set.
+struct InputLayout {
+  DType dtype;
+  int lanes;
+};
+
+struct BitmapLinear {
+  static constexpr const char* op = "linear";
+  static constexpr const char* format = "bitmap";
+  struct Kernel {
+    InputLayout input;  // lanes = 2: a cell of 16 rows x 2 columns meets its two inputs side by side
+    int max_tokens;     // per call; more tokens come in several calls
+    // Writes rows [16 tile, 16 tile + 16) of `tokens` outputs.
+    void (*run)(const TiledBitmapView& weight, int64_t tile, const void* input, int tokens,
+                const OutputView& output, int64_t first_token);
+  };
+};
+
+struct BitmapUnpack {
+  static constexpr const char* op = "unpack";
+  static constexpr const char* format = "bitmap";
+  struct Kernel {
+    // Writes the rows of one tile, `rows` of them (16 but at the end), at dense[row * cols].
+    void (*run)(const TiledBitmapView& weight, int64_t tile, int64_t rows, void* dense);
+  };
+};
+
+struct DenseLinear {
+  static constexpr const char* op = "linear";
+  static constexpr const char* format = "dense";
+  struct Kernel {
+    InputLayout input;
+    int max_tokens;
+    // Writes rows [row_begin, row_end) of `tokens` outputs.
+    void (*run)(const DenseView& weight, int64_t row_begin, int64_t row_end, const void* input, int tokens,
+                const OutputView& output, int64_t first_token);
+  };
+};
+
+// Sizes that the caller claims for its buffers; checked against the shape before anything is read.
+struct BufferSizes {
+  int64_t values, masks, tile_offsets;
+};
+
+void bitmap_linear(const TiledBitmapView& weight, const BufferSizes& sizes, const void* x,
+                   int64_t tokens, const OutputView& output);
+void bitmap_unpack(const TiledBitmapView& weight, int64_t value_count, int64_t tile_count,
+                   int64_t first_tile, int64_t rows, void* dense);
+void dense_linear(const DenseView& weight, const void* x, int64_t tokens, const OutputView& output);
+
+}  // namespace pysparse

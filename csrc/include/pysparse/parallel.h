@@ -1,0 +1,54 @@
+#pragma once
+// Threads. torch's wheel ships libgomp.so.1 under that soname, so its pool and ours are one, and
+// torch.set_num_threads rules both. Work is split by owner: each output has one writer and one order of
+// summation, so results are bit-equal for any number of threads.
+#include <omp.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstdlib>
+
+namespace pysparse {
+
+inline int num_threads() {
+  static const int wanted = [] {
+    const char* text = std::getenv("PYSPARSE_NUM_THREADS");
+    return text ? std::atoi(text) : 0;
+  }();
+  if (omp_in_parallel()) return 1;
+  return wanted > 0 ? wanted : omp_get_max_threads();
+}
+
+// Waking a thread costs some microseconds: give each at least this many bytes to stream.
+inline constexpr int64_t kBytesPerThread = 48 << 10;
+
+inline int threads_for(int64_t bytes) {
+  return static_cast<int>(std::clamp<int64_t>(bytes / kBytesPerThread, 1, num_threads()));
+}
+
+// Calls body(thread, threads) once on each of `threads` threads.
+template <class Body>
+void parallel(int threads, const Body& body) {
+  if (threads <= 1) return body(0, 1);
+#pragma omp parallel num_threads(threads)
+  body(omp_get_thread_num(), omp_get_num_threads());
+}
+
+struct Range {
+  int64_t begin, end;
+};
+
+inline Range even_share(int64_t count, int thread, int threads) {
+  return {count * thread / threads, count * (thread + 1) / threads};
+}
+
+// Calls body(index) for each index in [0, count), in contiguous shares.
+template <class Body>
+void parallel_for(int64_t count, int64_t bytes, const Body& body) {
+  parallel(threads_for(bytes), [&](int thread, int threads) {
+    const Range share = even_share(count, thread, threads);
+    for (int64_t i = share.begin; i < share.end; ++i) body(i);
+  });
+}
+
+}  // namespace pysparse

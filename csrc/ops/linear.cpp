@@ -1,0 +1,200 @@
+// Linear layers: check the views, lay out the activations, split the rows over threads, call the kernels.
+#include "pysparse/linear.h"
+
+#include <cstring>
+#include <type_traits>
+#include <vector>
+
+#include "pysparse/error.h"
+#include "pysparse/kernel_table.h"
+#include "pysparse/parallel.h"
+
+namespace pysparse {
+namespace {
+
+void check_sizes(const TiledBitmapView& weight, const BufferSizes& sizes) {
+  check(weight.rows >= 0 && weight.cols >= 0, "negative shape ", weight.rows, " x ", weight.cols);
+  check(sizes.masks == weight.tiles() * weight.pairs(), "masks hold ", sizes.masks, " words, a ",
+        weight.rows, " x ", weight.cols, " weight has ", weight.tiles() * weight.pairs());
+  check(sizes.tile_offsets == weight.tiles() + 1, "tile_offsets hold ", sizes.tile_offsets,
+        " entries, expected ", weight.tiles() + 1);
+  const int64_t total = weight.tile_offsets[weight.tiles()];
+  check(total >= 0 && total + kValuePadding <= sizes.values, "tile_offsets end at ", total,
+        ", but only ", sizes.values, " values are there, ", kValuePadding, " of them padding");
+}
+
+// 64-byte aligned scratch of the calling thread; it grows and stays.
+class Scratch {
+ public:
+  void* reserve(size_t bytes) {
+    if (storage_.size() < bytes + 64) storage_.resize(bytes + 64);
+    const auto address = reinterpret_cast<uintptr_t>(storage_.data());
+    return reinterpret_cast<void*>((address + 63) & ~uintptr_t{63});
+  }
+
+ private:
+  std::vector<unsigned char> storage_;
+};
+
+template <class In, class Out>
+void widen(const In* source, int64_t count, Out* target) {
+  if constexpr (std::is_same_v<In, Out>) std::memcpy(target, source, count * sizeof(In));
+  else
+    for (int64_t i = 0; i < count; ++i) target[i] = to_float(source[i]);
+}
+
+// packed[block][token][lane] = x[token][block * lanes + lane], zero past the last column.
+template <class In, class Out>
+void pack_blocks(const In* x, int64_t cols, int tokens, int64_t lanes, Range blocks, Out* packed) {
+  const int64_t whole = std::min(blocks.end, cols / lanes);
+  for (int t = 0; t < tokens; ++t) {
+    const In* source = x + t * cols;
+    Out* target = packed + t * lanes;
+    if (tokens == 1) {
+      widen(source + blocks.begin * lanes, std::max<int64_t>(0, whole - blocks.begin) * lanes,
+            target + blocks.begin * lanes);
+    } else {
+      for (int64_t b = blocks.begin; b < whole; ++b) {
+        if (lanes == 2) widen(source + 2 * b, 2, target + 2 * b * tokens);  // a constant count inlines
+        else widen(source + b * lanes, lanes, target + b * tokens * lanes);
+      }
+    }
+    if (whole < blocks.end) {  // this share holds the ragged last block
+      Out* last = target + whole * tokens * lanes;
+      std::fill(last, last + lanes, Out{});
+      widen(source + whole * lanes, cols - whole * lanes, last);
+    }
+  }
+}
+
+// The activations of one call: chunks of at most kernel.max_tokens tokens, each in the kernel's layout.
+struct Input {
+  InputLayout layout;
+  DType dtype;  // of x
+  const void* x;
+  int64_t tokens, cols;
+  int chunk;  // tokens in each chunk but the last
+  void* packed = nullptr;
+
+  int64_t blocks() const { return (cols + layout.lanes - 1) / layout.lanes; }
+  int64_t chunks() const { return (tokens + chunk - 1) / chunk; }
+  int64_t chunk_bytes() const { return blocks() * layout.lanes * chunk * size_of(layout.dtype); }
+  int tokens_in(int64_t c) const {
+    return static_cast<int>(std::min<int64_t>(chunk, tokens - c * chunk));
+  }
+  // One token of the right type, without a ragged block, already lies as the kernel wants it.
+  bool is_direct() const {
+    return tokens == 1 && cols % layout.lanes == 0 && layout.dtype == dtype;
+  }
+  const void* chunk_data(int64_t c) const {
+    return packed ? static_cast<const char*>(packed) + c * chunk_bytes() : x;
+  }
+
+  void pack_share(int thread, int threads) const {
+    const Range share = even_share(blocks(), thread, threads);
+    for (int64_t c = 0; c < chunks(); ++c) {
+      char* target = static_cast<char*>(packed) + c * chunk_bytes();
+      const char* source = static_cast<const char*>(x) + c * chunk * cols * size_of(dtype);
+      if (dtype == DType::kFloat32) pack<float, float>(source, c, share, target);
+      else if (layout.dtype == DType::kBFloat16) pack<BFloat16, BFloat16>(source, c, share, target);
+      else pack<BFloat16, float>(source, c, share, target);
+    }
+  }
+
+ private:
+  template <class In, class Out>
+  void pack(const void* source, int64_t c, Range share, void* target) const {
+    pack_blocks(static_cast<const In*>(source), cols, tokens_in(c), layout.lanes, share,
+                static_cast<Out*>(target));
+  }
+};
+
+// Runs body(thread, threads) on `threads` threads once every thread can read the whole packed input.
+template <class Body>
+void with_input(Input& input, int threads, const Body& body) {
+  static thread_local Scratch scratch;
+  if (!input.is_direct()) input.packed = scratch.reserve(input.chunks() * input.chunk_bytes());
+  parallel(threads, [&](int thread, int team) {
+    if (input.packed) {
+      input.pack_share(thread, team);
+#pragma omp barrier
+    }
+    body(thread, team);
+  });
+}
+
+template <class Kernel>
+Input input_for(const Kernel& kernel, DType dtype, const void* x, int64_t tokens, int64_t cols) {
+  const int64_t chunk = std::min<int64_t>(kernel.max_tokens, std::max<int64_t>(1, tokens));
+  return {kernel.input, dtype, x, tokens, cols, static_cast<int>(chunk)};
+}
+
+// Tiles whose bytes (values and masks) are this thread's share of the whole.
+Range byte_share(const TiledBitmapView& weight, int thread, int threads) {
+  const auto bytes_before = [&](int64_t tile) {
+    return weight.tile_offsets[tile] * size_of(weight.dtype) + tile * weight.pairs() * 4;
+  };
+  const auto first_tile_at = [&](int part) {
+    const int64_t wanted = bytes_before(weight.tiles()) / threads * part;
+    int64_t low = 0, high = weight.tiles();
+    while (low < high) {
+      const int64_t middle = low + (high - low) / 2;
+      if (bytes_before(middle) < wanted) low = middle + 1;
+      else high = middle;
+    }
+    return low;
+  };
+  return {thread == 0 ? 0 : first_tile_at(thread),
+          thread + 1 == threads ? weight.tiles() : first_tile_at(thread + 1)};
+}
+
+}  // namespace
+
+void bitmap_linear(const TiledBitmapView& weight, const BufferSizes& sizes, const void* x,
+                   int64_t tokens, const OutputView& output) {
+  check_sizes(weight, sizes);
+  const auto& kernel = lookup<BitmapLinear>(weight.dtype);
+  Input input = input_for(kernel, weight.dtype, x, tokens, weight.cols);
+  const int64_t bytes = weight.tile_offsets[weight.tiles()] * size_of(weight.dtype) + sizes.masks * 4;
+  with_input(input, threads_for(bytes * input.chunks()), [&](int thread, int threads) {
+    const Range tiles = byte_share(weight, thread, threads);
+    for (int64_t tile = tiles.begin; tile < tiles.end; ++tile)
+      for (int64_t c = 0; c < input.chunks(); ++c)  // the tile's weights stay in cache from chunk to chunk
+        kernel.run(weight, tile, input.chunk_data(c), input.tokens_in(c), output, c * input.chunk);
+  });
+}
+
+void bitmap_unpack(const TiledBitmapView& weight, int64_t value_count, int64_t tile_count,
+                   int64_t first_tile, int64_t rows, void* dense) {
+  check(first_tile >= 0 && rows >= 0 && first_tile + (rows + kTileRows - 1) / kTileRows <= tile_count,
+        "tiles [", first_tile, ", +", (rows + kTileRows - 1) / kTileRows, ") of a weight with ",
+        tile_count);
+  const int64_t total = weight.tile_offsets[tile_count];
+  check(total >= 0 && total + kValuePadding <= value_count, "tile_offsets end at ", total, ", but only ",
+        value_count, " values are there");
+  const auto& kernel = lookup<BitmapUnpack>(weight.dtype);
+  const int64_t tile_bytes = kTileRows * weight.cols * size_of(weight.dtype);
+  const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
+  parallel_for(tiles, tiles * tile_bytes, [&](int64_t i) {
+    kernel.run(weight, first_tile + i, std::min(kTileRows, rows - i * kTileRows),
+               static_cast<char*>(dense) + i * tile_bytes);
+  });
+}
+
+constexpr int64_t kRowBlock = 8;  // as many rows as a kernel takes at once for one token
+
+void dense_linear(const DenseView& weight, const void* x, int64_t tokens, const OutputView& output) {
+  check(weight.rows >= 0 && weight.cols >= 0, "negative shape ", weight.rows, " x ", weight.cols);
+  const auto& kernel = lookup<DenseLinear>(weight.dtype);
+  Input input = input_for(kernel, weight.dtype, x, tokens, weight.cols);
+  const int64_t bytes = weight.rows * weight.cols * size_of(weight.dtype);
+  with_input(input, threads_for(bytes), [&](int thread, int threads) {
+    const Range rows = even_share(weight.rows, thread, threads);
+    for (int64_t row = rows.begin; row < rows.end; row += kRowBlock)
+      for (int64_t c = 0; c < input.chunks(); ++c)  // the rows stay in cache from chunk to chunk
+        kernel.run(weight, row, std::min(row + kRowBlock, rows.end), input.chunk_data(c), input.tokens_in(c),
+                   output, c * input.chunk);
+  });
+}
+
+}  // namespace pysparse
