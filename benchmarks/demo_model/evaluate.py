@@ -32,7 +32,7 @@ def document_nats(model: Any, tokens: list[int], window: int, stride: int) -> fl
     """Summed nats of tokens[1:]; each is scored once, after at least ``window - stride`` others."""
     total, scored = 0.0, 1
     for start in range(0, len(tokens), stride):
-        piece = torch.tensor([tokens[start : start + window]])
+        piece = torch.tensor([tokens[start : start + window + 1]])
         fresh = start + piece.shape[1] - scored
         if fresh <= 0:
             break
