@@ -265,7 +265,7 @@ def fit(
         if now - last_save > options.save_every or run.step == settings.steps:
             held_out = evaluate(run.model, streams["held_out"], settings, limit=40)
             run.history.append(
-                {"step": run.step, "train": round(run.loss, 4), "held_out": round(held_out, 4)}
+                {"step": run.step, "train": round(run.loss, 4), "held_out_40_windows": round(held_out, 4)}
             )
             run.save(options.work / "state.pt")
             export(run.model, tokenizer, options.work / "export")
