@@ -101,7 +101,10 @@ def kernels(
     return [
         key
         for key in keys
-        if all(w is None or w == have for w, have in zip(wanted, (key.op, key.format, key.dtype, key.isa), strict=True))
+        if all(
+            w is None or w == have
+            for w, have in zip(wanted, (key.op, key.format, key.dtype, key.isa), strict=True)
+        )
         and (key.supported or not supported_only)
     ]
 

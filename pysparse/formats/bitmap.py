@@ -27,7 +27,7 @@ def check_matrix(weight: Tensor, keep: Tensor | None) -> None:
 def pack_bits(keep: Tensor) -> Tensor:
     """Pack bool [R, C] into uint8 [R, ceil(C/8)], least significant bit first, tail bits zero."""
     rows, cols = keep.shape
-    padded = torch.nn.functional.pad(keep, (0, -cols % 8)).view(rows, -1, 8)
+    padded = torch.nn.functional.pad(keep, (0, -cols % 8)).view(rows, (cols + 7) // 8, 8)
     place = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=keep.device)
     return (padded * place).sum(dim=2, dtype=torch.uint8)
 
@@ -107,7 +107,9 @@ class BitmapTensor:
         if rows < 0 or cols < 0:
             raise ValueError(f"shape must not be negative, got {self.shape}")
         if self.values.dim() != 1 or self.values.dtype not in VALUE_DTYPES:
-            raise ValueError(f"values must be a float vector, got {self.values.dtype} {tuple(self.values.shape)}")
+            raise ValueError(
+                f"values must be a float vector, got {self.values.dtype} {tuple(self.values.shape)}"
+            )
         wanted = (rows, (cols + 7) // 8)
         if self.bitmask.dtype != torch.uint8 or tuple(self.bitmask.shape) != wanted:
             raise ValueError(

@@ -53,7 +53,9 @@ class CsrTensor:
     def to_dense(self) -> Tensor:
         """Return the dense matrix [R, C] with exact values."""
         dense = torch.zeros(self.shape, dtype=self.values.dtype, device=self.values.device)
-        rows = torch.repeat_interleave(torch.arange(self.shape[0], device=dense.device), self.row_offsets.diff())
+        rows = torch.repeat_interleave(
+            torch.arange(self.shape[0], device=dense.device), self.row_offsets.diff()
+        )
         dense[rows, self.col_indices.long()] = self.values
         return dense
 
@@ -76,7 +78,9 @@ class CsrTensor:
         from scipy.sparse import csr_array
 
         values = self.values.detach().float().cpu().numpy()
-        return csr_array((values, self.col_indices.cpu().numpy(), self.row_offsets.cpu().numpy()), shape=self.shape)
+        return csr_array(
+            (values, self.col_indices.cpu().numpy(), self.row_offsets.cpu().numpy()), shape=self.shape
+        )
 
     @classmethod
     def from_torch(cls, matrix: Tensor) -> CsrTensor:
@@ -90,13 +94,17 @@ class CsrTensor:
 
     def to_torch(self) -> Tensor:
         """Return a torch tensor of layout ``torch.sparse_csr`` that shares the values."""
-        return torch.sparse_csr_tensor(self.row_offsets, self.col_indices.long(), self.values, size=self.shape)
+        return torch.sparse_csr_tensor(
+            self.row_offsets, self.col_indices.long(), self.values, size=self.shape
+        )
 
     def validate(self) -> None:
         """Raise ValueError, naming the first offence, unless offsets and indices stay inside the matrix."""
         rows, cols = self.shape
         if self.values.dtype not in VALUE_DTYPES or self.values.dim() != 1:
-            raise ValueError(f"values must be a float vector, got {self.values.dtype} {tuple(self.values.shape)}")
+            raise ValueError(
+                f"values must be a float vector, got {self.values.dtype} {tuple(self.values.shape)}"
+            )
         if self.row_offsets.shape != (rows + 1,):
             raise ValueError(f"row_offsets must have {rows + 1} entries, got {tuple(self.row_offsets.shape)}")
         if self.col_indices.shape != self.values.shape:
@@ -104,7 +112,7 @@ class CsrTensor:
         first, last = int(self.row_offsets[0]), int(self.row_offsets[-1])
         if first != 0 or last != self.nnz or bool((self.row_offsets.diff() < 0).any()):
             raise ValueError(f"row_offsets must ascend from 0 to {self.nnz}, got {first}..{last}")
-        if self.nnz and not (0 <= int(self.col_indices.min()) and int(self.col_indices.max()) < cols):
+        if self.nnz and not (int(self.col_indices.min()) >= 0 and int(self.col_indices.max()) < cols):
             raise ValueError(
                 f"column indices must lie in [0, {cols}), got {int(self.col_indices.min())}..{int(self.col_indices.max())}"
             )

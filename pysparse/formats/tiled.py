@@ -52,7 +52,10 @@ class TiledBitmap:
         rows, cols = bitmap.shape
         pad = (0, 2 * pairs - cols, 0, TILE_ROWS * tiles - rows)
         keep, dense = (
-            torch.nn.functional.pad(t, pad).view(tiles, TILE_ROWS, pairs, 2).permute(0, 2, 1, 3).reshape(tiles, pairs, 32)
+            torch.nn.functional.pad(t, pad)
+            .view(tiles, TILE_ROWS, pairs, 2)
+            .permute(0, 2, 1, 3)
+            .reshape(tiles, pairs, 32)
             for t in (bitmap.keep_mask(), bitmap.to_dense())
         )
         place = torch.ones(32, dtype=torch.int64, device=keep.device) << torch.arange(32, device=keep.device)
@@ -86,7 +89,9 @@ class TiledBitmap:
         dense = torch.zeros(cells.shape, dtype=self.values.dtype, device=self.values.device)
         dense[cells] = self.values[: self.nnz]
         keep, dense = (
-            t.view(tiles, pairs, TILE_ROWS, 2).permute(0, 2, 1, 3).reshape(tiles * TILE_ROWS, 2 * pairs)[:rows, :cols]
+            t.view(tiles, pairs, TILE_ROWS, 2)
+            .permute(0, 2, 1, 3)
+            .reshape(tiles * TILE_ROWS, 2 * pairs)[:rows, :cols]
             for t in (cells, dense)
         )
         return keep.contiguous(), dense.contiguous()

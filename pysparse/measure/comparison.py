@@ -140,17 +140,19 @@ def compare_speed(
     title: str = "dense and sparse, interleaved in one process",
     weights: str = "the model's own",
     notes: tuple[str, ...] = (),
+    difference: dict[str, dict[str, float]] | None = None,
     on_round: Callable[[str, int, int], None] | None = None,
 ) -> BenchResult:
     """Time ``models`` (engine name -> model; the first is the baseline) and compare their logits once.
 
-    All must have one dtype. ``weights`` says where the weights come from and ends up in the result.
-    ``on_round(phase, done, total)`` reports progress.
+    All must have one dtype. ``difference`` replaces the comparison of logits where the caller has made it,
+    as for engines that hold different zeros. ``weights`` says where the weights come from and goes into the
+    result. ``on_round(phase, done, total)`` reports progress.
     """
     phase = (lambda name: None) if on_round is None else (lambda name: lambda d, t: on_round(name, d, t))
     card = machine_card()  # before the timing: the load that others make, not ours
     with torch_threads(settings.threads) as threads, peak_memory() as memory:
-        difference = logit_difference(models, settings)
+        difference = logit_difference(models, settings) if difference is None else difference
         common: dict[str, Any] = {"rounds": settings.rounds, "warmup": settings.warmup, "seed": settings.seed}
         decode: dict[str, DecodeTiming] = {}
         if all(hasattr(model, "generate") for model in models.values()):

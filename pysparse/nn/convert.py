@@ -66,7 +66,9 @@ def sparsify_(
             replacement: nn.Module = SparseLinear.from_dense(linear).train(linear.training)
             report.sparse[path] = sparsity
         else:
-            cause = f"{sparsity:.0%} sparse, below min_sparsity={min_sparsity:.0%}" if chosen else "not a target"
+            cause = (
+                f"{sparsity:.0%} sparse, below min_sparsity={min_sparsity:.0%}" if chosen else "not a target"
+            )
             report.dense[path] = cause
             replacement = DenseLinear.from_linear(linear) if dense_kernels else linear
         _replace(model, path, replacement)
@@ -75,7 +77,9 @@ def sparsify_(
 
 def densify_(model: nn.Module) -> nn.Module:
     """Put plain ``nn.Linear`` layers back in place of every sparse and dense kernel layer; return ``model``."""
-    for path, module in [(p, m) for p, m in model.named_modules() if isinstance(m, SparseLinear | DenseLinear)]:
+    for path, module in [
+        (p, m) for p, m in model.named_modules() if isinstance(m, SparseLinear | DenseLinear)
+    ]:
         if isinstance(module, SparseLinear):
             _replace(model, path, module.to_dense())
         else:

@@ -95,15 +95,22 @@ class SparseLinear(nn.Module):
     def bitmap(self) -> BitmapTensor:
         """Return the weight in its row-major form; a view of the buffers in the canonical state, else a copy."""
         if self.values is not None and self.masks is not None and self.tile_offsets is not None:
-            tiled = TiledBitmap(self.values, self.masks, self.tile_offsets, (self.out_features, self.in_features))
+            tiled = TiledBitmap(
+                self.values, self.masks, self.tile_offsets, (self.out_features, self.in_features)
+            )
             return tiled.to_bitmap()
         if self.compressed is None or self.bitmask is None or self.row_offsets is None or self.shape is None:
             raise RuntimeError("this SparseLinear has lost its buffers")
-        if self.shape.device.type != "meta" and self.shape.flatten().tolist() != [self.out_features, self.in_features]:
+        if self.shape.device.type != "meta" and self.shape.flatten().tolist() != [
+            self.out_features,
+            self.in_features,
+        ]:
             raise ValueError(
                 f"shape says {self.shape.flatten().tolist()}, the layer is {[self.out_features, self.in_features]}"
             )
-        return BitmapTensor(self.compressed, self.bitmask, self.row_offsets, (self.out_features, self.in_features))
+        return BitmapTensor(
+            self.compressed, self.bitmask, self.row_offsets, (self.out_features, self.in_features)
+        )
 
     def pack(self) -> SparseLinear:
         """Validate the canonical buffers and turn them into the kernels' packing; a no-op when packed.
@@ -134,22 +141,23 @@ class SparseLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return [..., out_features] for ``x`` [..., in_features] of the weight's dtype."""
         buffers = self._buffers
-        masks = buffers["masks"]
-        if masks is None or masks.device.type != "cpu" or not ops.is_kernel_dtype(self.dtype):
+        masks, values = buffers["masks"], buffers["values"]
+        if masks is None or not masks.is_cpu or values is None or values.dtype not in ops.KERNEL_DTYPES:
             return self._forward_slow(x)
-        if x.shape[-1] != self.in_features:
-            raise ValueError(f"x has {x.shape[-1]} features, the layer takes {self.in_features}")
-        result: Tensor = torch.ops.pysparse.bitmap_linear.default(
-            x, buffers["values"], masks, buffers["tile_offsets"], self._parameters["bias"], self.out_features
+        if x.size(-1) != self.in_features:
+            raise ValueError(f"x has {x.size(-1)} features, the layer takes {self.in_features}")
+        if x.dtype is not values.dtype and torch.is_autocast_enabled("cpu"):
+            x = x.to(values.dtype)  # packed weights keep their dtype: autocast moves the input instead
+        return ops.call_bitmap_linear(
+            x, values, masks, buffers["tile_offsets"], self._parameters["bias"], self.out_features
         )
-        return result
 
     def _forward_slow(self, x: Tensor) -> Tensor:
-        if not self.is_packed and not self.pack().is_packed:
-            if not backend.available():
-                backend.warn_slow_path()
-        elif self.is_packed and ops.is_kernel_dtype(self.dtype) and self.masks is not None and self.masks.device.type == "cpu":
+        """Pack at first use where there are kernels; where there are none, say so once and multiply densely."""
+        if not self.is_packed and self.pack().is_packed:
             return self.forward(x)
+        if not backend.available():
+            backend.warn_slow_path()
         else:
             backend.warn_once(
                 f"slow-{self.dtype}-{x.device.type}",
@@ -204,7 +212,9 @@ class SparseLinear(nn.Module):
         destination[prefix + "compressed"] = bitmap.values
         destination[prefix + "bitmask"] = bitmap.bitmask
         destination[prefix + "row_offsets"] = bitmap.row_offsets
-        destination[prefix + "shape"] = torch.tensor([self.out_features, self.in_features], device=bitmap.device)
+        destination[prefix + "shape"] = torch.tensor(
+            [self.out_features, self.in_features], device=bitmap.device
+        )
         if self.bias is not None:
             destination[prefix + "bias"] = self.bias if keep_vars else self.bias.detach()
 
@@ -232,7 +242,12 @@ class SparseLinear(nn.Module):
                 error_msgs.append(f"{prefix.rstrip('.')}: {error}")
 
     def _load_bias(
-        self, bias: Tensor | None, prefix: str, metadata: dict[str, Any], missing: list[str], errors: list[str]
+        self,
+        bias: Tensor | None,
+        prefix: str,
+        metadata: dict[str, Any],
+        missing: list[str],
+        errors: list[str],
     ) -> None:
         if bias is None:
             missing.append(prefix + "bias")
@@ -251,7 +266,9 @@ class SparseLinear(nn.Module):
         device = self.bias.device if self.bias is not None else given["compressed"].device
         arrays = (given[name].to(device).clone() for name in ("compressed", "bitmask", "row_offsets"))
         compressed, bitmask, row_offsets = arrays
-        bitmap = BitmapTensor(compressed.to(self.dtype), bitmask, row_offsets, (self.out_features, self.in_features))
+        bitmap = BitmapTensor(
+            compressed.to(self.dtype), bitmask, row_offsets, (self.out_features, self.in_features)
+        )
         bitmap.validate()
         self._set_canonical(bitmap)
         self.pack()
@@ -291,9 +308,8 @@ class DenseLinear(nn.Linear):
         """Return [..., out_features] for ``x`` [..., in_features]."""
         weight, bias = self._parameters["weight"], self._parameters["bias"]
         if not _dense_kernel_applies(x, weight):
-            return functional.linear(x, self.weight, self.bias)
-        result: Tensor = torch.ops.pysparse.dense_linear.default(x, weight, bias)
-        return result
+            return functional.linear(x, self.weight, bias)
+        return ops.dense_linear(x, self.weight, bias)
 
 
 def _dense_kernel_applies(x: Tensor, weight: Tensor | None) -> bool:

@@ -2,10 +2,22 @@
 
 from pysparse.ops.linear import (
     DECODE_TOKENS,
+    DENSE_TOKENS,
+    KERNEL_DTYPES,
     bitmap_linear,
     bitmap_unpack,
+    call_bitmap_linear,
     dense_linear,
     is_kernel_dtype,
 )
 
-__all__ = ["DECODE_TOKENS", "bitmap_linear", "bitmap_unpack", "dense_linear", "is_kernel_dtype"]
+__all__ = [
+    "DECODE_TOKENS",
+    "DENSE_TOKENS",
+    "KERNEL_DTYPES",
+    "bitmap_linear",
+    "bitmap_unpack",
+    "call_bitmap_linear",
+    "dense_linear",
+    "is_kernel_dtype",
+]

@@ -1,0 +1,72 @@
+"""Compiled kernels. Every argument that stands for an array is the address of its first element."""
+
+def kernels() -> list[tuple[str, str, str, str, bool]]: ...
+def isa_levels() -> list[tuple[str, bool]]: ...
+def force_isa(level: str) -> None: ...
+def forced_isa() -> str: ...
+def active_isa() -> str: ...
+def selected(op: str, format: str, dtype: int) -> str: ...
+def num_threads() -> int: ...
+def bitmap_pack_mask(keep: int, rows: int, cols: int, bitmask: int, row_offsets: int) -> int: ...
+def bitmap_validate(bitmask: int, rows: int, cols: int, row_offsets: int, nnz: int) -> None: ...
+def bitmap_gather(
+    dense: int, word: int, rows: int, cols: int, bitmask: int, row_offsets: int, values: int, nnz: int
+) -> None: ...
+def bitmap_scatter(
+    values: int, word: int, rows: int, cols: int, bitmask: int, row_offsets: int, nnz: int, dense: int
+) -> None: ...
+def tile_pack(
+    values: int,
+    word: int,
+    rows: int,
+    cols: int,
+    bitmask: int,
+    row_offsets: int,
+    nnz: int,
+    tiled: int,
+    masks: int,
+    tile_offsets: int,
+) -> None: ...
+def tile_unpack(
+    tiled: int,
+    word: int,
+    rows: int,
+    cols: int,
+    masks: int,
+    tile_offsets: int,
+    nnz: int,
+    values: int,
+    bitmask: int,
+    row_offsets: int,
+) -> None: ...
+def csr_indices(bitmask: int, rows: int, cols: int, row_offsets: int, nnz: int, col_indices: int) -> None: ...
+def bitmap_linear(
+    dtype: int,
+    x: int,
+    tokens: int,
+    cols: int,
+    values: int,
+    value_count: int,
+    masks: int,
+    mask_count: int,
+    tile_offsets: int,
+    offset_count: int,
+    bias: int,
+    y: int,
+    rows: int,
+) -> None: ...
+def bitmap_unpack(
+    dtype: int,
+    values: int,
+    value_count: int,
+    masks: int,
+    tiles: int,
+    tile_offsets: int,
+    cols: int,
+    first_tile: int,
+    rows: int,
+    dense: int,
+) -> None: ...
+def dense_linear(
+    dtype: int, x: int, tokens: int, cols: int, weight: int, bias: int, y: int, rows: int
+) -> None: ...

@@ -1,0 +1,5 @@
+"""Floor 10: the ``pysparse`` command. Arguments in, calls out; the work is in :mod:`pysparse.api`."""
+
+from pysparse.cli.main import app
+
+__all__ = ["app"]

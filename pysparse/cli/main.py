@@ -1,0 +1,277 @@
+"""The commands. Heavy imports wait until a command runs, so that --help is quick."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+import pysparse
+from pysparse.cli.output import EXIT_FAILED, console, emit, guarded, say
+
+app = typer.Typer(
+    name="pysparse",
+    help="Make Hugging Face models sparse, and make the sparsity pay.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+Json = Annotated[
+    str | None,
+    typer.Option(
+        "--json", metavar="FILE", help="Write the result as JSON; '-' prints it instead of a table."
+    ),
+]
+Plot = Annotated[
+    Path | None, typer.Option("--plot", metavar="FILE", help="Draw a PNG (needs the plot extra).")
+]
+Threads = Annotated[
+    int | None, typer.Option("--threads", min=1, help="torch threads [default: torch's own choice].")
+]
+Seed = Annotated[int, typer.Option("--seed", help="Seed of everything that is drawn.")]
+Model = Annotated[str, typer.Argument(help="Folder (or hub name) of a model.", show_default=False)]
+
+
+class Dtype(StrEnum):
+    """Dtypes by the names people type."""
+
+    bf16 = "bf16"
+    fp32 = "fp32"
+    fp16 = "fp16"
+
+
+def _torch_dtype(dtype: Dtype) -> Any:
+    import torch
+
+    return {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}[dtype.value]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(pysparse.__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Make Hugging Face models sparse, and make the sparsity pay.
+
+    Results go to stdout, progress and messages to stderr. Exit code: 0 done, 1 failed, 2 wrong input.
+    """
+
+
+@app.command()
+def prune(
+    model: Model,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder to save the sparse model in.")
+    ] = None,
+    sparsity: Annotated[float, typer.Option(help="Fraction of weights to zero, e.g. 0.5.")] = 0.5,
+    method: Annotated[str, typer.Option(help="wanda, magnitude, ...")] = "wanda",
+    pattern: Annotated[
+        str | None, typer.Option(help="'unstructured' or 'n:m', n KEPT of each m inputs.")
+    ] = None,
+    calib: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--calib", help="Text, .jsonl or .json file; may be repeated. [default: the bundled text]"
+        ),
+    ] = None,
+    num_samples: Annotated[int, typer.Option(min=1, help="Calibration sequences.")] = 128,
+    max_length: Annotated[int, typer.Option(min=1, help="Tokens per calibration sequence.")] = 2048,
+    ignore: Annotated[
+        list[str] | None, typer.Option(help="Layers to leave dense; may be repeated. [default: lm_head]")
+    ] = None,
+    allocation: Annotated[str, typer.Option(help="How sparsity is spread over the blocks.")] = "uniform",
+    recipe: Annotated[Path | None, typer.Option(help="YAML recipe, instead of --method.")] = None,
+    save_format: Annotated[
+        str, typer.Option("--format", help="pysparse (packed), dense, or compressed-tensors.")
+    ] = "pysparse",
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the plan and sizes; touch nothing.")
+    ] = False,
+    threads: Threads = None,
+    seed: Seed = 0,
+    json: Json = None,
+    debug: Debug = False,
+) -> None:
+    """Zero the least important weights of a model and save it packed."""
+    with guarded(debug):
+        from pysparse import api
+
+        if output is None and not dry_run:
+            raise ValueError(
+                "nowhere to save the pruned model: pass --output DIR (or --dry-run to see the plan)"
+            )
+        options: dict[str, Any] = {
+            "sparsity": sparsity, "method": method, "pattern": pattern, "recipe": recipe,
+            "ignore": tuple(ignore) if ignore else ("lm_head",), "allocation": allocation,
+        }  # fmt: skip
+        if dry_run:
+            plan = api.plan_prune(model, **options)
+            emit(plan.table(), json, plan)
+            return
+        result = api.prune(
+            model, calibration=_calibration(calib), num_samples=num_samples, max_length=max_length,
+            output_dir=output, save_format=save_format, threads=threads, seed=seed, **options,
+        )  # fmt: skip
+        emit(result.report, json, result.report.to_dict())
+        say(f"saved in {output}; load it with pysparse.from_pretrained('{output}')")
+
+
+def _calibration(files: list[Path] | None) -> Any:
+    from pysparse import calib, data
+
+    if not files:
+        say("calibrating on the bundled text; pass --calib FILE for your own")
+        return data.calibration_texts()
+    return [text for file in files for text in calib.load_texts(file)]
+
+
+@app.command("eval")
+def evaluate(
+    model: Model,
+    texts: Annotated[
+        Path | None, typer.Option(help="Text, .jsonl or .json file. [default: the bundled held-out text]")
+    ] = None,
+    dense: Annotated[
+        str | None, typer.Option(help="Dense model to compare with: perplexity and agreement.")
+    ] = None,
+    window: Annotated[
+        int | None, typer.Option(min=2, help="Tokens per window. [default: 2048 or the model's limit]")
+    ] = None,
+    stride: Annotated[
+        int | None, typer.Option(min=1, help="Tokens between windows. [default: window, no overlap]")
+    ] = None,
+    max_windows: Annotated[int | None, typer.Option(min=1, help="Score a random subset of windows.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Windows at a time.")] = 4,
+    threads: Threads = None,
+    seed: Seed = 0,
+    json: Json = None,
+    debug: Debug = False,
+) -> None:
+    """Measure perplexity and bits per byte, with the protocol in the result."""
+    with guarded(debug):
+        from pysparse import api
+
+        result = api.evaluate(
+            model, texts=texts, reference=dense, window=window, stride=stride, max_windows=max_windows,
+            batch_size=batch_size, threads=threads, seed=seed, progress=True,
+        )  # fmt: skip
+        emit(result, json, result)
+
+
+@app.command()
+def bench(
+    model: Annotated[str | None, typer.Argument(help="Folder of a sparse model.", show_default=False)] = None,
+    shape: Annotated[
+        str | None,
+        typer.Option(
+            help="Instead of a model: llama-2-7b, llama-3-8b, tinyllama or qwen2.5-0.5b with random weights."
+        ),
+    ] = None,
+    sparsity: Annotated[float, typer.Option(help="Fraction of zeros for --shape.")] = 0.7,
+    blocks: Annotated[
+        int | None, typer.Option(min=1, help="Blocks for --shape. [default: as many as memory holds]")
+    ] = None,
+    dense: Annotated[
+        str | None, typer.Option(help="Dense model to compare with. [default: the same weights, unpacked]")
+    ] = None,
+    dtype: Annotated[
+        Dtype | None, typer.Option(help="Dtype of weights and activations. [default: bf16 for --shape]")
+    ] = None,
+    prompt_len: Annotated[int, typer.Option(min=1, help="Prompt tokens.")] = 64,
+    new_tokens: Annotated[int, typer.Option(min=2, help="Tokens generated in each round.")] = 32,
+    batch_size: Annotated[int, typer.Option(min=1, help="Sequences at once.")] = 1,
+    rounds: Annotated[int, typer.Option(min=1, help="Interleaved rounds.")] = 5,
+    threads: Threads = None,
+    seed: Seed = 0,
+    json: Json = None,
+    plot: Plot = None,
+    debug: Debug = False,
+) -> None:
+    """Time dense and sparse in one process, round by round."""
+    with guarded(debug):
+        from pysparse import api
+
+        if (model is None) == (shape is None):
+            raise ValueError("pass either a model folder or --shape NAME")
+        if shape is not None:
+            settings = api.BenchSettings(prompt_len, new_tokens, batch_size, rounds, 1, threads, seed)
+            result = api.benchmark_shape(
+                shape, sparsity, _torch_dtype(dtype or Dtype.bf16), blocks, settings, progress=True
+            )
+        else:
+            result = api.benchmark(
+                str(model), dense, prompt_len, new_tokens, batch_size, threads,
+                None if dtype is None else _torch_dtype(dtype), rounds=rounds, seed=seed, progress=True,
+            )  # fmt: skip
+        emit(result, json, result)
+        if plot is not None:
+            say(f"wrote {result.plot(plot)}")
+
+
+@app.command()
+def report(model: Model, json: Json = None, plot: Plot = None, debug: Debug = False) -> None:
+    """List a model's linear layers: sparsity, bytes, and the kernel that each one runs."""
+    with guarded(debug):
+        from pysparse import api
+
+        result = api.report(api.load_model(model))
+        emit(result, json, result.to_dict())
+        if plot is not None:
+            say(f"wrote {result.plot(plot)}")
+
+
+@app.command()
+def kernels(json: Json = None, debug: Debug = False) -> None:
+    """List the compiled kernels and which of them this CPU runs."""
+    with guarded(debug):
+        from pysparse.measure.kernels import kernel_table, show_kernels
+
+        entries = kernel_table()
+        emit(show_kernels(entries), json, entries)
+
+
+@app.command()
+def doctor(json: Json = None) -> None:
+    """Check the installation and say what to do about what is wrong (exit code 1 if anything is)."""
+    from pysparse.measure.doctor import doctor as examine
+    from pysparse.measure.doctor import show_findings
+
+    findings = examine()
+    emit(show_findings(findings), json, findings)
+    if not findings["ok"]:
+        raise typer.Exit(EXIT_FAILED)
+
+
+@app.command()
+def demo(
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder for table, JSON, plot and models.")
+    ] = Path("demo_output"),
+    speed: Annotated[bool, typer.Option(help="Also time two Llama-2-7B-shaped blocks.")] = True,
+    windows: Annotated[int, typer.Option(min=1, help="Windows of 512 tokens for the perplexity.")] = 48,
+    threads: Threads = None,
+    json: Json = None,
+    debug: Debug = False,
+) -> None:
+    """Prune the bundled model, save, load and score it; then time true 7B shapes. About two minutes."""
+    with guarded(debug):
+        from pysparse.cli.demo import run_demo
+
+        result = run_demo(output, speed=speed, max_windows=windows, threads=threads)
+        if json == "-":
+            emit(None, json, result.to_dict())
+        else:
+            for table in result.tables():
+                console().print(table)
+            say(f"wrote {', '.join(str(path) for path in result.files)}")
