@@ -1,7 +1,7 @@
 #pragma once
 // Threads. torch's wheel ships libgomp.so.1 under that soname, so its pool and ours are one, and
-// torch.set_num_threads rules both. Work is split by owner: each output has one writer and one order of
-// summation, so results are bit-equal for any number of threads.
+// torch.set_num_threads rules both. Work is split by owner: each output has one writer and one
+// order of summation, so results are bit-equal for any number of threads.
 #include <omp.h>
 
 #include <algorithm>
