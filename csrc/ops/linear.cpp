@@ -2,7 +2,7 @@
 // kernels.
 #include "pysparse/linear.h"
 
-#include <cstring>
+#include <algorithm>
 #include <type_traits>
 #include <vector>
 
@@ -39,10 +39,11 @@ class Scratch {
 
 template <class In, class Out>
 void widen(const In* source, int64_t count, Out* target) {
-  if constexpr (std::is_same_v<In, Out>)
-    std::memcpy(target, source, count * sizeof(In));
-  else
+  if constexpr (std::is_same_v<In, Out>) {
+    std::copy(source, source + count, target);
+  } else {
     for (int64_t i = 0; i < count; ++i) target[i] = to_float(source[i]);
+  }
 }
 
 // packed[block][token][lane] = x[token][block * lanes + lane], zero past the last column.
