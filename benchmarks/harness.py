@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pysparse.measure.machine import last_level_cache_bytes, machine_card
-from pysparse.measure.results import to_jsonable, write_json
+from pysparse.measure.results import to_jsonable, write_text
 from pysparse.measure.rounds import Spread, ratios, round_robin
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -172,7 +172,28 @@ class Run:
             path = RESULTS / f"{self.name}_{machine_name(self.machine)}_{date}.json"
         run = {"machine": self.machine, "quick": self.options.quick, "protocol": protocol, "rows": rows}
         earlier = read_runs(path) if self.options.append and path.exists() else []
-        return write_json(path, {"benchmark": self.name, "runs": [*earlier, run]})
+        return write_text(path, _as_json(self.name, [*earlier, run]))
+
+
+def _as_json(name: str, runs: Sequence[Mapping[str, Any]]) -> str:
+    """JSON with one line a row, so that a file of hundreds of figures stays small and its diff readable."""
+    texts = []
+    for run in runs:
+        head = json.dumps(
+            to_jsonable({key: value for key, value in run.items() if key != "rows"}), allow_nan=False
+        )
+        rows = ",\n".join(json.dumps(_rounded(to_jsonable(row)), allow_nan=False) for row in run["rows"])
+        texts.append(f'{head[:-1]}, "rows": [\n{rows}\n]}}')
+    return f'{{"benchmark": {json.dumps(name)}, "runs": [\n' + ",\n".join(texts) + "\n]}\n"
+
+
+def _rounded(value: Any) -> Any:
+    """Figures to four significant digits: more would be noise."""
+    if isinstance(value, dict):
+        return {key: _rounded(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_rounded(item) for item in value]
+    return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
 def machine_name(card: Mapping[str, Any]) -> str:
