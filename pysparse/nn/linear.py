@@ -167,6 +167,14 @@ class SparseLinear(nn.Module):
         return functional.linear(x, self.bitmap().to_dense(), self.bias)
 
     @property
+    def weight(self) -> Tensor:
+        """The dense weight [out_features, in_features], unpacked anew at each access.
+
+        For the few models that look at a layer's weight in their forward pass (T5 asks for its dtype).
+        """
+        return self.bitmap().to_dense()
+
+    @property
     def nnz(self) -> int:
         """Number of stored weights."""
         if self.tile_offsets is not None:
