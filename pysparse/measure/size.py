@@ -96,15 +96,20 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
         try:
             header = json.loads(file.read(length), object_pairs_hook=_without_duplicates)
             return {
-                name: TensorEntry(
-                    path, entry["dtype"], tuple(entry["shape"]), 8 + length + begin, end - begin
-                )
+                name: _entry(path, entry, 8 + length, size)
                 for name, entry in header.items()
                 if name != "__metadata__"
-                for begin, end in [entry["data_offsets"]]
             }
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"{path} is no safetensors file: its header is damaged ({error})") from None
+
+
+def _entry(path: Path, entry: dict[str, Any], data_start: int, file_size: int) -> TensorEntry:
+    """Turn one entry of the header into where its bytes lie; ValueError when that is not inside the file."""
+    begin, end = entry["data_offsets"]
+    if type(begin) is not int or type(end) is not int or not 0 <= begin <= end <= file_size - data_start:
+        raise ValueError(f"data_offsets [{begin}, {end}] are outside [0, {file_size - data_start}]")
+    return TensorEntry(path, entry["dtype"], tuple(entry["shape"]), data_start + begin, end - begin)
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -126,8 +131,12 @@ def _layer_bytes(name: str, tensors: dict[str, TensorEntry], packed: set[str]) -
     parts = {part: tensors[f"{name}.{part}"] for part in _PACKED if f"{name}.{part}" in tensors}
     if "shape" not in parts:
         raise ValueError(f"the checkpoint's packed layer '{name}' has no '{name}.shape'")
-    rows, cols = parts["shape"].read_integers()
-    return sum(part.size for part in parts.values()), rows * cols * ITEM_BYTES[parts["compressed"].dtype]
+    shape, dtype = parts["shape"].read_integers(), parts["compressed"].dtype
+    if len(shape) != 2 or min(shape) < 0:
+        raise ValueError(f"the checkpoint's packed layer '{name}' has the shape {shape}, not (rows, columns)")
+    if dtype not in ITEM_BYTES:
+        raise ValueError(f"the checkpoint's packed layer '{name}' has values of unknown dtype {dtype}")
+    return sum(part.size for part in parts.values()), shape[0] * shape[1] * ITEM_BYTES[dtype]
 
 
 def _weight_files(folder: Path) -> list[Path]:
