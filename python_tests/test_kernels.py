@@ -183,8 +183,8 @@ def test_wrong_shapes_and_dtypes_are_refused():
         ops.bitmap_linear(torch.randn(1, 31), packed)
     with pytest.raises(ValueError, match="x is torch.bfloat16, the weight torch.float32"):
         ops.bitmap_linear(torch.randn(1, 30).bfloat16(), packed)
+    double = TiledBitmap(packed.values.double(), packed.masks, packed.tile_offsets, packed.shape)
     with pytest.raises(ValueError, match="kernels take float32 and bfloat16 values, not torch.float64"):
-        double = TiledBitmap(packed.values.double(), packed.masks, packed.tile_offsets, packed.shape)
         ops.bitmap_linear(torch.randn(1, 30).double(), double)
     short = TiledBitmap(packed.values[:5], packed.masks, packed.tile_offsets, packed.shape)
     with pytest.raises(ValueError, match="only 5 values are there"):
@@ -203,6 +203,9 @@ def test_autograd_and_operator_contract():
     torch.nn.functional.linear(expected_x, weight, expected_bias).square().sum().backward()
     torch.testing.assert_close(x.grad, expected_x.grad, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(bias.grad, expected_bias.grad)
+    vector = torch.randn(30, requires_grad=True)
+    ops.bitmap_linear(vector, packed, bias).sum().backward()
+    torch.testing.assert_close(vector.grad, weight.sum(dim=0), rtol=1e-4, atol=1e-4)
     op = torch.ops.pysparse.bitmap_linear.default
     torch.library.opcheck(
         op, (x.detach(), packed.values, packed.masks, packed.tile_offsets, bias.detach(), 24)

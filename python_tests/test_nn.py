@@ -161,8 +161,9 @@ def test_gradients_flow_through_a_frozen_sparse_layer():
     model(x).square().sum().backward()
     dense(expected).square().sum().backward()
     torch.testing.assert_close(x.grad, expected.grad, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(model[0].bias.grad, dense[0].bias.grad)
-    torch.testing.assert_close(model[3].weight.grad, dense[3].weight.grad)
+    for layer in (0, 3):
+        torch.testing.assert_close(model[layer].bias.grad, dense[layer].bias.grad, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(model[3].weight.grad, dense[3].weight.grad, rtol=1e-4, atol=1e-4)
 
 
 def test_autocast_computes_in_the_weights_dtype():

@@ -38,14 +38,15 @@ void bind_formats(pybind11::module_& module) {
       "bitmap_scatter",
       [](uintptr_t values, int64_t word, int64_t rows, int64_t cols, uintptr_t bitmask,
          uintptr_t row_offsets, int64_t nnz, uintptr_t dense) {
-        bitmap_scatter(pointer<const void>(values), word, view(rows, cols, bitmask, row_offsets), nnz,
-                       pointer<void>(dense));
+        bitmap_scatter(pointer<const void>(values), word, view(rows, cols, bitmask, row_offsets),
+                       nnz, pointer<void>(dense));
       },
       ReleaseGil());
   module.def(
       "tile_pack",
       [](uintptr_t values, int64_t word, int64_t rows, int64_t cols, uintptr_t bitmask,
-         uintptr_t row_offsets, int64_t nnz, uintptr_t tiled, uintptr_t masks, uintptr_t tile_offsets) {
+         uintptr_t row_offsets, int64_t nnz, uintptr_t tiled, uintptr_t masks,
+         uintptr_t tile_offsets) {
         tile_pack(pointer<const void>(values), word, view(rows, cols, bitmask, row_offsets), nnz,
                   pointer<void>(tiled), pointer<uint32_t>(masks), pointer<int64_t>(tile_offsets));
       },
@@ -53,7 +54,8 @@ void bind_formats(pybind11::module_& module) {
   module.def(
       "tile_unpack",
       [](uintptr_t tiled, int64_t word, int64_t rows, int64_t cols, uintptr_t masks,
-         uintptr_t tile_offsets, int64_t nnz, uintptr_t values, uintptr_t bitmask, uintptr_t row_offsets) {
+         uintptr_t tile_offsets, int64_t nnz, uintptr_t values, uintptr_t bitmask,
+         uintptr_t row_offsets) {
         tile_unpack(pointer<const void>(tiled), word, rows, cols, pointer<const uint32_t>(masks),
                     pointer<const int64_t>(tile_offsets), nnz, pointer<void>(values),
                     pointer<uint8_t>(bitmask), pointer<int64_t>(row_offsets));

@@ -11,20 +11,28 @@ DType dtype_of(int code) {
 }
 
 void call_bitmap_linear(int dtype, uintptr_t x, int64_t tokens, int64_t cols, uintptr_t values,
-                        int64_t value_count, uintptr_t masks, int64_t mask_count, uintptr_t tile_offsets,
-                        int64_t offset_count, uintptr_t bias, uintptr_t y, int64_t rows) {
+                        int64_t value_count, uintptr_t masks, int64_t mask_count,
+                        uintptr_t tile_offsets, int64_t offset_count, uintptr_t bias, uintptr_t y,
+                        int64_t rows) {
   const DType type = dtype_of(dtype);
-  const TiledBitmapView weight{pointer<const void>(values), pointer<const uint32_t>(masks),
-                               pointer<const int64_t>(tile_offsets), rows, cols, type};
+  const TiledBitmapView weight{pointer<const void>(values),
+                               pointer<const uint32_t>(masks),
+                               pointer<const int64_t>(tile_offsets),
+                               rows,
+                               cols,
+                               type};
   bitmap_linear(weight, {value_count, mask_count, offset_count}, pointer<const void>(x), tokens,
                 {pointer<void>(y), pointer<const void>(bias), rows, type});
 }
 
-void call_bitmap_unpack(int dtype, uintptr_t values, int64_t value_count, uintptr_t masks, int64_t tiles,
-                        uintptr_t tile_offsets, int64_t cols, int64_t first_tile, int64_t rows,
-                        uintptr_t dense) {
-  const TiledBitmapView weight{pointer<const void>(values), pointer<const uint32_t>(masks),
-                               pointer<const int64_t>(tile_offsets), tiles * kTileRows, cols,
+void call_bitmap_unpack(int dtype, uintptr_t values, int64_t value_count, uintptr_t masks,
+                        int64_t tiles, uintptr_t tile_offsets, int64_t cols, int64_t first_tile,
+                        int64_t rows, uintptr_t dense) {
+  const TiledBitmapView weight{pointer<const void>(values),
+                               pointer<const uint32_t>(masks),
+                               pointer<const int64_t>(tile_offsets),
+                               tiles * kTileRows,
+                               cols,
                                dtype_of(dtype)};
   bitmap_unpack(weight, value_count, tiles, first_tile, rows, pointer<void>(dense));
 }

@@ -1,5 +1,5 @@
-// y = W x on 256-bit vectors: each byte of a mask word expands to 4 rows x 2 columns in fp32, by a table of
-// shuffles; bf16 values widen by a shift. Even and odd columns are added at the end.
+// y = W x on 256-bit vectors: each byte of a mask word expands to 4 rows x 2 columns in fp32, by a
+// table of shuffles; bf16 values widen by a shift. Even and odd columns are added at the end.
 #include "isa/avx2.h"
 #include "pysparse/linear.h"
 #include "simd/expand_avx2.h"
@@ -15,13 +15,15 @@ constexpr int64_t kPrefetchBytes = 4096;
 
 inline __m256 expand(uint32_t mask, const BFloat16* source) {
   const __m128i packed = _mm_loadu_si128(reinterpret_cast<const __m128i*>(source));
-  const __m128i shuffle = _mm_load_si128(reinterpret_cast<const __m128i*>(kExpandTables.words[mask]));
+  const __m128i shuffle =
+      _mm_load_si128(reinterpret_cast<const __m128i*>(kExpandTables.words[mask]));
   const __m256i wide = _mm256_cvtepu16_epi32(_mm_shuffle_epi8(packed, shuffle));
   return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
 }
 
 inline __m256 expand(uint32_t mask, const float* source) {
-  const __m256i lanes = _mm256_load_si256(reinterpret_cast<const __m256i*>(kExpandTables.lanes[mask]));
+  const __m256i lanes =
+      _mm256_load_si256(reinterpret_cast<const __m256i*>(kExpandTables.lanes[mask]));
   const __m256 moved = _mm256_permutevar8x32_ps(_mm256_loadu_ps(source), lanes);
   const __m256i bit = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
   const __m256i kept = _mm256_and_si256(_mm256_set1_epi32(static_cast<int>(mask)), bit);
@@ -31,8 +33,8 @@ inline __m256 expand(uint32_t mask, const float* source) {
 inline __m256 broadcast(const double* pair) { return _mm256_castpd_ps(_mm256_broadcast_sd(pair)); }
 
 template <class T, int kTokens>
-void run_tokens(const TiledBitmapView& weight, int64_t tile, const void* input, const OutputView& output,
-                int64_t first_token) {
+void run_tokens(const TiledBitmapView& weight, int64_t tile, const void* input,
+                const OutputView& output, int64_t first_token) {
   const double* pairs = static_cast<const double*>(input);  // a pair of floats, moved as 64 bits
   const uint32_t* masks = weight.masks + tile * weight.pairs();
   const T* next = static_cast<const T*>(weight.values) + weight.tile_offsets[tile];

@@ -1,5 +1,5 @@
-// y = W x for fp32 tiles: each half of a mask word expands to 8 rows x 2 columns; lanes of one row stay side
-// by side (even and odd column) until the end, where they are added.
+// y = W x for fp32 tiles: each half of a mask word expands to 8 rows x 2 columns; lanes of one row
+// stay side by side (even and odd column) until the end, where they are added.
 #include "isa/avx512.h"
 #include "pysparse/linear.h"
 #include "simd/store.h"
@@ -25,12 +25,13 @@ inline __m512 broadcast(const double* pair) { return _mm512_castpd_ps(_mm512_set
 inline __m512 add_columns(__m512 low, __m512 high) {
   const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
   const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
-  return _mm512_add_ps(_mm512_permutex2var_ps(low, even, high), _mm512_permutex2var_ps(low, odd, high));
+  return _mm512_add_ps(_mm512_permutex2var_ps(low, even, high),
+                       _mm512_permutex2var_ps(low, odd, high));
 }
 
 template <int kTokens>
-void run_tokens(const TiledBitmapView& weight, int64_t tile, const void* input, const OutputView& output,
-                int64_t first_token) {
+void run_tokens(const TiledBitmapView& weight, int64_t tile, const void* input,
+                const OutputView& output, int64_t first_token) {
   constexpr int kChains = kTokens >= 4 ? 1 : kTokens >= 2 ? 2 : 4;
   const double* pairs = static_cast<const double*>(input);  // a pair of floats, moved as 64 bits
   const uint32_t* masks = weight.masks + tile * weight.pairs();
@@ -54,9 +55,11 @@ void run_tokens(const TiledBitmapView& weight, int64_t tile, const void* input, 
   int64_t p = 0;
   for (; p + kChains <= weight.pairs(); p += kChains) {
 #pragma GCC unroll 4
-    for (int line = 0; line < kChains; ++line)  // 64 bytes a cell: what it consumes at 50 % sparsity
+    for (int line = 0; line < kChains;
+         ++line)  // 64 bytes a cell: what it consumes at 50 % sparsity
       _mm_prefetch(reinterpret_cast<const char*>(next) + kPrefetchBytes + 64 * line, _MM_HINT_T0);
-    if (p % 16 == 0) _mm_prefetch(reinterpret_cast<const char*>(masks + p) + kPrefetchBytes / 2, _MM_HINT_T0);
+    if (p % 16 == 0)
+      _mm_prefetch(reinterpret_cast<const char*>(masks + p) + kPrefetchBytes / 2, _MM_HINT_T0);
 #pragma GCC unroll 4
     for (int c = 0; c < kChains; ++c) cell(p + c, c);
   }

@@ -1,5 +1,5 @@
-// y = W x for bf16 tiles: one expand fills a register with 16 rows x 2 columns of weights, one widening dot
-// per token consumes it against the broadcast input pair.
+// y = W x for bf16 tiles: one expand fills a register with 16 rows x 2 columns of weights, one
+// widening dot per token consumes it against the broadcast input pair.
 #include "isa/avx512bf16.h"
 #include "pysparse/linear.h"
 #include "simd/store.h"
@@ -10,12 +10,14 @@ namespace pysparse {
 namespace {
 
 constexpr int kMaxTokens = 16;
-// How far ahead the streams are asked for. The hardware's prefetcher stops at a page's end and starts late;
-// without this, a cold weight is read at 12 GB/s instead of 20 (two cores of a Xeon, 70 % sparse).
+// How far ahead the streams are asked for. The hardware's prefetcher stops at a page's end and
+// starts late; without this, a cold weight is read at 12 GB/s instead of 20 (two cores of a Xeon,
+// 70 % sparse).
 constexpr int64_t kPrefetchBytes = 3072;
 
-// In place on purpose: on Zen 5 an expand waits for the old content of its destination register, so letting
-// the compiler pick one register for all of them makes a chain of independent expands serial.
+// In place on purpose: on Zen 5 an expand waits for the old content of its destination register, so
+// letting the compiler pick one register for all of them makes a chain of independent expands
+// serial.
 inline __m512bh expand(__mmask32 mask, const uint16_t* source) {
   __m512i lanes = _mm512_loadu_si512(source);
   asm("vpexpandw %0, %0%{%1%}%{z%}" : "+v"(lanes) : "Yk"(mask));
@@ -27,10 +29,14 @@ inline __m512bh broadcast(const uint32_t* pair) {
 }
 
 template <int kTokens>
-void run_tokens(const TiledBitmapView& weight, int64_t tile, const void* input, const OutputView& output,
-                int64_t first_token) {
-  constexpr int kChains = kTokens >= 8 ? 1 : kTokens >= 4 ? 2 : kTokens >= 2 ? 4 : 8;  // hide dot latency
-  constexpr int kLines = (kChains + 1) / 2;  // of 64 bytes: what the chains consume at 50 % sparsity
+void run_tokens(const TiledBitmapView& weight, int64_t tile, const void* input,
+                const OutputView& output, int64_t first_token) {
+  constexpr int kChains = kTokens >= 8   ? 1
+                          : kTokens >= 4 ? 2
+                          : kTokens >= 2 ? 4
+                                         : 8;  // hide dot latency
+  constexpr int kLines =
+      (kChains + 1) / 2;  // of 64 bytes: what the chains consume at 50 % sparsity
   const uint32_t* pairs = static_cast<const uint32_t*>(input);
   const uint32_t* masks = weight.masks + tile * weight.pairs();
   const uint16_t* next = static_cast<const uint16_t*>(weight.values) + weight.tile_offsets[tile];
@@ -42,7 +48,8 @@ void run_tokens(const TiledBitmapView& weight, int64_t tile, const void* input, 
 #pragma GCC unroll 4
     for (int line = 0; line < kLines; ++line)
       _mm_prefetch(reinterpret_cast<const char*>(next) + kPrefetchBytes + 64 * line, _MM_HINT_T0);
-    if (p % 16 == 0) _mm_prefetch(reinterpret_cast<const char*>(masks + p) + kPrefetchBytes / 2, _MM_HINT_T0);
+    if (p % 16 == 0)
+      _mm_prefetch(reinterpret_cast<const char*>(masks + p) + kPrefetchBytes / 2, _MM_HINT_T0);
 #pragma GCC unroll 8
     for (int c = 0; c < kChains; ++c) {
       const uint32_t mask = masks[p + c];
@@ -50,7 +57,8 @@ void run_tokens(const TiledBitmapView& weight, int64_t tile, const void* input, 
       next += _mm_popcnt_u32(mask);
 #pragma GCC unroll 16
       for (int t = 0; t < kTokens; ++t)
-        sums[c][t] = _mm512_dpbf16_ps(sums[c][t], weights, broadcast(pairs + (p + c) * kTokens + t));
+        sums[c][t] =
+            _mm512_dpbf16_ps(sums[c][t], weights, broadcast(pairs + (p + c) * kTokens + t));
     }
   }
   for (; p < weight.pairs(); ++p) {

@@ -1,5 +1,6 @@
-// y = W x for bf16 tiles without the dot instruction: one expand fills a register with 16 rows x 2 columns of
-// weights; a shift and a mask widen the two columns to fp32, and two FMAs per token consume them.
+// y = W x for bf16 tiles without the dot instruction: one expand fills a register with 16 rows x 2
+// columns of weights; a shift and a mask widen the two columns to fp32, and two FMAs per token
+// consume them.
 #include "isa/avx512vbmi2.h"
 #include "pysparse/linear.h"
 #include "simd/store.h"
@@ -20,10 +21,13 @@ inline __m512i expand(__mmask32 mask, const uint16_t* source) {
 }
 
 template <int kTokens>
-void run_tokens(const TiledBitmapView& weight, int64_t tile, const void* input, const OutputView& output,
-                int64_t first_token) {
-  constexpr int kChains = kTokens >= 4 ? 1 : kTokens >= 2 ? 2 : 4;  // cells in flight, two sums each
-  constexpr bool kSplit = kTokens <= 8;  // even and odd columns in sums of their own, while registers last
+void run_tokens(const TiledBitmapView& weight, int64_t tile, const void* input,
+                const OutputView& output, int64_t first_token) {
+  constexpr int kChains = kTokens >= 4   ? 1
+                          : kTokens >= 2 ? 2
+                                         : 4;  // cells in flight, two sums each
+  constexpr bool kSplit =
+      kTokens <= 8;  // even and odd columns in sums of their own, while registers last
   constexpr int kSums = kSplit ? 2 : 1;
   constexpr int kLines = (kChains + 1) / 2;  // of 64 bytes: what the cells consume at 50 % sparsity
   const __m512i high_half = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
@@ -47,7 +51,8 @@ void run_tokens(const TiledBitmapView& weight, int64_t tile, const void* input, 
 #pragma GCC unroll 16
     for (int t = 0; t < kTokens; ++t) {
       sums[c][0][t] = _mm512_fmadd_ps(even, _mm512_set1_ps(x[2 * t]), sums[c][0][t]);
-      sums[c][kSums - 1][t] = _mm512_fmadd_ps(odd, _mm512_set1_ps(x[2 * t + 1]), sums[c][kSums - 1][t]);
+      sums[c][kSums - 1][t] =
+          _mm512_fmadd_ps(odd, _mm512_set1_ps(x[2 * t + 1]), sums[c][kSums - 1][t]);
     }
   };
   int64_t p = 0;
@@ -55,7 +60,8 @@ void run_tokens(const TiledBitmapView& weight, int64_t tile, const void* input, 
 #pragma GCC unroll 2
     for (int line = 0; line < kLines; ++line)
       _mm_prefetch(reinterpret_cast<const char*>(next) + kPrefetchBytes + 64 * line, _MM_HINT_T0);
-    if (p % 16 == 0) _mm_prefetch(reinterpret_cast<const char*>(masks + p) + kPrefetchBytes / 2, _MM_HINT_T0);
+    if (p % 16 == 0)
+      _mm_prefetch(reinterpret_cast<const char*>(masks + p) + kPrefetchBytes / 2, _MM_HINT_T0);
 #pragma GCC unroll 4
     for (int c = 0; c < kChains; ++c) cell(p + c, c);
   }
@@ -64,7 +70,8 @@ void run_tokens(const TiledBitmapView& weight, int64_t tile, const void* input, 
   for (int t = 0; t < kTokens; ++t) {
     __m512 total = sums[0][0][t];
 #pragma GCC unroll 8
-    for (int i = 1; i < kChains * kSums; ++i) total = _mm512_add_ps(total, sums[i / kSums][i % kSums][t]);
+    for (int i = 1; i < kChains * kSums; ++i)
+      total = _mm512_add_ps(total, sums[i / kSums][i % kSums][t]);
     alignas(64) float rows[kTileRows];
     _mm512_store_ps(rows, total);
     store_rows(rows, tile * kTileRows, kTileRows, first_token + t, output);

@@ -19,7 +19,8 @@ void run(const TiledBitmapView& weight, int64_t tile, const void* input, int tok
     // Zeros are multiplied too: a non-finite input then spreads exactly as in the dense product.
     for (int bit = 0; bit < 32; ++bit) {
       const double w = masks[p] >> bit & 1 ? to_float(*next++) : 0.0f;
-      for (int t = 0; t < tokens; ++t) sums[t][bit / 2] += w * pairs[2 * (p * tokens + t) + bit % 2];
+      for (int t = 0; t < tokens; ++t)
+        sums[t][bit / 2] += w * pairs[2 * (p * tokens + t) + bit % 2];
     }
   }
   for (int t = 0; t < tokens; ++t) {

@@ -1,5 +1,6 @@
-// y = W x for a dense weight on 512-bit vectors. bf16 weights and inputs split into even and odd columns by a
-// shift and a mask, which makes two fp32 FMAs of 32 products; an input is split once for all rows.
+// y = W x for a dense weight on 512-bit vectors. bf16 weights and inputs split into even and odd
+// columns by a shift and a mask, which makes two fp32 FMAs of 32 products; an input is split once
+// for all rows.
 #include "isa/avx512.h"
 #include "pysparse/linear.h"
 #include "simd/store.h"
@@ -62,8 +63,9 @@ namespace pysparse {
 namespace {
 constexpr DenseLinear::Kernel kFloat32{
     {DType::kFloat32, Float32::kLanes}, Float32::kMaxTokens, dense_rows<Float32>};
-constexpr DenseLinear::Kernel kBFloat16{
-    {DType::kBFloat16, BFloat16Pairs::kLanes}, BFloat16Pairs::kMaxTokens, dense_rows<BFloat16Pairs>};
+constexpr DenseLinear::Kernel kBFloat16{{DType::kBFloat16, BFloat16Pairs::kLanes},
+                                        BFloat16Pairs::kMaxTokens,
+                                        dense_rows<BFloat16Pairs>};
 const Register<DenseLinear> registered[] = {{DType::kFloat32, isa::kAvx512, kFloat32},
                                             {DType::kBFloat16, isa::kAvx512, kBFloat16}};
 }  // namespace

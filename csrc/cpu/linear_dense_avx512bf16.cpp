@@ -34,7 +34,8 @@ PYSPARSE_TARGET_END
 
 namespace pysparse {
 namespace {
-constexpr DenseLinear::Kernel kKernel{{DType::kBFloat16, Vector::kLanes}, Vector::kMaxTokens, dense_rows<Vector>};
+constexpr DenseLinear::Kernel kKernel{
+    {DType::kBFloat16, Vector::kLanes}, Vector::kMaxTokens, dense_rows<Vector>};
 const Register<DenseLinear> registered{DType::kBFloat16, isa::kAvx512Bf16, kKernel};
 }  // namespace
 }  // namespace pysparse

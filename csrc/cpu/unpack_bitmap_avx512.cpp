@@ -1,5 +1,5 @@
-// Writes an fp32 tile's 16 rows densely: the same half of 8 cells expands to 8 registers of (row, pair) qwords,
-// whose 8 x 8 transpose is 16 consecutive columns of each of 8 rows.
+// Writes an fp32 tile's 16 rows densely: the same half of 8 cells expands to 8 registers of (row,
+// pair) qwords, whose 8 x 8 transpose is 16 consecutive columns of each of 8 rows.
 #include <algorithm>
 
 #include "isa/avx512.h"
@@ -41,7 +41,8 @@ void run(const TiledBitmapView& weight, int64_t tile, int64_t rows, void* dense)
       const uint32_t mask = i < cells ? masks[p + i] : 0u;
       upper[i] = _mm512_castps_pd(_mm512_maskz_expandloadu_ps(static_cast<__mmask16>(mask), next));
       next += _mm_popcnt_u32(mask & 0xffffu);
-      lower[i] = _mm512_castps_pd(_mm512_maskz_expandloadu_ps(static_cast<__mmask16>(mask >> 16), next));
+      lower[i] =
+          _mm512_castps_pd(_mm512_maskz_expandloadu_ps(static_cast<__mmask16>(mask >> 16), next));
       next += _mm_popcnt_u32(mask >> 16);
     }
     transpose(upper);

@@ -1,5 +1,5 @@
-// Writes a bf16 tile's 16 rows densely: 16 cells expand to 16 registers of (row, pair) dwords, whose 16 x 16
-// transpose is 32 consecutive columns of each row.
+// Writes a bf16 tile's 16 rows densely: 16 cells expand to 16 registers of (row, pair) dwords,
+// whose 16 x 16 transpose is 32 consecutive columns of each row.
 #include "isa/avx512vbmi2.h"
 #include "pysparse/linear.h"
 
@@ -9,7 +9,9 @@ namespace {
 
 inline __m512i expand(__mmask32 mask, const uint16_t* source) {
   __m512i lanes = _mm512_loadu_si512(source);
-  asm("vpexpandw %0, %0%{%1%}%{z%}" : "+v"(lanes) : "Yk"(mask));  // in place: see linear_bitmap_avx512bf16
+  asm("vpexpandw %0, %0%{%1%}%{z%}"
+      : "+v"(lanes)
+      : "Yk"(mask));  // in place: see linear_bitmap_avx512bf16
   return lanes;
 }
 

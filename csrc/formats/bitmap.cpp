@@ -17,8 +17,8 @@ void check_shape(int64_t rows, int64_t cols) {
 void check_row(const BitmapView& map, int64_t row, int64_t nnz) {
   const int64_t bytes = mask_bytes(map.cols), begin = map.row_offsets[row];
   const int64_t count = count_bits(map.bitmask + row * bytes, bytes);
-  check(begin >= 0 && count <= nnz && begin <= nnz - count, "row ", row, " spans values [", begin, ", ",
-        begin, " + ", count, ") of ", nnz);
+  check(begin >= 0 && count <= nnz && begin <= nnz - count, "row ", row, " spans values [", begin,
+        ", ", begin, " + ", count, ") of ", nnz);
 }
 
 }  // namespace
@@ -56,14 +56,15 @@ void bitmap_validate(const BitmapView& map, int64_t nnz) {
     const uint8_t* row = map.bitmask + r * bytes;
     check(map.row_offsets[r] == total, "row_offsets[", r, "] is ", map.row_offsets[r],
           ", but the bits of the rows before it count ", total);
-    check(bytes == 0 || (row[bytes - 1] & tail) == 0, "row ", r, " of bitmask has bits set beyond column ",
-          map.cols - 1);
+    check(bytes == 0 || (row[bytes - 1] & tail) == 0, "row ", r,
+          " of bitmask has bits set beyond column ", map.cols - 1);
     total += count_bits(row, bytes);
   }
   check(total == nnz, "bitmask keeps ", total, " values, but ", nnz, " are stored");
 }
 
-void bitmap_gather(const void* dense, int64_t word, const BitmapView& map, void* values, int64_t nnz) {
+void bitmap_gather(const void* dense, int64_t word, const BitmapView& map, void* values,
+                   int64_t nnz) {
   check_shape(map.rows, map.cols);
   for (int64_t r = 0; r < map.rows; ++r) check_row(map, r, nnz);
   const int64_t bytes = mask_bytes(map.cols);
@@ -77,7 +78,8 @@ void bitmap_gather(const void* dense, int64_t word, const BitmapView& map, void*
   });
 }
 
-void bitmap_scatter(const void* values, int64_t word, const BitmapView& map, int64_t nnz, void* dense) {
+void bitmap_scatter(const void* values, int64_t word, const BitmapView& map, int64_t nnz,
+                    void* dense) {
   bitmap_validate(map, nnz);
   const int64_t bytes = mask_bytes(map.cols);
   with_word(word, [&](auto zero) {

@@ -34,8 +34,8 @@ void check_tile(const uint32_t* masks, int64_t pairs, int64_t tile, int64_t rows
   int64_t count = 0;
   for (int64_t p = 0; p < pairs; ++p) {
     const uint32_t outside = outside_rows | (p + 1 == pairs ? outside_cols : 0u);
-    check((masks[p] & outside) == 0, "tile ", tile, ", pair ", p, " has bits outside the ", rows, " x ",
-          cols, " matrix");
+    check((masks[p] & outside) == 0, "tile ", tile, ", pair ", p, " has bits outside the ", rows,
+          " x ", cols, " matrix");
     count += __builtin_popcount(masks[p]);
   }
   check(tile_offsets[tile + 1] - tile_offsets[tile] == count, "tile ", tile, " keeps ", count,
@@ -44,8 +44,8 @@ void check_tile(const uint32_t* masks, int64_t pairs, int64_t tile, int64_t rows
 
 }  // namespace
 
-void tile_pack(const void* values, int64_t word, const BitmapView& map, int64_t nnz, void* tiled_values,
-               uint32_t* masks, int64_t* tile_offsets) {
+void tile_pack(const void* values, int64_t word, const BitmapView& map, int64_t nnz,
+               void* tiled_values, uint32_t* masks, int64_t* tile_offsets) {
   bitmap_validate(map, nnz);
   const int64_t tiles = (map.rows + kTileRows - 1) / kTileRows, pairs = (map.cols + 1) / 2;
   // Tiles are whole rows, so a tile's values start where its first row's do.
@@ -72,8 +72,8 @@ void tile_unpack(const void* tiled_values, int64_t word, int64_t rows, int64_t c
                  uint8_t* bitmask, int64_t* row_offsets) {
   const int64_t tiles = (rows + kTileRows - 1) / kTileRows, pairs = (cols + 1) / 2;
   const int64_t bytes = mask_bytes(cols);
-  check(tile_offsets[0] == 0 && tile_offsets[tiles] == nnz, "tile_offsets run from ", tile_offsets[0],
-        " to ", tile_offsets[tiles], ", expected 0 to ", nnz);
+  check(tile_offsets[0] == 0 && tile_offsets[tiles] == nnz, "tile_offsets run from ",
+        tile_offsets[0], " to ", tile_offsets[tiles], ", expected 0 to ", nnz);
   for (int64_t t = 0; t < tiles; ++t)
     check_tile(masks + t * pairs, pairs, t, rows, cols, tile_offsets);
   std::fill(bitmask, bitmask + rows * bytes, uint8_t{0});

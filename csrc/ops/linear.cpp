@@ -1,7 +1,8 @@
-// Linear layers: check the views, lay out the activations, split the rows over threads, call the kernels.
+// Linear layers: check the views, lay out the activations, split the rows over threads, call the
+// kernels.
 #include "pysparse/linear.h"
 
-#include <cstring>
+#include <algorithm>
 #include <type_traits>
 #include <vector>
 
@@ -38,9 +39,11 @@ class Scratch {
 
 template <class In, class Out>
 void widen(const In* source, int64_t count, Out* target) {
-  if constexpr (std::is_same_v<In, Out>) std::memcpy(target, source, count * sizeof(In));
-  else
+  if constexpr (std::is_same_v<In, Out>) {
+    std::copy(source, source + count, target);
+  } else {
     for (int64_t i = 0; i < count; ++i) target[i] = to_float(source[i]);
+  }
 }
 
 // packed[block][token][lane] = x[token][block * lanes + lane], zero past the last column.
@@ -55,8 +58,10 @@ void pack_blocks(const In* x, int64_t cols, int tokens, int64_t lanes, Range blo
             target + blocks.begin * lanes);
     } else {
       for (int64_t b = blocks.begin; b < whole; ++b) {
-        if (lanes == 2) widen(source + 2 * b, 2, target + 2 * b * tokens);  // a constant count inlines
-        else widen(source + b * lanes, lanes, target + b * tokens * lanes);
+        if (lanes == 2)
+          widen(source + 2 * b, 2, target + 2 * b * tokens);  // a constant count inlines
+        else
+          widen(source + b * lanes, lanes, target + b * tokens * lanes);
       }
     }
     if (whole < blocks.end) {  // this share holds the ragged last block
@@ -67,7 +72,8 @@ void pack_blocks(const In* x, int64_t cols, int tokens, int64_t lanes, Range blo
   }
 }
 
-// The activations of one call: chunks of at most kernel.max_tokens tokens, each in the kernel's layout.
+// The activations of one call: chunks of at most kernel.max_tokens tokens, each in the kernel's
+// layout.
 struct Input {
   InputLayout layout;
   DType dtype;  // of x
@@ -95,9 +101,12 @@ struct Input {
     for (int64_t c = 0; c < chunks(); ++c) {
       char* target = static_cast<char*>(packed) + c * chunk_bytes();
       const char* source = static_cast<const char*>(x) + c * chunk * cols * size_of(dtype);
-      if (dtype == DType::kFloat32) pack<float, float>(source, c, share, target);
-      else if (layout.dtype == DType::kBFloat16) pack<BFloat16, BFloat16>(source, c, share, target);
-      else pack<BFloat16, float>(source, c, share, target);
+      if (dtype == DType::kFloat32)
+        pack<float, float>(source, c, share, target);
+      else if (layout.dtype == DType::kBFloat16)
+        pack<BFloat16, BFloat16>(source, c, share, target);
+      else
+        pack<BFloat16, float>(source, c, share, target);
     }
   }
 
@@ -109,7 +118,8 @@ struct Input {
   }
 };
 
-// Runs body(thread, threads) on `threads` threads once every thread can read the whole packed input.
+// Runs body(thread, threads) on `threads` threads once every thread can read the whole packed
+// input.
 template <class Body>
 void with_input(Input& input, int threads, const Body& body) {
   static thread_local Scratch scratch;
@@ -117,7 +127,9 @@ void with_input(Input& input, int threads, const Body& body) {
   parallel(threads, [&](int thread, int team) {
     if (input.packed) {
       input.pack_share(thread, team);
+      if (team > 1) {  // alone, the barrier would be that of a caller's parallel region
 #pragma omp barrier
+      }
     }
     body(thread, team);
   });
@@ -139,8 +151,10 @@ Range byte_share(const TiledBitmapView& weight, int thread, int threads) {
     int64_t low = 0, high = weight.tiles();
     while (low < high) {
       const int64_t middle = low + (high - low) / 2;
-      if (bytes_before(middle) < wanted) low = middle + 1;
-      else high = middle;
+      if (bytes_before(middle) < wanted)
+        low = middle + 1;
+      else
+        high = middle;
     }
     return low;
   };
@@ -155,23 +169,26 @@ void bitmap_linear(const TiledBitmapView& weight, const BufferSizes& sizes, cons
   check_sizes(weight, sizes);
   const auto& kernel = lookup<BitmapLinear>(weight.dtype);
   Input input = input_for(kernel, weight.dtype, x, tokens, weight.cols);
-  const int64_t bytes = weight.tile_offsets[weight.tiles()] * size_of(weight.dtype) + sizes.masks * 4;
+  const int64_t bytes =
+      weight.tile_offsets[weight.tiles()] * size_of(weight.dtype) + sizes.masks * 4;
   with_input(input, threads_for(bytes * input.chunks()), [&](int thread, int threads) {
     const Range tiles = byte_share(weight, thread, threads);
     for (int64_t tile = tiles.begin; tile < tiles.end; ++tile)
-      for (int64_t c = 0; c < input.chunks(); ++c)  // the tile's weights stay in cache from chunk to chunk
+      for (int64_t c = 0; c < input.chunks();
+           ++c)  // the tile's weights stay in cache from chunk to chunk
         kernel.run(weight, tile, input.chunk_data(c), input.tokens_in(c), output, c * input.chunk);
   });
 }
 
 void bitmap_unpack(const TiledBitmapView& weight, int64_t value_count, int64_t tile_count,
                    int64_t first_tile, int64_t rows, void* dense) {
-  check(first_tile >= 0 && rows >= 0 && first_tile + (rows + kTileRows - 1) / kTileRows <= tile_count,
-        "tiles [", first_tile, ", +", (rows + kTileRows - 1) / kTileRows, ") of a weight with ",
-        tile_count);
+  check(
+      first_tile >= 0 && rows >= 0 && first_tile + (rows + kTileRows - 1) / kTileRows <= tile_count,
+      "tiles [", first_tile, ", +", (rows + kTileRows - 1) / kTileRows, ") of a weight with ",
+      tile_count);
   const int64_t total = weight.tile_offsets[tile_count];
-  check(total >= 0 && total + kValuePadding <= value_count, "tile_offsets end at ", total, ", but only ",
-        value_count, " values are there");
+  check(total >= 0 && total + kValuePadding <= value_count, "tile_offsets end at ", total,
+        ", but only ", value_count, " values are there");
   const auto& kernel = lookup<BitmapUnpack>(weight.dtype);
   const int64_t tile_bytes = kTileRows * weight.cols * size_of(weight.dtype);
   const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
@@ -183,7 +200,8 @@ void bitmap_unpack(const TiledBitmapView& weight, int64_t value_count, int64_t t
 
 constexpr int64_t kRowBlock = 8;  // as many rows as a kernel takes at once for one token
 
-void dense_linear(const DenseView& weight, const void* x, int64_t tokens, const OutputView& output) {
+void dense_linear(const DenseView& weight, const void* x, int64_t tokens,
+                  const OutputView& output) {
   check(weight.rows >= 0 && weight.cols >= 0, "negative shape ", weight.rows, " x ", weight.cols);
   const auto& kernel = lookup<DenseLinear>(weight.dtype);
   Input input = input_for(kernel, weight.dtype, x, tokens, weight.cols);
@@ -192,8 +210,8 @@ void dense_linear(const DenseView& weight, const void* x, int64_t tokens, const 
     const Range rows = even_share(weight.rows, thread, threads);
     for (int64_t row = rows.begin; row < rows.end; row += kRowBlock)
       for (int64_t c = 0; c < input.chunks(); ++c)  // the rows stay in cache from chunk to chunk
-        kernel.run(weight, row, std::min(row + kRowBlock, rows.end), input.chunk_data(c), input.tokens_in(c),
-                   output, c * input.chunk);
+        kernel.run(weight, row, std::min(row + kRowBlock, rows.end), input.chunk_data(c),
+                   input.tokens_in(c), output, c * input.chunk);
   });
 }
 

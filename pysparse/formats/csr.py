@@ -112,10 +112,10 @@ class CsrTensor:
         first, last = int(self.row_offsets[0]), int(self.row_offsets[-1])
         if first != 0 or last != self.nnz or bool((self.row_offsets.diff() < 0).any()):
             raise ValueError(f"row_offsets must ascend from 0 to {self.nnz}, got {first}..{last}")
-        if self.nnz and not (int(self.col_indices.min()) >= 0 and int(self.col_indices.max()) < cols):
-            raise ValueError(
-                f"column indices must lie in [0, {cols}), got {int(self.col_indices.min())}..{int(self.col_indices.max())}"
-            )
+        if self.nnz:
+            lowest, highest = int(self.col_indices.min()), int(self.col_indices.max())
+            if lowest < 0 or highest >= cols:
+                raise ValueError(f"column indices must lie in [0, {cols}), got {lowest}..{highest}")
         row_starts = torch.zeros(self.nnz + 1, dtype=torch.bool, device=self.values.device)
         row_starts[self.row_offsets] = True
         if self.nnz and bool(((self.col_indices.diff() <= 0) & ~row_starts[1 : self.nnz]).any()):

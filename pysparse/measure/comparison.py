@@ -215,8 +215,13 @@ def _warnings(
         found.append(
             f"BUSY: load {card['load_average'][0]:.1f} on {card['cores']} cores; repeat on a quiet machine"
         )
-    timings: dict[str, DecodeTiming | PrefillTiming] = {**prefill, **decode}
-    disturbed = [f"{name} {one.waited:.0%}" for name, one in timings.items() if one.waited > _DISTURBED]
+    phases: dict[str, Mapping[str, DecodeTiming | PrefillTiming]] = {"decode": decode, "prefill": prefill}
+    disturbed = [
+        f"{phase} {name} {one.waited:.0%}"
+        for phase, timings in phases.items()
+        for name, one in timings.items()
+        if one.waited > _DISTURBED
+    ]
     if disturbed:
         found.append(f"DISTURBED: threads waited for a core during {', '.join(disturbed)} of the time")
     return found

@@ -213,6 +213,14 @@ class SparseLinear(nn.Module):
         return functional.linear(x, self.bitmap().to_dense(), self.bias)
 
     @property
+    def weight(self) -> Tensor:
+        """The dense weight [out_features, in_features], unpacked anew at each access.
+
+        For the few models that look at a layer's weight in their forward pass (T5 asks for its dtype).
+        """
+        return self.bitmap().to_dense()
+
+    @property
     def nnz(self) -> int:
         """Number of stored weights."""
         if self.tile_offsets is not None:
@@ -320,11 +328,16 @@ class SparseLinear(nn.Module):
         self.pack()
 
 
-def _check_pattern(bitmap: BitmapTensor, pattern: str) -> None:
+def parse_pattern(pattern: str) -> tuple[int, int]:
+    """Return (n, m) of "n:m", n KEPT of m consecutive inputs; ValueError for anything else."""
     kept, _, group = pattern.partition(":")
-    if not (kept.isdigit() and group.isdigit() and 0 < int(kept) < int(group)):
+    if not (kept.isdecimal() and group.isdecimal() and 0 < int(kept) < int(group)):
         raise ValueError(f'pattern is "unstructured" or "n:m" with n kept of m, got "{pattern}"')
-    n, m = int(kept), int(group)
+    return int(kept), int(group)
+
+
+def _check_pattern(bitmap: BitmapTensor, pattern: str) -> None:
+    n, m = parse_pattern(pattern)
     cols = bitmap.shape[1] - bitmap.shape[1] % m
     counts = bitmap.keep_mask()[:, :cols].unflatten(1, (-1, m)).sum(dim=2) if cols else torch.zeros(0, 1)
     offences = (counts > n).nonzero()

@@ -29,7 +29,8 @@ _DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1}
 
 _library = torch.library.Library("pysparse", "DEF")
 _library.define(
-    "bitmap_linear(Tensor x, Tensor values, Tensor masks, Tensor tile_offsets, Tensor? bias, int out_features) -> Tensor"
+    "bitmap_linear(Tensor x, Tensor values, Tensor masks, Tensor tile_offsets, Tensor? bias, int out_features) "
+    "-> Tensor"
 )
 _library.define(
     "bitmap_unpack(Tensor values, Tensor masks, Tensor tile_offsets, int rows, int cols, int first_tile) -> Tensor"
@@ -198,7 +199,7 @@ _library.impl("dense_linear", _dense_linear_cpu, "CPU")
 
 
 def _bitmap_linear_save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, values, masks, tile_offsets, bias, out_features = inputs
+    x, values, masks, tile_offsets, _bias, out_features = inputs
     ctx.save_for_backward(values, masks, tile_offsets)
     ctx.shape = (out_features, x.shape[-1])
 
@@ -210,7 +211,7 @@ def _bitmap_linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]
     if ctx.needs_input_grad[0]:
         grad_x = grad @ bitmap_unpack(TiledBitmap(values, masks, tile_offsets, ctx.shape))
     if ctx.needs_input_grad[4]:
-        grad_bias = grad.flatten(0, -2).sum(dim=0)
+        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(dim=0)
     return grad_x, None, None, None, grad_bias, None
 
 
@@ -220,9 +221,9 @@ def _dense_linear_save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> Non
 
 def _dense_linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, weight = ctx.saved_tensors
-    rows = grad.flatten(0, -2)
+    rows = grad.reshape(-1, grad.shape[-1])
     grad_x = grad @ weight if ctx.needs_input_grad[0] else None
-    grad_weight = rows.T @ x.flatten(0, -2) if ctx.needs_input_grad[1] else None
+    grad_weight = rows.T @ x.reshape(-1, x.shape[-1]) if ctx.needs_input_grad[1] else None
     return grad_x, grad_weight, rows.sum(dim=0) if ctx.needs_input_grad[2] else None
 
 

@@ -12,4 +12,4 @@ inline constexpr IsaLevel kAvx2{"avx2", 10, [] {
                                          __builtin_cpu_supports("bmi2") &&
                                          __builtin_cpu_supports("popcnt");
                                 }};
-}
+}  // namespace pysparse::isa

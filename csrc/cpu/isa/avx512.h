@@ -11,4 +11,4 @@ inline constexpr IsaLevel kAvx512{"avx512", 20, [] {
                                            __builtin_cpu_supports("avx512vl") &&
                                            __builtin_cpu_supports("avx512dq");
                                   }};
-}
+}  // namespace pysparse::isa

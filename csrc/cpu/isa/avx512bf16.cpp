@@ -16,14 +16,15 @@ using Clock = std::chrono::steady_clock;
   op(0) op(1) op(2) op(3) op(4) op(5) op(6) op(7) op(8) op(9) op(10) op(11)
 #define PYSPARSE_DOT(i) "vdpbf16ps %%zmm12, %%zmm12, %%zmm" #i "\n"
 #define PYSPARSE_FMA(i) "vfmadd231ps %%zmm12, %%zmm12, %%zmm" #i "\n"
-#define PYSPARSE_CLOBBERS                                                                        \
-  "zmm0", "zmm1", "zmm2", "zmm3", "zmm4", "zmm5", "zmm6", "zmm7", "zmm8", "zmm9", "zmm10", "zmm11", \
-      "zmm12"
+#define PYSPARSE_CLOBBERS                                                                  \
+  "zmm0", "zmm1", "zmm2", "zmm3", "zmm4", "zmm5", "zmm6", "zmm7", "zmm8", "zmm9", "zmm10", \
+      "zmm11", "zmm12"
 
 Clock::duration time_dot() {
   const auto start = Clock::now();
   for (int i = 0; i < kRounds; ++i)
-    asm volatile("vpxord %%zmm12, %%zmm12, %%zmm12\n" PYSPARSE_REPEAT_12(PYSPARSE_DOT)::: PYSPARSE_CLOBBERS);
+    asm volatile("vpxord %%zmm12, %%zmm12, %%zmm12\n" PYSPARSE_REPEAT_12(PYSPARSE_DOT)::
+                     : PYSPARSE_CLOBBERS);
   return Clock::now() - start;
 }
 
@@ -31,7 +32,8 @@ Clock::duration time_two_fmas() {
   const auto start = Clock::now();
   for (int i = 0; i < kRounds; ++i)
     asm volatile("vpxord %%zmm12, %%zmm12, %%zmm12\n" PYSPARSE_REPEAT_12(PYSPARSE_FMA)
-                     PYSPARSE_REPEAT_12(PYSPARSE_FMA)::: PYSPARSE_CLOBBERS);
+                     PYSPARSE_REPEAT_12(PYSPARSE_FMA)::
+                         : PYSPARSE_CLOBBERS);
   return Clock::now() - start;
 }
 

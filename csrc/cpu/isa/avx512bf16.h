@@ -1,6 +1,7 @@
 #pragma once
-// Zen 4 and later, Sapphire Rapids and later: the bf16 dot product. Zen 5 starts two of them a cycle; Sapphire
-// Rapids one in two cycles, which is slower than two fp32 FMAs, so the level must first show that it pays.
+// Zen 4 and later, Sapphire Rapids and later: the bf16 dot product. Zen 5 starts two of them a
+// cycle; Sapphire Rapids one in two cycles, which is slower than two fp32 FMAs, so the level must
+// first show that it pays.
 #include <immintrin.h>
 
 #include "isa/avx512vbmi2.h"
@@ -9,10 +10,8 @@
 namespace pysparse::isa {
 bool bf16_dot_beats_fma();  // timed once, some tens of microseconds
 
-inline constexpr IsaLevel kAvx512Bf16{"avx512bf16", 40,
-                                      [] {
-                                        return kAvx512Vbmi2.supported() &&
-                                               __builtin_cpu_supports("avx512bf16");
-                                      },
-                                      [] { return bf16_dot_beats_fma(); }};
-}
+inline constexpr IsaLevel kAvx512Bf16{
+    "avx512bf16", 40,
+    [] { return kAvx512Vbmi2.supported() && __builtin_cpu_supports("avx512bf16"); },
+    [] { return bf16_dot_beats_fma(); }};
+}  // namespace pysparse::isa

@@ -1,6 +1,7 @@
 #pragma once
-// The dense product of a few tokens, written once for every vector width: a block of rows is streamed once,
-// each loaded vector of weights meets every token. `V` is the vector policy of the including file:
+// The dense product of a few tokens, written once for every vector width: a block of rows is
+// streamed once, each loaded vector of weights meets every token. `V` is the vector policy of the
+// including file:
 //   V::Element, V::Input (types in memory), V::Block (what one step holds of a row), V::Sum,
 //   V::kLanes (columns a step), load(p), load_tail(p, count), zero(),
 //   multiply_add(block, input, sum) with input at 64-byte steps, reduce(sum).
@@ -34,7 +35,8 @@ inline void dense_block(const DenseView& weight, int64_t row, const typename V::
   for (int64_t k = 0; k + V::kLanes <= weight.cols; k += V::kLanes)
     step([](const typename V::Element* p) __attribute__((always_inline)) { return V::load(p); });
   if (const int64_t rest = weight.cols % V::kLanes)
-    step([rest](const typename V::Element* p) __attribute__((always_inline)) { return V::load_tail(p, rest); });
+    step([rest](const typename V::Element* p)
+             __attribute__((always_inline)) { return V::load_tail(p, rest); });
 #pragma GCC unroll 16
   for (int t = 0; t < kTokens; ++t) {
     float rows[kRows];
@@ -59,10 +61,11 @@ struct DenseRows {
 };
 
 template <class V>
-void dense_rows(const DenseView& weight, int64_t row_begin, int64_t row_end, const void* input, int tokens,
-                const OutputView& output, int64_t first_token) {
+void dense_rows(const DenseView& weight, int64_t row_begin, int64_t row_end, const void* input,
+                int tokens, const OutputView& output, int64_t first_token) {
   const auto* x = static_cast<const typename V::Input*>(input);
-  kTokenTable<DenseRows<V>, V::kMaxTokens>[tokens - 1](weight, row_begin, row_end, x, output, first_token);
+  kTokenTable<DenseRows<V>, V::kMaxTokens>[tokens - 1](weight, row_begin, row_end, x, output,
+                                                       first_token);
 }
 
 }  // namespace

@@ -1,6 +1,7 @@
 #pragma once
-// Expands 8 packed values to the lanes that an 8-bit mask names: AVX2 has no such instruction, so a table of
-// 256 shuffles stands in. Include inside an AVX2 target region's file, before the region opens.
+// Expands 8 packed values to the lanes that an 8-bit mask names: AVX2 has no such instruction, so a
+// table of 256 shuffles stands in. Include inside an AVX2 target region's file, before the region
+// opens.
 #include <immintrin.h>
 
 #include <array>

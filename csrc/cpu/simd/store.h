@@ -20,8 +20,10 @@ void store_rows_as(const float* sums, int64_t first_row, int64_t count, int64_t 
 [[maybe_unused]] void store_rows(const float* sums, int64_t first_row, int64_t count, int64_t token,
                                  const OutputView& output) {
   const int64_t rows = std::min(count, output.rows - first_row);
-  if (output.dtype == DType::kFloat32) store_rows_as<float>(sums, first_row, rows, token, output);
-  else store_rows_as<BFloat16>(sums, first_row, rows, token, output);
+  if (output.dtype == DType::kFloat32)
+    store_rows_as<float>(sums, first_row, rows, token, output);
+  else
+    store_rows_as<BFloat16>(sums, first_row, rows, token, output);
 }
 
 }  // namespace

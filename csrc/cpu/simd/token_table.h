@@ -1,6 +1,6 @@
 #pragma once
-// Turns a token count known at run time into one of the functions Work::run<1> ... Work::run<kMax>, so that
-// a kernel's accumulators live in registers.
+// Turns a token count known at run time into one of the functions Work::run<1> ... Work::run<kMax>,
+// so that a kernel's accumulators live in registers.
 #include <array>
 #include <utility>
 

@@ -31,7 +31,8 @@ inline void assign(BFloat16& target, float value) {
   uint32_t bits;
   std::memcpy(&bits, &value, sizeof bits);
   const bool is_nan = (bits & 0x7fffffffu) > 0x7f800000u;
-  target.bits = is_nan ? 0x7fc0u : static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+  target.bits =
+      is_nan ? 0x7fc0u : static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
 }
 
 }  // namespace pysparse

@@ -1,6 +1,6 @@
 #pragma once
-// One table of every compiled kernel. A kernel file registers itself; an operation looks up the supported
-// entry of the highest ISA level, or of the level that PYSPARSE_ISA forces.
+// One table of every compiled kernel. A kernel file registers itself; an operation looks up the
+// supported entry of the highest ISA level, or of the level that PYSPARSE_ISA forces.
 #include <atomic>
 #include <string>
 #include <string_view>
@@ -14,8 +14,8 @@ struct IsaLevel {
   const char* name;
   int rank;  // higher wins; each level contains the ones below
   bool (*supported)();
-  // Measured once where an instruction exists on CPUs that run it slower than what it replaces; a level that
-  // does not pay is taken only when forced.
+  // Measured once where an instruction exists on CPUs that run it slower than what it replaces; a
+  // level that does not pay is taken only when forced.
   bool (*pays)() = [] { return true; };
 };
 
@@ -30,8 +30,8 @@ struct KernelEntry {
 std::vector<KernelEntry>& kernels();
 std::vector<const IsaLevel*>& isa_levels();
 
-// Limits lookups to a level and those below; "" lifts the limit. Throws for an unknown level and for one
-// that this CPU lacks.
+// Limits lookups to a level and those below; "" lifts the limit. Throws for an unknown level and
+// for one that this CPU lacks.
 void force_isa(std::string_view level);
 std::string forced_isa();
 std::string active_isa();

@@ -1,13 +1,14 @@
 #pragma once
-// y = x W^T + b, for a tiled bitmap and for a dense weight: what a kernel file must provide, and the
-// operations that check, choose a kernel and split the work.
+// y = x W^T + b, for a tiled bitmap and for a dense weight: what a kernel file must provide, and
+// the operations that check, choose a kernel and split the work.
 #include "pysparse/views.h"
 
 namespace pysparse {
 
-// How a kernel wants the activations of a few tokens: blocks of `lanes` columns, token after token within a
-// block, input[block][token][lane], the last block padded by zeros. Side by side like this, the tokens of one
-// block share cache lines; rows of x, a power of two apart, would fight for the same cache set.
+// How a kernel wants the activations of a few tokens: blocks of `lanes` columns, token after token
+// within a block, input[block][token][lane], the last block padded by zeros. Side by side like
+// this, the tokens of one block share cache lines; rows of x, a power of two apart, would fight for
+// the same cache set.
 struct InputLayout {
   DType dtype;
   int lanes;
@@ -17,8 +18,9 @@ struct BitmapLinear {
   static constexpr const char* op = "linear";
   static constexpr const char* format = "bitmap";
   struct Kernel {
-    InputLayout input;  // lanes = 2: a cell of 16 rows x 2 columns meets its two inputs side by side
-    int max_tokens;     // per call; more tokens come in several calls
+    InputLayout
+        input;       // lanes = 2: a cell of 16 rows x 2 columns meets its two inputs side by side
+    int max_tokens;  // per call; more tokens come in several calls
     // Writes rows [16 tile, 16 tile + 16) of `tokens` outputs.
     void (*run)(const TiledBitmapView& weight, int64_t tile, const void* input, int tokens,
                 const OutputView& output, int64_t first_token);
@@ -41,8 +43,8 @@ struct DenseLinear {
     InputLayout input;
     int max_tokens;
     // Writes rows [row_begin, row_end) of `tokens` outputs.
-    void (*run)(const DenseView& weight, int64_t row_begin, int64_t row_end, const void* input, int tokens,
-                const OutputView& output, int64_t first_token);
+    void (*run)(const DenseView& weight, int64_t row_begin, int64_t row_end, const void* input,
+                int tokens, const OutputView& output, int64_t first_token);
   };
 };
 

@@ -18,8 +18,8 @@ struct BitmapView {
 
 constexpr int64_t mask_bytes(int64_t cols) { return (cols + 7) / 8; }
 
-// Tiles of 16 rows, streamed along pairs of columns. Bit 2 * r + c of masks[t * pairs + p] says that
-// weight (16 t + r, 2 p + c) is stored; values follow in bit order, padded by kValuePadding.
+// Tiles of 16 rows, streamed along pairs of columns. Bit 2 * r + c of masks[t * pairs + p] says
+// that weight (16 t + r, 2 p + c) is stored; values follow in bit order, padded by kValuePadding.
 struct TiledBitmapView {
   const void* values;
   const uint32_t* masks;        // [tiles][pairs]

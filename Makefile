@@ -1,0 +1,78 @@
+# Every target does its own set-up in .venv from a fresh clone; `make help` lists them.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip install -q --disable-pip-version-check -c constraints.txt
+SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(shell find csrc -type f)
+CPP := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+
+# Warnings are errors here and in CI, not for a user who builds with a newer compiler.
+STRICT := -C build-dir=build/dev -C cmake.define.PYSPARSE_WERROR=ON
+
+export HF_HUB_OFFLINE ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-slow bench lint format wheel sanitize cuda-check clean
+
+help: ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+$(BIN)/python:
+	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), f"Python 3.11 or later is needed, this is {sys.version}"'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/user: $(BIN)/python $(SOURCES)
+	$(PIP) -e '.[plot]'
+	@touch $@
+
+$(VENV)/dev: $(BIN)/python $(SOURCES)
+	$(PIP) -e '.[dev]' $(STRICT)
+	@touch $@ $(VENV)/user
+
+demo: $(VENV)/user ## prune, save, load, score and time: writes demo_output/
+	$(BIN)/pysparse demo --output demo_output
+
+test: $(VENV)/dev ## the tests that take a few minutes
+	$(BIN)/python -m pytest
+
+test-slow: $(VENV)/dev ## all tests
+	$(BIN)/python -m pytest --slow
+
+bench: $(VENV)/dev ## the figures of README and benchmarks/README.md, into benchmarks/results/
+	$(BIN)/python benchmarks/run_all.py
+
+lint: $(VENV)/dev ## ruff, mypy, clang-format, codespell
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(CPP)
+	$(BIN)/codespell
+
+format: $(VENV)/dev ## rewrite the sources in the project's format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP)
+
+wheel: $(BIN)/python ## build a wheel and try it in a clean environment
+	$(PIP) build
+	rm -rf dist $(VENV)-wheel
+	$(BIN)/python -m build --wheel --outdir dist
+	$(PYTHON) -m venv $(VENV)-wheel
+	$(VENV)-wheel/bin/pip install -q --disable-pip-version-check -c constraints.txt dist/*.whl
+	cd dist && ../$(VENV)-wheel/bin/pysparse doctor
+	cd dist && ../$(VENV)-wheel/bin/pysparse demo --no-speed --windows 2 --output demo_output
+
+# A second environment over the first one's packages, so that the instrumented module shadows the plain one.
+sanitize: $(VENV)/dev ## kernel and format tests under the address and undefined-behaviour sanitizers
+	rm -rf $(VENV)-sanitize
+	$(PYTHON) -m venv --without-pip $(VENV)-sanitize
+	realpath $(VENV)/lib/python3*/site-packages > $$(echo $(VENV)-sanitize/lib/python3*/site-packages)/dev.pth
+	$(BIN)/pip --python $(VENV)-sanitize install -q --disable-pip-version-check --no-deps . \
+		-C build-dir=build/sanitize -C cmake.define.PYSPARSE_SANITIZE=ON
+	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
+		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONMALLOC=malloc \
+		$(VENV)-sanitize/bin/python -P -m pytest -s -q -p no:cacheprovider python_tests/test_kernels.py python_tests/test_formats.py
+
+clean: ## remove everything that was built
+	rm -rf $(VENV) $(VENV)-wheel $(VENV)-sanitize build dist demo_output
