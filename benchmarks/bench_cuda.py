@@ -350,7 +350,7 @@ def main() -> int:
             continue
         shape = tuple(int(n) for n in text.split("x"))
 
-        def one_shape(shape: tuple[int, int] = shape) -> str:
+        def one_shape(shape: tuple[int, int] = shape, text: str = text) -> str:
             begin = time.perf_counter()
             ready = list(candidates(shape, options.sparsity, seed=sum(shape)))
             packed = time.perf_counter() - begin

@@ -9,7 +9,7 @@ out=${GPU_OUT:?set GPU_OUT to the folder that takes logs and reports}
 archs=${GPU_ARCHS:-90}
 steps=${*:-build test bench sanitize}
 mkdir -p "$out"
-export PYTHONPATH=$PWD PYTHONUNBUFFERED=1 PYSPARSE_CUDA_UNVALIDATED=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+export PATH=$PATH:/usr/local/cuda/bin PYTHONPATH=$PWD PYTHONUNBUFFERED=1 PYSPARSE_CUDA_UNVALIDATED=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 failed=""
 
 step() {  # step NAME SECONDS COMMAND...

@@ -1,7 +1,5 @@
 """Every CUDA kernel against the float64 oracle, and the layers over them. Needs a GPU and a build with CUDA."""
 
-import os
-
 import pytest
 import reference
 import torch
@@ -23,6 +21,9 @@ TOKENS = [1, 2, 3, 4, 5, 8, 9, 16, 17, 32, 33, 64, 65, 200]
 @pytest.fixture(autouse=True)
 def _asked_for(monkeypatch):
     monkeypatch.setenv(backend.UNVALIDATED_VARIABLE, "1")
+    # torch's own product may add partial sums in 16 bits unless told not to
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_bf16_reduced_precision_reduction", False)
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_fp16_reduced_precision_reduction", False)
 
 
 def matrix(name, rows, cols, sparsity, dtype):
@@ -39,10 +40,11 @@ def pack(name, weight, keep=None):
 
 
 def check(actual, x, weight, bias=None):
-    """Compare with the oracle; kernels and cuBLAS may round fp16 results that are subnormal differently."""
-    reference.assert_close(
-        actual.cpu(), x.cpu(), weight.cpu(), None if bias is None else bias.cpu()
-    ) if actual.dtype == torch.bfloat16 else assert_half(actual, x, weight, bias)
+    """Compare with the oracle; for fp16 with room for results that are subnormal."""
+    if actual.dtype == torch.float16:
+        assert_half(actual, x, weight, bias)
+    else:
+        reference.assert_close(actual.cpu(), x.cpu(), weight.cpu(), None if bias is None else bias.cpu())
 
 
 def assert_half(actual, x, weight, bias):
@@ -294,16 +296,12 @@ def test_a_sparse_llama_agrees_with_the_masked_dense():
     assert generated.shape == (1, 32)
 
 
-@pytest.mark.skipif(
-    bool(os.environ.get("PYSPARSE_SKIP_COMPILE")),
-    reason="PYSPARSE_SKIP_COMPILE is set: compiling takes a minute",
-)
 @pytest.mark.parametrize("sparsity", [0.5, 0.8])
 @torch.no_grad()
 def test_compile_fullgraph(sparsity):
     layer = SparseLinear.from_dense(pruned(300, 400, sparsity)).to("cuda")
     x = torch.randn(2, 400, device="cuda").bfloat16()
-    compiled = torch.compile(lambda x: torch.relu(layer(x)) * 2, fullgraph=True)
+    compiled = torch.compile(lambda x: torch.relu(layer(x)) * 2, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(x), torch.relu(layer(x)) * 2)
 
 

@@ -147,7 +147,7 @@ def test_tensor_core_steps_add_up_to_the_product(rows, cols):
 
 def delta_product(packed, x):
     """Multiply as the kernel does: each chunk from its own start, in any order."""
-    rows, cols = packed.shape
+    rows = packed.shape[0]
     padded = torch.nn.functional.pad(x.double(), (0, 8))
     y = torch.zeros(rows, dtype=torch.float64)
     groups = packed.row_groups.tolist()
@@ -335,8 +335,9 @@ needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is no
 
 def compile_cuda(source, arch, target):
     command = [
-        "nvcc", "-std=c++17", "-O3", f"-arch=sm_{arch}", "-I", str(ROOT / "csrc/include"), "-I", str(ROOT / "csrc/cuda"),
-        "-Xptxas=-v", "-Werror=all-warnings", "-Xcompiler=-Wall,-Wextra,-Werror", "-cubin", "-o", str(target), str(source),
+        "nvcc", "-std=c++17", "-O3", f"-arch=sm_{arch}", f"-I{ROOT}/csrc/include", f"-I{ROOT}/csrc/cuda",
+        "-Xptxas=-v", "-Werror=all-warnings", "-Xcompiler=-Wall,-Wextra,-Werror", "-cubin",
+        "-o", str(target), str(source),
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -349,7 +350,10 @@ def compile_cuda(source, arch, target):
 @pytest.mark.parametrize("source", ["delta", "fragment", "pair", "strip"])
 def test_no_spills_and_registers_within_budget(source, arch, tmp_path):
     log = compile_cuda(ROOT / f"csrc/cuda/{source}.cu", arch, tmp_path / "out.cubin")
-    pattern = r"Function properties for (\S+)\n\s+(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) .*\n.*Used (\d+) registers"
+    pattern = (
+        r"Function properties for (\S+)\n\s+(\d+) bytes stack frame, (\d+) bytes spill stores, "
+        r"(\d+) .*\n.*Used (\d+) registers"
+    )
     found = re.findall(pattern, log)
     assert found
     for function, *numbers in found:

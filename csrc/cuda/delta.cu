@@ -235,7 +235,7 @@ cudaError_t launch(const DeltaWeight& w, const Product& p, const Device& card, c
   const int warps = threads / kLanes;
   const int shared = (p.cols + kColumnSlack + 7) / 8 * 8 * static_cast<int>(sizeof(typename Column<kTokens>::Word)) +
                      warps * kTokens * static_cast<int>(sizeof(float));
-  if (shared > card.shared_block) return cudaErrorInvalidValue;
+  if (shared > card.shared_block - 1024) return cudaErrorInvalidValue;  // there are static words, too
   const int fit = threads == 1024 || kTokens == 8 ? 1 : card.threads / threads;  // by registers
   const int blocks = max(1, min(fit, card.shared_total / (shared + 1024)));
   const int team = team_size(p, card.multiprocessors * blocks * warps);

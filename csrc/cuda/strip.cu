@@ -46,7 +46,8 @@ Plan plan(const StripWeight& w, const Product& p, const Device& card) {
   cut.strips = p.tokens <= 2 ? 1 : plan.tiles == 1 ? 2 : plan.tiles == 2 ? 4 : 8;
   cut.stage_bytes = static_cast<int>(ceil_div(w.largest_block, kUnitBytes)) * kUnitBytes;
   const int columns = static_cast<int>(ceil_div(p.cols, kBlockCols));
-  const int budget = min(card.shared_block, card.shared_total / plan.resident - 1024);
+  // 1 KB per thread block is the system's, and the kernel has some static words.
+  const int budget = min(card.shared_block, card.shared_total / plan.resident) - 2048;
   const int ring = strip_stages(plan.tiles) * cut.stage_bytes;  // bytes per warp
   cut.warps = most_warps(plan.tiles);
   while (cut.warps > cut.strips && cut.warps * ring > budget - p.tokens * staged_stride(cut.warps / cut.strips))

@@ -21,7 +21,11 @@ class DevicePacking(Protocol):
     """What every packing offers; the arrays are its tensor fields."""
 
     name: ClassVar[str]
-    shape: tuple[int, int]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(R, C) = (out_features, in_features)."""
+        ...
 
     def to_bitmap(self) -> BitmapTensor:
         """Return the row-major form, on the packing's device."""
@@ -89,8 +93,10 @@ class DeltaRows:
             host.values.data_ptr(), rows, cols, *at, row_groups.data_ptr(), values.data_ptr(), deltas.data_ptr(),
             chunk_cols.data_ptr(),
         )  # fmt: skip
-        arrays = (t.to(bitmap.device) for t in (values, deltas, row_groups, chunk_cols))
-        return cls(*arrays, bitmap.shape)
+        device = bitmap.device
+        return cls(
+            values.to(device), deltas.to(device), row_groups.to(device), chunk_cols.to(device), bitmap.shape
+        )
 
     def to_bitmap(self) -> BitmapTensor:
         """Return the row-major form; exact but for the sign of stored zeros."""

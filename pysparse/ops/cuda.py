@@ -32,8 +32,8 @@ _library.define(
     "delta_linear(Tensor x, Tensor values, Tensor deltas, Tensor row_groups, Tensor chunk_cols, Tensor? bias) -> Tensor"
 )
 _library.define(
-    "delta_unpack(Tensor values, Tensor deltas, Tensor row_groups, Tensor chunk_cols, int cols, int first_row, int rows)"
-    " -> Tensor"
+    "delta_unpack(Tensor values, Tensor deltas, Tensor row_groups, Tensor chunk_cols, int cols, int first_row, "
+    "int rows) -> Tensor"
 )
 _library.define(
     "fragment_linear(Tensor x, Tensor stream, Tensor offsets, Tensor? bias, int out_features, int largest_block)"
@@ -336,7 +336,9 @@ def _backward(
 
 
 def _delta_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return _backward(grad, DeltaRows(*ctx.inputs[1:5], (ctx.rows, ctx.cols)), ctx, 5, 6)
+    _, values, deltas, row_groups, chunk_cols, _ = ctx.inputs
+    weight = DeltaRows(values, deltas, row_groups, chunk_cols, (ctx.rows, ctx.cols))
+    return _backward(grad, weight, ctx, 5, 6)
 
 
 def _fragment_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
