@@ -6,6 +6,7 @@ current stream, nothing waits, and workspace comes from torch's allocator.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
@@ -350,7 +351,8 @@ def _pair_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return _backward(grad, PairBlocks(ctx.inputs[1], (ctx.rows, ctx.cols)), ctx, 2, 4)
 
 
-_OPS = {
+_Backward = Callable[[Any, Tensor], tuple[Tensor | None, ...]]
+_OPS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor], _Backward | None]] = {
     "delta_linear": (_delta_linear, _delta_linear_fake, _delta_backward),
     "fragment_linear": (_fragment_linear, _fragment_linear_fake, _fragment_backward),
     "pair_linear": (_pair_linear, _pair_linear_fake, _pair_backward),
