@@ -81,13 +81,17 @@ def test_linear_matches_the_oracle(name, dtype, tokens):
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize(("rows", "cols"), [(4096, 4096), (1024, 4096), (4096, 11008), (2048, 28672)])
-@pytest.mark.parametrize("tokens", [1, 2, 8, 16, 64])
-def test_layers_of_real_models(name, rows, cols, tokens):
-    weight = matrix(name, rows, cols, 0.7, torch.bfloat16)
-    x = torch.randn(tokens, cols, device="cuda").bfloat16()
-    y = ops.packed_linear(x, pack(name, weight))
-    exact = x.double() @ weight.double().T
-    assert (y.double() - exact).norm() / exact.norm() < 4e-3
+def test_layers_of_real_models(name, rows, cols):
+    weight = torch.randn(rows, cols, device="cuda").bfloat16()
+    weight *= torch.rand(rows, cols, device="cuda") >= 0.7
+    if name == "pair":
+        weight[:, 1::4] = weight[:, 2::4] = 0
+    packed = pack(name, weight)
+    for tokens in (1, 2, 3, 8, 16, 20, 64):
+        x = torch.randn(tokens, cols, device="cuda").bfloat16()
+        y = ops.packed_linear(x, packed)
+        exact = x.double() @ weight.double().T
+        assert (y.double() - exact).norm() / exact.norm() < 4e-3, tokens
 
 
 @pytest.mark.parametrize("name", NAMES)
