@@ -2,6 +2,7 @@
 
 from pysparse.formats.bitmap import BitmapTensor
 from pysparse.formats.csr import CsrTensor
+from pysparse.formats.device import PACKINGS, DeltaRows, FragmentBitmap, PairBlocks
 from pysparse.formats.tiled import TiledBitmap
 
 FORMATS: dict[str, type[BitmapTensor] | type[CsrTensor]] = {
@@ -9,4 +10,13 @@ FORMATS: dict[str, type[BitmapTensor] | type[CsrTensor]] = {
     "csr": CsrTensor,
 }
 
-__all__ = ["FORMATS", "BitmapTensor", "CsrTensor", "TiledBitmap"]
+__all__ = [
+    "FORMATS",
+    "PACKINGS",
+    "BitmapTensor",
+    "CsrTensor",
+    "DeltaRows",
+    "FragmentBitmap",
+    "PairBlocks",
+    "TiledBitmap",
+]
