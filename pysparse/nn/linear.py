@@ -33,6 +33,7 @@ class SparseLinear(nn.Module):
     values: Tensor | None
     masks: Tensor | None
     tile_offsets: Tensor | None
+    bias: nn.Parameter | None
 
     def __init__(
         self,
@@ -162,7 +163,7 @@ class SparseLinear(nn.Module):
         moved = after.device.type != before.device.type
         if moved or (self._device_weight is not None and after.dtype != before.dtype):
             self._set_canonical(self.bitmap())
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self.pack() if moved else self
 
     def _first_buffer(self) -> Tensor:
@@ -179,21 +180,23 @@ class SparseLinear(nn.Module):
         weight = self.bitmap().to_dense()
         linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
         linear.weight = nn.Parameter(weight, requires_grad=False)
-        linear.bias = self.bias
+        linear.register_parameter("bias", self.bias)
         return linear.train(self.training)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return [..., out_features] for ``x`` [..., in_features] of the weight's dtype."""
         buffers = self._buffers
-        masks, values = buffers["masks"], buffers["values"]
-        if masks is None or not masks.is_cpu or values is None or values.dtype not in ops.KERNEL_DTYPES:
+        masks, values, tile_offsets = buffers["masks"], buffers["values"], buffers["tile_offsets"]
+        if masks is None or values is None or tile_offsets is None:
+            return self._forward_slow(x)
+        if not masks.is_cpu or values.dtype not in ops.KERNEL_DTYPES:
             return self._forward_slow(x)
         if x.size(-1) != self.in_features:
             raise ValueError(f"x has {x.size(-1)} features, the layer takes {self.in_features}")
         if x.dtype is not values.dtype and torch.is_autocast_enabled("cpu"):
             x = x.to(values.dtype)  # packed weights keep their dtype: autocast moves the input instead
         return ops.call_bitmap_linear(
-            x, values, masks, buffers["tile_offsets"], self._parameters["bias"], self.out_features
+            x, values, masks, tile_offsets, self._parameters["bias"], self.out_features
         )
 
     def _forward_slow(self, x: Tensor) -> Tensor:
