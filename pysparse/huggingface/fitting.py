@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pysparse.huggingface.layout import BITMASK, PARTS, TRIPWIRE, CheckpointError, Layout
+from pysparse.huggingface.layout import BITMASK, LEGACY_BITMASK, PARTS, TRIPWIRE, CheckpointError, Layout
 from pysparse.huggingface.reader import Checkpoint
 from pysparse.measure.size import TensorEntry
 
@@ -33,8 +33,16 @@ class PackedLayer:
 
     path: str  # in the model
     stored: str  # in the file: may have the base model's prefix more or less
-    rows: int
-    cols: int
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PackedTensor:
+    """A packed weight of something else than a linear layer, which only legacy checkpoints have."""
+
+    name: str  # of the parameter in the model
+    stored: str
+    shape: tuple[int, ...]
 
 
 class Fit:
@@ -48,33 +56,47 @@ class Fit:
         self.model, self.checkpoint, self.layout = model, checkpoint, layout
         self.prefix = f"{getattr(model, 'base_model_prefix', '')}."
         architectures = getattr(model.config, "architectures", None) or []
-        self.same_class = type(model).__name__ in architectures
+        # Legacy files may carry names that transformers has changed since, and translates while it loads.
+        self.same_class = layout.format == BITMASK and type(model).__name__ in architectures
 
-    def packed_layers(self) -> list[PackedLayer]:
-        """Check each packed layer against the file and the model; CheckpointError on the first contradiction."""
+    def packed(self) -> tuple[list[PackedLayer], list[PackedTensor]]:
+        """Check each packed weight against the file and the model; CheckpointError on the first contradiction.
+
+        Returns the linear layers, and the weights that are to be written out densely.
+        """
         shapes = self.checkpoint.check(self.layout)
         modules = {path: module for path, module in self.model.named_modules() if path}
-        layers = []
-        for stored, (rows, cols) in shapes.items():
-            path = self._in_model(stored, modules)
-            if path is None:
-                if self.same_class or stored.startswith(self.prefix):
-                    raise CheckpointError(
-                        f"{self._file(stored)}: layer '{stored}' is packed, but {type(self.model).__name__} as "
-                        "described by config.json has no such layer"
-                    )
-                continue  # belongs to a head that this class does not have
-            linear = modules[path]
-            if type(linear) is not nn.Linear or tuple(linear.weight.shape) != (rows, cols):
+        parameters = dict(self.model.named_parameters(remove_duplicate=False))
+        layers: list[PackedLayer] = []
+        tensors: list[PackedTensor] = []
+        for stored, shape in shapes.items():
+            path = self._in_model(stored, modules) or self._in_model(stored.removesuffix(".weight"), modules)
+            name = self._in_model(stored, parameters) or self._in_model(f"{stored}.weight", parameters)
+            if path is not None and _is_linear(modules[path], shape):
+                layers.append(PackedLayer(path, stored, shape))
+            elif self._takes_dense(name, shape, parameters):
+                tensors.append(PackedTensor(str(name), stored, shape))
+            elif path is not None or name is not None:
+                found = modules[path] if path is not None else parameters[str(name)]
                 raise CheckpointError(
-                    f"{self._file(stored)}: layer '{stored}' is packed as {rows} x {cols}, in the model it is "
-                    f"{_described(linear)}"
+                    f"{self._file(stored)}: layer '{stored}' is packed with shape {shape}, in the model it is "
+                    f"{_described(found)}"
                 )
-            layers.append(PackedLayer(path, stored, rows, cols))
-        return layers
+            elif self.same_class or stored.startswith(self.prefix):
+                raise CheckpointError(
+                    f"{self._file(stored)}: layer '{stored}' is packed, but {type(self.model).__name__} as "
+                    "described by config.json has no such layer"
+                )  # else it belongs to a head that this class does not have
+        return layers, tensors
+
+    def _takes_dense(
+        self, name: str | None, shape: tuple[int, ...], parameters: Mapping[str, Tensor]
+    ) -> bool:
+        legacy = self.layout.format == LEGACY_BITMASK
+        return legacy and name is not None and tuple(parameters[name].shape) == shape
 
     def check_dense(self, expected: Mapping[str, Tensor], *, shapes: bool) -> None:
-        """Check the tensors that transformers will load against the model's state dict.
+        """Check the tensors that transformers will load against those of the model's state dict.
 
         ``shapes`` False lets tensors of another shape pass, for callers that re-initialise them.
         """
@@ -129,10 +151,8 @@ class Fit:
 
     def _in_model(self, name: str, names: Mapping[str, Any]) -> str | None:
         """Return ``name`` as the model spells it: a base model's names lack a prefix that a head's have."""
-        for candidate in (name, name.removeprefix(self.prefix), self.prefix + name):
-            if candidate in names:
-                return candidate
-        return None
+        others = () if self.same_class else (name.removeprefix(self.prefix), self.prefix + name)
+        return next((candidate for candidate in (name, *others) if candidate in names), None)
 
     def _file(self, layer: str) -> str:
         return str(self.checkpoint.tensors[f"{layer}.bitmask"].path)
@@ -147,10 +167,14 @@ def kept_in_float32(model: nn.Module, name: str, dtype: torch.dtype) -> bool:
     return half and any(re.search(pattern.replace("*", ".*"), name) for pattern in patterns)
 
 
-def _described(module: nn.Module) -> str:
-    weight = getattr(module, "weight", None)
-    shape = f" of {' x '.join(map(str, weight.shape))}" if isinstance(weight, Tensor) else ""
-    return f"a {type(module).__name__}{shape}"
+def _is_linear(module: nn.Module, shape: tuple[int, ...]) -> bool:
+    return type(module) is nn.Linear and tuple(module.weight.shape) == shape
+
+
+def _described(found: nn.Module | Tensor) -> str:
+    weight = getattr(found, "weight", found)
+    shape = f" of shape {tuple(weight.shape)}" if isinstance(weight, Tensor) else ""
+    return f"a {type(found).__name__}{shape}"
 
 
 def _without(names: set[str], patterns: Iterable[str] | None) -> set[str]:

@@ -12,13 +12,17 @@ from typing import Any
 
 QUANT_METHOD = "pysparse"
 VERSION = 1  # of the layout on disk; a reader refuses a later one
-BITMASK = "sparse-bitmask"
-BITMASK_24 = "sparse-24-bitmask"  # read only: exactly two kept of each four, without row offsets
+BITMASK = "sparse-bitmask"  # what we write
+# Read only, written by compressed-tensors up to 0.14: the same, where also embeddings, vectors and stacked
+# matrices may be packed; and exactly two kept of each four, without row offsets.
+LEGACY_BITMASK = "legacy-bitmask"
+LEGACY_24 = "legacy-24-bitmask"
 
 # What lies in the file as <layer>.<part> in the place of <layer>.weight.
 PARTS: dict[str, tuple[str, ...]] = {
     BITMASK: ("compressed", "bitmask", "row_offsets", "shape"),
-    BITMASK_24: ("compressed", "bitmask", "shape"),
+    LEGACY_BITMASK: ("compressed", "bitmask", "row_offsets", "shape"),
+    LEGACY_24: ("compressed", "bitmask", "shape"),
 }
 # An empty tensor under the dense weight's own name. A loader that does not know the format would find no
 # weight, fill the layer with random numbers and go on; with this it stops at a size mismatch.

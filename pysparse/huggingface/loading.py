@@ -121,9 +121,13 @@ def _read_config(source: Source, kwargs: dict[str, Any]) -> tuple[Any, dict[str,
 
 def _build(source: Source, config: Any, kwargs: dict[str, Any]) -> Any:
     """Build and fill the model; tell a config that describes no model from other failures."""
-    model_class = _model_class(source, config)
+    model_class = _model_class(source, config, remote_code=bool(kwargs.get("trust_remote_code")))
     try:
-        return model_class.from_pretrained(source.folder, config=config, **kwargs)
+        model, info = model_class.from_pretrained(
+            source.folder, config=config, output_loading_info=True, **kwargs
+        )
+        _check_complete(source, info)
+        return model
     except (CheckpointError, MemoryError, ImportError):
         raise
     except Exception as error:
@@ -135,6 +139,16 @@ def _build(source: Source, config: Any, kwargs: dict[str, Any]) -> Any:
         raise
 
 
+def _check_complete(source: Source, info: dict[str, Any]) -> None:
+    """Legacy files list no names of their own to check, so hear what transformers found missing."""
+    missing = sorted(info["missing_keys"])
+    if source.legacy and missing:
+        raise CheckpointError(
+            f"{source.folder}: the model needs tensor '{missing[0]}', which is missing (as are "
+            f"{len(missing) - 1} others)"
+        )
+
+
 def _describes_a_model(model_class: Any, config: Any) -> bool:
     try:
         with torch.device("meta"):
@@ -144,24 +158,24 @@ def _describes_a_model(model_class: Any, config: Any) -> bool:
     return True
 
 
-def _model_class(source: Source, config: Any) -> Any:
-    """Return the class that config.json's ``architectures`` names, an Auto class for remote code."""
-    architectures = getattr(config, "architectures", None) or []
-    custom = getattr(config, "auto_map", None) or {}
-    for auto in (name for name in custom if name.startswith("AutoModel")):
-        return getattr(transformers, auto)
-    if not architectures:
+def _model_class(source: Source, config: Any, *, remote_code: bool) -> Any:
+    """Return the class that config.json's ``architectures`` names; for trusted remote code, its Auto class."""
+    custom = source.config.get("auto_map")
+    if remote_code and isinstance(custom, dict):
+        known = [name for name in custom if name.startswith("AutoModel") and hasattr(transformers, name)]
+        if known:
+            return getattr(transformers, known[0])
+    architectures = source.config.get("architectures")
+    if architectures is None and source.layout is None:
         return AutoModel
-    name = architectures[0]
+    name = architectures[0] if isinstance(architectures, list) and architectures else architectures
     found = getattr(transformers, name, None) if isinstance(name, str) else None
-    if not (
-        isinstance(found, type) and issubclass(found, PreTrainedModel) and found.config_class is type(config)
-    ):
-        raise CheckpointError(
-            f"{source.folder / 'config.json'}: architectures names {str(name)[:60]!r}, which is no model of type "
-            f"'{config.model_type}' in transformers {transformers.__version__}"
-        )
-    return found
+    if isinstance(found, type) and issubclass(found, PreTrainedModel) and found.config_class is type(config):
+        return found
+    raise CheckpointError(
+        f"{source.folder / 'config.json'}: architectures names {str(name)[:60]!r}, which is no model of type "
+        f"'{config.model_type}' in transformers {transformers.__version__}"
+    )
 
 
 def _is_cpu(device_map: Any) -> bool:

@@ -8,7 +8,7 @@ about mismatched or missing tensors stand between a file and the kernels.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextvars import ContextVar
 from typing import Any
 
@@ -19,11 +19,13 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from pysparse.formats import BitmapTensor
-from pysparse.huggingface.fitting import Fit, PackedLayer, kept_in_float32
+from pysparse.huggingface.fitting import Fit, PackedLayer, PackedTensor, kept_in_float32
 from pysparse.huggingface.layout import BITMASK, PARTS, QUANT_METHOD, TRIPWIRE, CheckpointError, Layout
 from pysparse.huggingface.packing import packed_state_dict
 from pysparse.huggingface.reader import Checkpoint
 from pysparse.nn import DenseLinear, SparseLinear, densify_
+
+_NAMES = (*PARTS[BITMASK], TRIPWIRE)
 
 # Set by from_pretrained(ignore_mismatched_sizes=True), which transformers does not tell a quantizer.
 ALLOW_OTHER_SHAPES: ContextVar[bool] = ContextVar("pysparse_allow_other_shapes", default=False)
@@ -75,6 +77,7 @@ class PysparseQuantizer(HfQuantizer):
         super().__init__(quantization_config, **kwargs)
         self._checkpoint: Checkpoint | None = None
         self._layers: list[PackedLayer] = []
+        self._tensors: list[PackedTensor] = []
         self._expected: dict[str, tuple[torch.Size, torch.dtype]] = {}
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
@@ -112,14 +115,18 @@ class PysparseQuantizer(HfQuantizer):
         layout = self.quantization_config.layout
         self._checkpoint = Checkpoint(checkpoint_files)
         fit = Fit(model, self._checkpoint, layout)
-        self._layers = fit.packed_layers()
+        self._layers, self._tensors = fit.packed()
         for layer in self._layers:
             model.set_submodule(layer.path, Placeholder(model.get_submodule(layer.path)))
         expected = model.state_dict()
-        fit.check_dense(expected, shapes=not ALLOW_OTHER_SHAPES.get())
+        ours = {tensor.name for tensor in self._tensors}
+        fit.check_dense(
+            {n: t for n, t in expected.items() if n not in ours}, shapes=not ALLOW_OTHER_SHAPES.get()
+        )
         self._expected = {name: (tensor.shape, tensor.dtype) for name, tensor in expected.items()}
-        ignored = model._keys_to_ignore_on_load_unexpected or ()
-        model._keys_to_ignore_on_load_unexpected = _Patterns((*ignored, *_packed_names(self._layers)))
+        stored = [layer.stored for layer in self._layers] + [tensor.stored for tensor in self._tensors]
+        _ignore(model, "_keys_to_ignore_on_load_unexpected", stored, rf"\.(?:{'|'.join(_NAMES)})")
+        _ignore(model, "_keys_to_ignore_on_load_missing", ours, "")
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
@@ -127,24 +134,32 @@ class PysparseQuantizer(HfQuantizer):
         if checkpoint is None:
             raise RuntimeError("weights were loaded without the step that prepares the model for them")
         _settle(model, self._expected)
+        layout = self.quantization_config.layout
         for layer in self._layers:
-            bitmap = checkpoint.read(layer.stored, self.quantization_config.layout, (layer.rows, layer.cols))
-            _seat(model, layer.path, bitmap)
+            _seat(model, layer.path, checkpoint.read(layer.stored, layout, layer.shape))
+        for tensor in self._tensors:
+            weight = checkpoint.read(tensor.stored, layout, tensor.shape).to_dense().view(tensor.shape)
+            model.get_parameter(tensor.name).data.copy_(weight)
         for path, module in list(model.named_modules()):
             if path and type(module) is nn.Linear:
                 model.set_submodule(path, DenseLinear.from_linear(module))
         # Names on disk are the model's own: nothing is to be renamed back when it is saved.
         model._weight_conversions = []
-        self._layers, self._expected = [], {}
+        nnz = {layer.path: layout.nnz[layer.stored] for layer in self._layers}
+        self._set_layout(model, Layout(nnz, layout.dense))
+        self._layers, self._tensors, self._expected = [], [], {}
         return model
+
+    def _set_layout(self, model: Any, layout: Layout) -> None:
+        self.quantization_config = PysparseConfig(layout)
+        model.config.quantization_config = self.quantization_config
 
     def get_state_dict_and_metadata(
         self, model: Any, *args: Any, **kwargs: Any
     ) -> tuple[Any, dict[str, str]]:
         """Return what ``model.save_pretrained`` writes, and renew the config that goes beside it."""
         state, layout = packed_state_dict(model)
-        self.quantization_config = PysparseConfig(layout)
-        model.config.quantization_config = self.quantization_config
+        self._set_layout(model, layout)
         return state, {}
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
@@ -164,12 +179,11 @@ class _Patterns(set[str]):
         return [*self, *other]
 
 
-def _packed_names(layers: Sequence[PackedLayer]) -> list[str]:
-    """Return one regular expression that finds the tensors that transformers must not miss a place for."""
-    if not layers:
-        return []
-    paths = "|".join(re.escape(layer.path) for layer in layers)
-    return [rf"(?:^|\.)(?:{paths})\.(?:{'|'.join((*PARTS[BITMASK], TRIPWIRE))})$"]
+def _ignore(model: Any, attribute: str, names: Iterable[str], suffix: str) -> None:
+    """Let transformers' report pass over ``names``, which are ours to load; releases add or lose a prefix."""
+    prefix = f"{model.base_model_prefix}."
+    expressions = [rf"(?:^|\.){re.escape(name.removeprefix(prefix))}{suffix}$" for name in names]
+    setattr(model, attribute, _Patterns((*(getattr(model, attribute) or ()), *expressions)))
 
 
 def _settle(model: Any, expected: Mapping[str, tuple[torch.Size, torch.dtype]]) -> None:

@@ -7,7 +7,9 @@ size that a file merely claims, and no kernel sees an array before the last chec
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +18,20 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from pysparse.formats import BitmapTensor
-from pysparse.huggingface.layout import BITMASK, BITMASK_24, TRIPWIRE, CheckpointError, Layout
+from pysparse.huggingface.layout import (
+    BITMASK,
+    LEGACY_24,
+    LEGACY_BITMASK,
+    TRIPWIRE,
+    CheckpointError,
+    Layout,
+)
 from pysparse.measure.size import ITEM_BYTES, TensorEntry, read_header
 
 _MAX_HEADER = 100_000_000  # bytes; the format's own limit
-_MAX_SIZE = 2**31 - 1  # of one side of a matrix
+_MAX_SIDE = 2**31 - 1  # of one dimension of a weight
+Shape = tuple[int, ...]
+
 _VALUE_DTYPES = ("F32", "BF16", "F16")
 
 
@@ -45,8 +56,8 @@ class Checkpoint:
         paths = [name.removesuffix(".bitmask") for name in self.tensors if name.endswith(".bitmask")]
         return [path for path in paths if all(f"{path}.{part}" in self.tensors for part in parts)]
 
-    def check(self, layout: Layout) -> dict[str, tuple[int, int]]:
-        """Check every packed layer's tensors against ``layout``; return each layer's (rows, columns).
+    def check(self, layout: Layout) -> dict[str, Shape]:
+        """Check every packed layer's tensors against ``layout``; return each weight's shape.
 
         CheckpointError names the file, the tensor and the bound when something is missing, unaccounted for,
         or of a dtype or shape that contradicts the rest. Reads the ``shape`` tensors and no other data.
@@ -59,18 +70,22 @@ class Checkpoint:
                 )
         return {path: self._check_layer(path, nnz, layout) for path, nnz in layout.nnz.items()}
 
-    def _check_layer(self, path: str, nnz: int, layout: Layout) -> tuple[int, int]:
+    def _check_layer(self, path: str, nnz: int, layout: Layout) -> Shape:
+        codec = _CODECS[layout.format]
         parts = {part: self._entry(f"{path}.{part}") for part in layout.parts}
-        rows, cols = self._read_shape(path, parts["shape"], layout.format)
+        shape = self._read_shape(path, parts["shape"], codec.ranks)
         compressed = parts["compressed"]
-        values = (nnz,) if layout.format == BITMASK else (rows, cols // 2)
+        try:
+            values = codec.values(nnz, shape)
+        except ValueError as error:
+            raise CheckpointError(f"{compressed.path}: layer '{path}': {error}") from None
         _expect(compressed, f"{path}.compressed", _VALUE_DTYPES, values)
-        _expect(parts["bitmask"], f"{path}.bitmask", ("U8",), (rows, (cols + 7) // 8))
+        _expect(parts["bitmask"], f"{path}.bitmask", ("U8",), (*shape[:-1], (shape[-1] + 7) // 8))
         if "row_offsets" in parts:
-            _expect(parts["row_offsets"], f"{path}.row_offsets", ("I64",), (rows,))
-        if nnz > rows * cols or (layout.format == BITMASK_24 and (2 * nnz != rows * cols or nnz % 2)):
+            _expect(parts["row_offsets"], f"{path}.row_offsets", ("I64",), shape[:-1])
+        if nnz > math.prod(shape):
             raise CheckpointError(
-                f"{compressed.path}: layer '{path}' is {rows} x {cols}, it cannot keep {nnz} weights"
+                f"{compressed.path}: layer '{path}' of shape {shape} cannot keep {nnz} weights"
             )
         tripwire = self.tensors.get(f"{path}.{TRIPWIRE}")
         if tripwire is not None and tripwire.size != 0:
@@ -78,46 +93,40 @@ class Checkpoint:
                 f"{tripwire.path}: layer '{path}' is stored packed and as a dense '{path}.{TRIPWIRE}' of "
                 f"{tripwire.size} bytes: which one holds is not to be told"
             )
-        return rows, cols
+        return shape
 
     def _entry(self, name: str) -> TensorEntry:
         if name not in self.tensors:
             raise CheckpointError(f"{self.where}: tensor '{name}' is missing")
         return self.tensors[name]
 
-    def _read_shape(self, path: str, entry: TensorEntry, format: str) -> tuple[int, int]:
+    def _read_shape(self, path: str, entry: TensorEntry, ranks: Sequence[int]) -> Shape:
         name = f"{path}.shape"
-        if entry.dtype != "I64" or entry.shape not in ((2,), (2, 1)):
+        if entry.dtype != "I64" or entry.shape not in [s for rank in ranks for s in ((rank,), (rank, 1))]:
             raise CheckpointError(
-                f"{entry.path}: tensor '{name}' must be I64 (2,) for a matrix, got {entry.dtype} {entry.shape}"
+                f"{entry.path}: tensor '{name}' must be I64 with as many numbers as the weight has dimensions "
+                f"({' or '.join(map(str, ranks))}), got {entry.dtype} {entry.shape}"
             )
-        rows, cols = entry.read_integers()
-        if not (0 < rows <= _MAX_SIZE and 0 < cols <= _MAX_SIZE):
+        shape = tuple(entry.read_integers())
+        if not all(0 < side <= _MAX_SIDE for side in shape):
             raise CheckpointError(
-                f"{entry.path}: tensor '{name}' says {rows} x {cols}; both must be from 1 to {_MAX_SIZE}"
+                f"{entry.path}: tensor '{name}' says {shape}; each side must be from 1 to {_MAX_SIDE}"
             )
-        if format == BITMASK_24 and cols % 2:
-            raise CheckpointError(
-                f"{entry.path}: tensor '{name}' says {cols} columns; 2:4 needs an even number"
-            )
-        return rows, cols
+        return shape
 
-    def read(self, path: str, layout: Layout, shape: tuple[int, int]) -> BitmapTensor:
+    def read(self, path: str, layout: Layout, shape: Shape) -> BitmapTensor:
         """Read layer ``path``, checked by :meth:`check`, and validate its bits, offsets and counts.
 
-        Returns arrays in the dtype of the file, on the CPU, that may be views of the mapped file.
+        Returns arrays in the dtype of the file, on the CPU, that may be views of the mapped file. A weight of
+        another rank comes as the matrix of its last dimension.
         """
         arrays = {part: self.tensor(f"{path}.{part}") for part in layout.parts if part != "shape"}
-        bitmap = _READERS[layout.format](arrays, shape)
         try:
-            bitmap.validate()
-            if layout.format == BITMASK_24:
-                _check_groups_of_four(bitmap)
+            return _CODECS[layout.format].decode(arrays, shape)
         except ValueError as error:
             raise CheckpointError(
                 f"{self.tensors[path + '.bitmask'].path}: layer '{path}': {error}"
             ) from None
-        return bitmap
 
     def tensor(self, name: str) -> Tensor:
         """Return one tensor; CheckpointError when it is missing or the file cannot be read."""
@@ -132,27 +141,40 @@ class Checkpoint:
     @property
     def where(self) -> str:
         """Name the file, or the folder of several, for error messages."""
-        return (
-            str(self.files[0])
-            if len(self.files) == 1
-            else f"{self.files[0].parent} ({len(self.files)} files)"
+        one = len(self.files) == 1
+        return str(self.files[0]) if one else f"{self.files[0].parent} ({len(self.files)} files)"
+
+
+def _decode(arrays: Mapping[str, Tensor], shape: Shape) -> BitmapTensor:
+    if len(shape) != 2:  # the offsets of other ranks were written to no purpose: nothing can index by them
+        return _decode_without_offsets(arrays, shape)
+    bitmap = BitmapTensor(
+        arrays["compressed"], arrays["bitmask"], arrays["row_offsets"], (shape[0], shape[1])
+    )
+    bitmap.validate()
+    return bitmap
+
+
+def _decode_without_offsets(arrays: Mapping[str, Tensor], shape: Shape) -> BitmapTensor:
+    rows, cols = math.prod(shape[:-1]), shape[-1]
+    bitmask = arrays["bitmask"].reshape(rows, -1)
+    counts = _popcount(bitmask).sum(dim=1)
+    bitmap = BitmapTensor(arrays["compressed"].flatten(), bitmask, counts.cumsum(0) - counts, (rows, cols))
+    bitmap.validate()
+    return bitmap
+
+
+def _decode_24(arrays: Mapping[str, Tensor], shape: Shape) -> BitmapTensor:
+    bitmap = _decode_without_offsets(arrays, shape)
+    counts = bitmap.keep_mask().flatten().view(-1, 4).sum(dim=1)  # a group may cross the end of a row
+    wrong = (counts != 2).nonzero()
+    if wrong.numel():
+        first = 4 * int(wrong[0])
+        raise ValueError(
+            f"2:4 keeps 2 of each 4 weights, but weights {first} to {first + 3} (row-major) keep "
+            f"{int(counts[wrong[0]])}"
         )
-
-
-def _from_bitmask(arrays: Mapping[str, Tensor], shape: tuple[int, int]) -> BitmapTensor:
-    return BitmapTensor(arrays["compressed"], arrays["bitmask"], arrays["row_offsets"], shape)
-
-
-def _from_bitmask_24(arrays: Mapping[str, Tensor], shape: tuple[int, int]) -> BitmapTensor:
-    """Fill in the row offsets that this format leaves out; a group of four may cross a row's end."""
-    counts = _popcount(arrays["bitmask"]).sum(dim=1)
-    return BitmapTensor(arrays["compressed"].flatten(), arrays["bitmask"], counts.cumsum(0) - counts, shape)
-
-
-_READERS: dict[str, Callable[[Mapping[str, Tensor], tuple[int, int]], BitmapTensor]] = {
-    BITMASK: _from_bitmask,
-    BITMASK_24: _from_bitmask_24,
-}
+    return bitmap
 
 
 def _popcount(bytes_: Tensor) -> Tensor:
@@ -161,15 +183,26 @@ def _popcount(bytes_: Tensor) -> Tensor:
     return table[bytes_.long()]
 
 
-def _check_groups_of_four(bitmap: BitmapTensor) -> None:
-    counts = bitmap.keep_mask().flatten().view(-1, 4).sum(dim=1)
-    wrong = (counts != 2).nonzero()
-    if wrong.numel():
-        first = 4 * int(wrong[0])
-        raise ValueError(
-            f"2:4 keeps 2 of each 4 weights, but weights {first} to {first + 3} (row-major) keep "
-            f"{int(counts[wrong[0]])}"
-        )
+def _half_of_each_row(nnz: int, shape: Shape) -> Shape:
+    if math.prod(shape) % 4:
+        raise ValueError(f"a 2:4 weight has a multiple of 4 entries, not {shape[0]} x {shape[1]}")
+    return (shape[0], shape[1] // 2)
+
+
+@dataclass(frozen=True, slots=True)
+class Codec:
+    """How one format id is laid out."""
+
+    ranks: tuple[int, ...]  # dimensions that a weight may have
+    values: Callable[[int, Shape], Shape]  # nnz and the weight's shape -> shape of the stored values
+    decode: Callable[[Mapping[str, Tensor], Shape], BitmapTensor]  # ValueError where arrays disagree
+
+
+_CODECS: dict[str, Codec] = {
+    BITMASK: Codec((2,), lambda nnz, shape: (nnz,), _decode),
+    LEGACY_BITMASK: Codec((1, 2, 3), lambda nnz, shape: (nnz,), _decode),
+    LEGACY_24: Codec((2,), _half_of_each_row, _decode_24),
+}
 
 
 def _expect(entry: TensorEntry, name: str, dtypes: Sequence[str], shape: tuple[int, ...]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,8 @@ from pysparse.huggingface.layout import QUANT_METHOD, VERSION, Layout
 from pysparse.huggingface.packing import dense_state_dict, legacy_config, packed_state_dict
 from pysparse.nn import SparseLinear
 from pysparse.nn.convert import MIN_SPARSITY
+
+logger = logging.getLogger("pysparse")
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +37,8 @@ class Export:
 
 def _native(model: nn.Module, min_sparsity: float) -> Export:
     state, layout = packed_state_dict(model, min_sparsity)
+    if not layout.nnz:
+        return _nothing_packed(state, min_sparsity)
     return Export(state, layout.to_dict(), len(layout.nnz), True)
 
 
@@ -43,7 +48,17 @@ def _dense(model: nn.Module, min_sparsity: float) -> Export:
 
 def _legacy(model: nn.Module, min_sparsity: float) -> Export:
     state, layout = packed_state_dict(model, min_sparsity, tripwire=False)
+    if not layout.nnz:
+        return _nothing_packed(state, min_sparsity)
     return Export(state, legacy_config(layout, _sparsity(model, layout)), len(layout.nnz), True)
+
+
+def _nothing_packed(state: dict[str, Tensor], min_sparsity: float) -> Export:
+    logger.warning(
+        "no linear layer has %.0f %% zeros or more: the checkpoint is an ordinary dense one, and no smaller",
+        100 * min_sparsity,
+    )
+    return Export(state, None, 0, False)
 
 
 FORMATS: dict[str, Callable[[nn.Module, float], Export]] = {
@@ -135,7 +150,7 @@ def _own_files(model: nn.Module, format: str, export: Export) -> dict[str, str]:
     }
     return {
         MARKER: json.dumps(facts, indent=2, sort_keys=True) + "\n",
-        "README.md": model_card(type(model).__name__, format, export.packed),
+        "README.md": model_card(type(model).__name__, format if export.packed else "dense", export.packed),
     }
 
 

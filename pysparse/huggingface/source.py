@@ -9,9 +9,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pysparse.huggingface.layout import BITMASK, BITMASK_24, QUANT_METHOD, CheckpointError, Layout
+from pysparse.huggingface.layout import (
+    LEGACY_24,
+    LEGACY_BITMASK,
+    PARTS,
+    QUANT_METHOD,
+    CheckpointError,
+    Layout,
+)
 from pysparse.huggingface.reader import Checkpoint
 
+_LEGACY = {"sparse-bitmask": LEGACY_BITMASK, "sparse-24-bitmask": LEGACY_24}
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 _MAX_JSON = 100_000_000  # bytes of a config or an index: far beyond any real one
@@ -39,6 +47,7 @@ class Source:
         files = weight_files(folder)
         checkpoint = Checkpoint(files) if files else None
         if checkpoint is None:
+            _expect_no_layers(folder, config)
             return cls(folder, config, None, None)
         layout, legacy = _layout(config, checkpoint)
         if layout is not None:
@@ -63,6 +72,14 @@ def weight_files(folder: Path) -> list[Path]:
     files = sorted({folder / file for file in weights.values()})
     _check_index(folder / _INDEX, weights, files)
     return files
+
+
+def _expect_no_layers(folder: Path, config: Mapping[str, Any]) -> None:
+    entries = config.get("quantization_config")
+    if isinstance(entries, Mapping) and entries.get("quant_method") == QUANT_METHOD:
+        raise CheckpointError(
+            f"{folder}: config.json lists packed layers, but there is no {_SINGLE} nor {_INDEX}"
+        )
 
 
 def _check_index(index: Path, weights: Mapping[str, str], files: list[Path]) -> None:
@@ -115,16 +132,14 @@ def _legacy_layout(sparsity: Mapping[str, Any], checkpoint: Checkpoint) -> Layou
     name = sparsity.get("format")
     if name == "dense":
         return None
-    if name not in (BITMASK, BITMASK_24):
+    if not isinstance(name, str) or name not in _LEGACY:
         raise CheckpointError(
             f"config.json: sparsity_config.format is {str(name)[:40]!r}; of compressed-tensors' sparse formats "
-            f"{BITMASK} and {BITMASK_24} can be read"
+            f"{' and '.join(_LEGACY)} can be read"
         )
-    probe = Layout({}, format=name)
-    layers = checkpoint.packed_layers(probe.parts)
-    return Layout(
-        {path: math.prod(checkpoint.tensors[f"{path}.compressed"].shape) for path in layers}, format=name
-    )
+    layers = checkpoint.packed_layers(PARTS[_LEGACY[name]])
+    nnz = {path: math.prod(checkpoint.tensors[f"{path}.compressed"].shape) for path in layers}
+    return Layout(nnz, format=_LEGACY[name])
 
 
 def _check_sizes(path: Path, config: Mapping[str, Any], checkpoint: Checkpoint) -> None:
