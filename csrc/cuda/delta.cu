@@ -285,9 +285,9 @@ cudaError_t launch(const DeltaWeight& w, const Product& p, const Device& card, c
     return staged_columns(p.cols) * static_cast<int>(sizeof(typename Column<kTokens>::Word)) +
            threads / kLanes * kTokens * static_cast<int>(sizeof(float));
   };
-  // Two thread blocks take turns at the ends of a kernel, where x fits twice; 1 KB of each is the system's.
-  constexpr int kMost = most_threads(kTokens);
-  const int blocks = 2 * (shared_for(kMost / 2) + 1024) <= card.shared_total ? 2 : 1;
+  // Two thread blocks overlap at the ends of a kernel, which pays until staging x twice costs more.
+  constexpr int kMost = most_threads(kTokens), kCheap = 48 << 10;
+  const int blocks = shared_for(kMost / 2) <= min(kCheap, card.shared_total / 2 - 1024) ? 2 : 1;
   const int threads = kMost / blocks, shared = shared_for(threads);
   if (shared > card.shared_block - 1024) return cudaErrorInvalidValue;  // there are static words, too
   const int team = team_size(p, card.multiprocessors * (kMost / kLanes), threads / kLanes);

@@ -23,27 +23,32 @@ struct Plan {
   int grid, shared, tiles, resident;  // grid: thread blocks per part
 };
 
-// Fills in what follows from a number of parts: how many columns are staged at a time, and the thread blocks.
-void split(Plan& plan, const Product& p, int splits, int room, int slots) {
+// Bytes of x that one thread block stages in the time of one step, when all of them do: a step takes 32 warps some
+// 1200 ns, in which the second-level cache brings a multiprocessor some 140 KB.
+constexpr int kStepBytes = 70 << 10;
+
+// Cuts columns into `splits` parts and rows into groups of `strips` strips; `room`: bytes of shared memory for x.
+void cut_up(Plan& plan, const Product& p, int strips, int splits, int room, int slots) {
   Cut& cut = plan.cut;
-  const int team = cut.warps / cut.strips, columns = static_cast<int>(ceil_div(p.cols, kBlockCols));
+  cut.strips = strips;
+  const int team = cut.warps / strips, columns = static_cast<int>(ceil_div(p.cols, kBlockCols));
   cut.blocks = static_cast<int>(ceil_div(ceil_div(columns, splits), team)) * team;
   cut.splits = static_cast<int>(ceil_div(columns, cut.blocks));
   // All inputs of the part at once where they fit, else in equal rounds.
-  const int most = max(team, room / (kBlockCols * 2) / team * team);
+  const int most = max(team, (room / p.tokens - 16) / (kBlockCols * 2) / team * team);
   const int64_t rounds = ceil_div(cut.blocks, most);
   cut.staged = static_cast<int>(ceil_div(ceil_div(cut.blocks, rounds), team)) * team;
-  const int groups = static_cast<int>(ceil_div(ceil_div(p.rows, kStripRows), cut.strips));
-  plan.grid = max(1, min(groups, slots / cut.splits));
+  plan.grid = max(1, min(static_cast<int>(ceil_div(ceil_div(p.rows, kStripRows), strips)), slots / cut.splits));
 }
 
-// Steps of the slowest warp: blocks, the sums at a strip's end, inputs, and a second pass over the parts.
+// Hundredths of a step that the slowest thread block takes: blocks, sums at a group's end, inputs (once, or for each
+// group where they do not all fit), and a second pass over the parts.
 int64_t cost(const Plan& plan, const Product& p) {
   const Cut& cut = plan.cut;
   const int64_t turns = ceil_div(ceil_div(ceil_div(p.rows, kStripRows), cut.strips), plan.grid);
-  const int64_t staging = 1 + p.tokens * cut.staged / 256, rounds = ceil_div(cut.blocks, cut.staged);
-  return turns * (cut.blocks * cut.strips / cut.warps + 1) + (rounds == 1 ? 1 : turns * rounds) * staging +
-         (cut.splits > 1 ? 6 : 0);
+  const int64_t inputs = int64_t{100} * p.tokens * cut.blocks * kBlockCols * 2 / kStepBytes;
+  return turns * (100 * cut.blocks * cut.strips / cut.warps + 40) + (cut.staged < cut.blocks ? turns : 1) * inputs +
+         (cut.splits > 1 ? 150 : 0);
 }
 
 Plan plan(const StripWeight& w, const Product& p, const Device& card) {
@@ -52,25 +57,24 @@ Plan plan(const StripWeight& w, const Product& p, const Device& card) {
   plan.resident = plan.tiles <= 2 ? 2 : 1;
   Cut& cut = plan.cut;
   cut.stage_bytes = static_cast<int>(ceil_div(w.largest_block, kUnitBytes)) * kUnitBytes;
-  const int columns = static_cast<int>(ceil_div(p.cols, kBlockCols));
+  const int columns = static_cast<int>(ceil_div(p.cols, kBlockCols)), slots = card.multiprocessors * plan.resident;
   // 1 KB per thread block is the system's, and the kernel has some static words.
   const int budget = min(card.shared_block, card.shared_total / plan.resident) - 2048;
-  const int ring = strip_stages(plan.tiles) * cut.stage_bytes;  // bytes per warp
-  // As many warps on a strip as find some blocks of it each.
-  cut.warps = kMostWarps, cut.strips = 1;
-  while (cut.strips < cut.warps && columns * cut.strips < 2 * cut.warps) cut.strips *= 2;
-  const auto room = [&] { return (budget - cut.warps * ring - 2 * partial_bytes(cut.warps, p.tokens)) / p.tokens - 16; };
-  while (cut.warps > 1 && room() < cut.warps / cut.strips * kBlockCols * 2) {
-    cut.warps /= 2;
-    cut.strips = min(cut.strips, cut.warps);
-  }
+  cut.warps = kMostWarps;
+  const auto own = [&] {
+    return cut.warps * strip_stages(plan.tiles) * cut.stage_bytes + partial_buffers(plan.tiles) * partial_bytes(cut.warps, p.tokens);
+  };
+  while (cut.warps > 1 && own() + p.tokens * staged_stride(1) > budget) cut.warps /= 2;
+  const int room = budget - own();
   Plan best{};
-  for (int splits = 1; splits <= 16 && splits <= columns; ++splits) {
-    Plan next = plan;
-    split(next, p, splits, room(), card.multiprocessors * plan.resident);
-    if (!best.grid || cost(next, p) < cost(best, p)) best = next;
-  }
-  best.shared = cut.warps * ring + p.tokens * staged_stride(best.cut.staged) + 2 * partial_bytes(cut.warps, p.tokens);
+  for (int strips = 1; strips <= cut.warps; strips *= 2)
+    for (int splits = 1; splits <= 16 && splits <= columns; ++splits) {
+      Plan next = plan;
+      cut_up(next, p, strips, splits, room, slots);
+      const bool fits = p.tokens * staged_stride(next.cut.staged) <= room;
+      if (fits && (!best.grid || cost(next, p) < cost(best, p))) best = next;
+    }
+  best.shared = own() + p.tokens * staged_stride(best.cut.staged);
   return best;
 }
 

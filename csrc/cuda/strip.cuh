@@ -24,6 +24,8 @@ struct Cut {
 };
 
 PYSPARSE_HD constexpr int staged_stride(int staged) { return staged * kBlockCols * 2 + 16; }  // bytes; the 16 turn the banks
+// Two buffers take turns where they are small: who writes one has passed the barrier after its last reading.
+PYSPARSE_HD constexpr int partial_buffers(int tiles) { return tiles == 1 ? 2 : 1; }
 PYSPARSE_HD constexpr int partial_bytes(int warps, int tokens) { return warps * tokens * kPartialStride * 4; }
 
 // The blocks that a warp takes: `each` of every strip it visits, `step` apart, `count` in all. Blocks count by strips;
@@ -32,11 +34,12 @@ struct Walk {
   int first, step, each, strip_step, count;
 };
 
-// Brings a warp's blocks to shared memory, some ahead of their use.
+// Brings a warp's blocks to shared memory, some ahead of their use. `walk` is in shared memory: it is looked at once
+// in 32 blocks, and registers are scarce.
 template <int kStages>
 class Ring {
  public:
-  __device__ Ring(const StripWeight& w, char* slots, int slot_bytes, const Walk& walk)
+  __device__ Ring(const StripWeight& w, char* slots, int slot_bytes, const Walk* walk)
       : stream_(w.stream), offsets_(w.offsets), slots_(slots), slot_bytes_(slot_bytes), walk_(walk) {}
 
   // Starts the copy of the i-th block; calls must be in order. Always commits a group, so waits can count.
@@ -63,9 +66,9 @@ class Ring {
   // Finds the place of the i-th block: 32 at a time, one per lane.
   __device__ __forceinline__ void look_up(int i) {
     begin_ = units_ = 0;
-    if (i >= walk_.count) return;
-    const int turn = i / walk_.each;
-    const int64_t block = walk_.first + static_cast<int64_t>(turn) * walk_.strip_step + (i - turn * walk_.each) * walk_.step;
+    if (i >= walk_->count) return;
+    const int turn = i / walk_->each;
+    const int64_t block = walk_->first + static_cast<int64_t>(turn) * walk_->strip_step + (i - turn * walk_->each) * walk_->step;
     if (offsets_) {
       begin_ = __ldg(offsets_ + block);
       units_ = __ldg(offsets_ + block + 1) - begin_;
@@ -79,7 +82,7 @@ class Ring {
   const int32_t* offsets_;
   char* slots_;
   int slot_bytes_;
-  Walk walk_;
+  const Walk* walk_;
   int begin_ = 0, units_ = 0;
 };
 
@@ -152,6 +155,7 @@ __global__ __launch_bounds__(kMostWarps * kLanes, kResident) void strip_linear_k
                                                                                       float* workspace) {
   extern __shared__ __align__(16) char shared[];
   __shared__ unsigned poisoned;
+  __shared__ Walk walks[kMostWarps];
   char* staged = shared + cut.warps * kStages * cut.stage_bytes;
   char* partial = staged + p.tokens * staged_stride(cut.staged);
   const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes;
@@ -162,12 +166,16 @@ __global__ __launch_bounds__(kMostWarps * kLanes, kResident) void strip_linear_k
   const int strip = blockIdx.x * cut.strips + warp % cut.strips, strip_step = gridDim.x * cut.strips;
   const int each = max(0, (end - begin - member + team - 1) / team);
   const int visits = max(0, (strips - strip + strip_step - 1) / strip_step);
-  Ring<kStages> ring(w, shared + warp * kStages * cut.stage_bytes, cut.stage_bytes,
-                     {strip * columns + begin + member, team, each, strip_step * columns, each * visits});
+  if (lane == 0) walks[warp] = {strip * columns + begin + member, team, each, strip_step * columns, each * visits};
+  __syncwarp();  // all lanes see it
+  Ring<kStages> ring(w, shared + warp * kStages * cut.stage_bytes, cut.stage_bytes, walks + warp);
 #pragma unroll
   for (int i = 0; i < kStages - 1; ++i) ring.prefetch(i);
   wait_for_inputs();
-  const char* inputs = staged + lane / 4 * staged_stride(cut.staged) + lane % 4 * 32;
+  const char* inputs = staged + lane % 4 * 32;
+  int tokens[kTiles];  // missing ones of the last tile repeat the last one
+#pragma unroll
+  for (int t = 0; t < kTiles; ++t) tokens[t] = min(8 * t + lane / 4, p.tokens - 1) * staged_stride(cut.staged);
   const bool once = cut.staged >= end - begin;  // all inputs of the part fit at once
   int i = 0;
   for (int group = blockIdx.x; group * cut.strips < strips; group += gridDim.x) {
@@ -183,17 +191,16 @@ __global__ __launch_bounds__(kMostWarps * kLanes, kResident) void strip_linear_k
       for (int block = first + member; block < stop; block += team, ++i) {
         ring.prefetch(i + kStages - 1);
         const char* slot = ring.wait(i);
-        Tile::template multiply<T, kTiles>(slot, inputs + (block - first) * (kBlockCols * 2),
-                                           8 * staged_stride(cut.staged), p.tokens - lane / 4, sums);
+        Tile::template multiply<T, kTiles>(slot, inputs + (block - first) * (kBlockCols * 2), tokens, sums);
         __syncwarp();  // all lanes have read the slot before it is filled again
       }
     }
-    // Two buffers take turns: who writes one has passed the barrier after its last reading.
-    const int side = static_cast<int>(group / gridDim.x % 2);
+    const int side = static_cast<int>(group / gridDim.x) % partial_buffers(kTiles);
     auto* sums_of_warps = reinterpret_cast<float*>(partial + side * partial_bytes(cut.warps, p.tokens));
     hand_over(sums_of_warps, p.tokens, sums);
     __syncthreads();  // all warps' sums are there
     finish_strips<T>(p, cut, group, sums_of_warps, workspace, poisoned);
+    if constexpr (partial_buffers(kTiles) == 1) __syncthreads();  // and read, before the next ones overwrite them
   }
 }
 

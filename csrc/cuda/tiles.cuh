@@ -53,22 +53,20 @@ struct FragmentTile {
     }
   }
 
-  // inputs: 32 bytes of the lane's first token; later tiles of 8 tokens lie tile_stride bytes further. A lane has
-  // tokens 0, 8, 16, ... below tokens_left.
+  // inputs + tokens[t]: the lane's 32 bytes of one token of the t-th tile of 8. What lies there for a tile's missing
+  // tokens does not matter: a token's inputs reach its own sums only, and those are not written.
   template <class T, int kTiles>
-  __device__ static __forceinline__ void multiply(const char* block, const char* inputs, int tile_stride,
-                                                  int tokens_left, float (&sums)[kTiles][4]) {
+  __device__ static __forceinline__ void multiply(const char* block, const char* inputs, const int (&tokens)[kTiles],
+                                                  float (&sums)[kTiles][4]) {
     const Ranks r = ranks(block, static_cast<int>(threadIdx.x) % kLanes);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       uint32_t a[2][4];
       expand(block, r, 2 * half, a[0]);
       expand(block, r, 2 * half + 1, a[1]);
-      const char* at = inputs + 16 * half;
 #pragma unroll
-      for (int t = 0; t < kTiles; ++t, at += tile_stride) {
-        uint4 b{};
-        if (8 * t < tokens_left) b = *reinterpret_cast<const uint4*>(at);
+      for (int t = 0; t < kTiles; ++t) {
+        const uint4 b = *reinterpret_cast<const uint4*>(inputs + tokens[t] + 16 * half);
         mma<T>(sums[t], a[0], b.x, b.y);
         mma<T>(sums[t], a[1], b.z, b.w);
       }
@@ -118,18 +116,15 @@ struct PairTile {
   }
 
   template <class T, int kTiles>
-  __device__ static __forceinline__ void multiply(const char* block, const char* inputs, int tile_stride,
-                                                  int tokens_left, float (&sums)[kTiles][4]) {
+  __device__ static __forceinline__ void multiply(const char* block, const char* inputs, const int (&tokens)[kTiles],
+                                                  float (&sums)[kTiles][4]) {
     const int lane = static_cast<int>(threadIdx.x) % kLanes;
     const uint32_t metadata = reinterpret_cast<const uint32_t*>(block)[lane];
     const uint4 a0 = operand(block, 0, lane), a1 = operand(block, 1, lane);
 #pragma unroll
     for (int t = 0; t < kTiles; ++t) {
-      uint4 b0{}, b1{};
-      if (8 * t < tokens_left) {
-        b0 = *reinterpret_cast<const uint4*>(inputs + t * tile_stride);
-        b1 = *reinterpret_cast<const uint4*>(inputs + t * tile_stride + 16);
-      }
+      const uint4 b0 = *reinterpret_cast<const uint4*>(inputs + tokens[t]);
+      const uint4 b1 = *reinterpret_cast<const uint4*>(inputs + tokens[t] + 16);
       mma_sparse<T, 0>(sums[t], a0, b0, metadata);
       mma_sparse<T, 1>(sums[t], a1, b1, metadata);
     }
