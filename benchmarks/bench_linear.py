@@ -25,6 +25,7 @@ from harness import (
 from rich.table import Table
 from rivals import ENGINES, PYSPARSE_DENSE, PYSPARSE_SPARSE, READ_PROBE, TORCH, TORCH_TUNED, Engine, Storage
 from torch import Tensor
+from wanda_masks import tiled_mask
 
 from pysparse.measure.results import make_table, to_jsonable
 from pysparse.measure.rounds import torch_threads
@@ -53,9 +54,7 @@ def make_weight(case: Case, seed: int = 0) -> Tensor:
     if case.mask == "random":
         zero_rows_at_random_(weight, case.sparsity, generator)
         return weight
-    from wanda_masks import tiled_mask
-
-    return weight.mul_(tiled_mask(case.shape, case.sparsity))
+    return weight.mul_(tiled_mask(case.shape, (rows, cols), case.sparsity))
 
 
 def make_copies(weight: Tensor, working_set: int) -> Copies:
