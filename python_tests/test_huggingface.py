@@ -222,6 +222,7 @@ def test_the_bundled_model_shrinks_at_70_percent(tmp_path):
     assert size.total < 0.55 * file_size(data.demo_model_path()).total
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # inductor's own use of it
 @pytest.mark.parametrize("mode", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_a_sparse_llama_compiles_to_one_graph(mode, folder):
     sparse = pysparse.from_pretrained(folder)
