@@ -9,6 +9,7 @@ from pysparse.ops.linear import (
     call_bitmap_linear,
     dense_linear,
     is_kernel_dtype,
+    pairs_linear,
 )
 
 __all__ = [
@@ -20,4 +21,5 @@ __all__ = [
     "call_bitmap_linear",
     "dense_linear",
     "is_kernel_dtype",
+    "pairs_linear",
 ]

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from pysparse import backend
+from pysparse.formats.pairs import PairBlocks
 from pysparse.formats.tiled import TiledBitmap
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16)
@@ -75,6 +76,27 @@ def _needs_dispatcher(x: Tensor, bias: Tensor | None) -> bool:
     if torch.compiler.is_dynamo_compiling() or type(x) is not Tensor or not x.is_cpu:
         return True
     return torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
+
+
+def pairs_linear(x: Tensor, weight: PairBlocks, bias: Tensor | None = None) -> Tensor:
+    """Return ``x @ W.T + bias`` for a ``weight`` of shape (N, K) in pair blocks: the kernel for many tokens.
+
+    Arguments, result and errors are those of :func:`bitmap_linear`; a token's result does not depend on the
+    tokens beside it. Not differentiable: training goes through the bitmap.
+    """
+    if x.shape[-1:] != weight.shape[1:]:
+        raise ValueError(f"x has {x.shape[-1]} features, the weight takes {weight.shape[1]}")
+    _check_dtypes(x, weight.values, bias)
+    rows, cols = weight.shape
+    x = x.contiguous()
+    y = torch.empty(*x.shape[:-1], rows, dtype=x.dtype)
+    backend.core().pairs_linear(
+        _DTYPE_CODES[x.dtype], x.data_ptr(), math.prod(x.shape[:-1]), cols, weight.values.data_ptr(),
+        weight.values.shape[0], weight.indices.data_ptr(), weight.row_order.data_ptr(), weight.row_order.numel(),
+        weight.counts.data_ptr(), weight.counts.numel(), weight.block_offsets.data_ptr(),
+        weight.block_offsets.numel(), 0 if bias is None else bias.data_ptr(), y.data_ptr(), rows,
+    )  # fmt: skip
+    return y
 
 
 def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
