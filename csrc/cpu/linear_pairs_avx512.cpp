@@ -58,7 +58,7 @@ namespace pysparse {
 namespace {
 constexpr PairsLinear::Kernel kFloat32{DType::kFloat32, 64, transpose_to_float<float>,
                                        run_pairs<FloatPairs<Float32>, float>};
-constexpr PairsLinear::Kernel kBFloat16{DType::kFloat32, 64, transpose_to_float<BFloat16>,
+constexpr PairsLinear::Kernel kBFloat16{DType::kFloat32, 32, transpose_to_float<BFloat16>,
                                         run_pairs<FloatPairs<BFloat16Weights>, BFloat16>};
 const Register<PairsLinear> registered[] = {{DType::kFloat32, isa::kAvx512, kFloat32},
                                             {DType::kBFloat16, isa::kAvx512, kBFloat16}};

@@ -19,7 +19,7 @@ void add_block(const PairsView& weight, int64_t row_block, int64_t col_block, co
     const int64_t entries = kPairGroup * weight.counts[(first + slot) / kPairGroup];
     for (int64_t i = 0; i < 2 * entries; ++i) {
       const double w = to_float(*values++);
-      const float* x = input + (col_block * kPairCols + *indices++) * width;
+      const float* x = input + (col_block * weight.block_cols() + *indices++) * width;
       double* row = sums + weight.row_order[first + slot + i / 2 % kPairGroup] * width;
       for (int t = 0; t < tokens; ++t) row[t] += w * x[t];
     }

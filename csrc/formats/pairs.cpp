@@ -13,22 +13,22 @@ namespace pysparse {
 namespace {
 
 constexpr int64_t kTiles = kPairRows / kTileRows;  // of the bitmap, to a block of rows
-constexpr int64_t kCells = kPairCols / 2;          // of the bitmap, to a block of columns
 constexpr int kMostPairs = kPairCols / 2;
 
 Range tiles_of(const TiledBitmapView& tiled, int64_t row_block) {
   return {row_block * kTiles, std::min(tiled.tiles(), (row_block + 1) * kTiles)};
 }
 
-Range cells_of(const TiledBitmapView& tiled, int64_t col_block) {
-  return {col_block * kCells, std::min(tiled.pairs(), (col_block + 1) * kCells)};
+Range cells_of(const TiledBitmapView& tiled, int64_t col_block, int64_t block_cols) {
+  const int64_t cells = block_cols / 2;
+  return {col_block * cells, std::min(tiled.pairs(), (col_block + 1) * cells)};
 }
 
 using RowCounts = std::array<int, kPairRows>;
 
-RowCounts count_rows(const TiledBitmapView& tiled, int64_t row_block, int64_t col_block) {
+RowCounts count_rows(const TiledBitmapView& tiled, int64_t row_block, const Range& cells) {
   RowCounts counts{};
-  const Range tiles = tiles_of(tiled, row_block), cells = cells_of(tiled, col_block);
+  const Range tiles = tiles_of(tiled, row_block);
   for (int64_t t = tiles.begin; t < tiles.end; ++t) {
     int* rows = counts.data() + (t - tiles.begin) * kTileRows;
     for (int64_t p = cells.begin; p < cells.end; ++p)
@@ -90,9 +90,9 @@ struct RowLists {
 };
 
 template <class Word>
-void gather(const TiledBitmapView& tiled, int64_t row_block, int64_t col_block,
+void gather(const TiledBitmapView& tiled, int64_t row_block, const Range& cells,
             std::array<const Word*, kTiles>& next, RowLists<Word>& lists) {
-  const Range tiles = tiles_of(tiled, row_block), cells = cells_of(tiled, col_block);
+  const Range tiles = tiles_of(tiled, row_block);
   lists.counts.fill(0);
   for (int64_t t = tiles.begin; t < tiles.end; ++t) {
     const Word* source = next[t - tiles.begin];
@@ -145,7 +145,7 @@ int64_t pairs_plan(const TiledBitmapView& tiled, int64_t nnz, uint8_t* row_order
   block_offsets[0] = 0;
   parallel_for(plan.row_blocks(), tiled.rows * tiled.cols, [&](int64_t rb) {
     for (int64_t cb = 0; cb < plan.col_blocks(); ++cb) {
-      const RowCounts rows = count_rows(tiled, rb, cb);
+      const RowCounts rows = count_rows(tiled, rb, cells_of(tiled, cb, plan.block_cols()));
       const int64_t slot = plan.first_slot(rb, cb);
       block_offsets[rb * plan.col_blocks() + cb + 1] =
           order_rows(rows, plan.slots(rb), row_order + slot, counts + slot / kPairGroup);
@@ -175,7 +175,7 @@ void pairs_fill(const TiledBitmapView& tiled, const PairsView& plan, void* value
       for (int64_t t = tiles.begin; t < tiles.end; ++t)
         next[t - tiles.begin] = static_cast<const Word*>(tiled.values) + tiled.tile_offsets[t];
       for (int64_t cb = 0; cb < plan.col_blocks(); ++cb) {
-        gather(tiled, rb, cb, next, lists);
+        gather(tiled, rb, cells_of(tiled, cb, plan.block_cols()), next, lists);
         const int64_t entry = plan.block_offsets[rb * plan.col_blocks() + cb];
         write_block(lists, plan, rb, cb, static_cast<Word*>(values) + 2 * entry,
                     indices + 2 * entry);

@@ -18,8 +18,8 @@ void for_each_in_block(const PairsView& pairs, int64_t row_block, int64_t col_bl
       if (low > high) continue;  // a short row's padding
       const int64_t row = row_block * kPairRows + pairs.row_order[first + slot + i % kPairGroup];
       const Word* values = static_cast<const Word*>(pairs.values) + 2 * entry;
-      visit(row, col_block * kPairCols + low, values[0]);
-      if (low < high) visit(row, col_block * kPairCols + high, values[1]);
+      visit(row, col_block * pairs.block_cols() + low, values[0]);
+      if (low < high) visit(row, col_block * pairs.block_cols() + high, values[1]);
     }
   }
 }

@@ -104,9 +104,10 @@ void add_column(const PairsView& weight, int64_t col, float x, int64_t token,
                 const OutputView& output) {
   std::vector<float> column(weight.rows, 0.0f);
   for (int64_t rb = 0; rb < weight.row_blocks(); ++rb)
-    for_each_in_block<T>(weight, rb, col / kPairCols, [&](int64_t row, int64_t c, T value) {
-      if (c == col) column[row] = to_float(value);
-    });
+    for_each_in_block<T>(weight, rb, col / weight.block_cols(),
+                         [&](int64_t row, int64_t c, T value) {
+                           if (c == col) column[row] = to_float(value);
+                         });
   T* y = static_cast<T*>(output.values) + token * output.rows;
   for (int64_t r = 0; r < weight.rows; ++r) assign(y[r], to_float(y[r]) + column[r] * x);
 }

@@ -1,4 +1,4 @@
-"""The packing for many tokens: blocks of 256 x 256 weights, each row a list of pairs with 8-bit columns."""
+"""The packing for many tokens: blocks of weights whose rows are lists of pairs with 8-bit columns."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from pysparse import backend
 from pysparse.formats.bitmap import BitmapTensor
 from pysparse.formats.tiled import TiledBitmap
 
-BLOCK_ROWS = BLOCK_COLS = 256
+BLOCK_ROWS = 256
+BLOCK_BYTES = 512  # of a row within a block: 256 columns of bfloat16, 128 of float32
 GROUP_ROWS = 4
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PairBlocks:
-    """A sparse matrix in blocks of 256 rows x 256 columns, whose rows are lists of pairs of weights.
+    """A sparse matrix in blocks of 256 rows x 256 columns (128 in float32), rows as lists of pairs.
 
     A pair is any two stored weights of a row within the block, one entry of ``values`` and ``indices``: with
     64 tokens of transposed activations in the cache, both columns are loaded, interleaved and consumed by one
@@ -40,7 +41,8 @@ class PairBlocks:
         """
         core = backend.core()
         rows, cols = tiled.shape
-        blocks, col_blocks = -(-rows // BLOCK_ROWS) * -(-cols // BLOCK_COLS), -(-cols // BLOCK_COLS)
+        col_blocks = -(-cols * tiled.values.element_size() // BLOCK_BYTES)
+        blocks = -(-rows // BLOCK_ROWS) * col_blocks
         slots = -(-rows // GROUP_ROWS) * GROUP_ROWS * col_blocks
         row_order = torch.zeros(slots + GROUP_ROWS, dtype=torch.uint8)
         counts = torch.empty(slots // GROUP_ROWS, dtype=torch.uint8)

@@ -40,7 +40,7 @@ void pairs_block(const PairsView& weight, int64_t row_block, const typename P::I
                  float* sums) {
   constexpr int kWidth = kVectors * P::kLanes;
   const int64_t slots = weight.slots(row_block);
-  for (int64_t cb = 0; cb < weight.col_blocks(); ++cb, input += kPairCols * kWidth) {
+  for (int64_t cb = 0; cb < weight.col_blocks(); ++cb, input += weight.block_cols() * kWidth) {
     const int64_t start = weight.block_offsets[row_block * weight.col_blocks() + cb];
     const auto* entry = static_cast<const typename P::Entry*>(weight.values) + start;
     const uint8_t* index = weight.indices + 2 * start;
