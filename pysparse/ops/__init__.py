@@ -5,11 +5,14 @@ from pysparse.ops.linear import (
     DENSE_TOKENS,
     KERNEL_DTYPES,
     bitmap_linear,
+    bitmap_linear_chunks,
     bitmap_unpack,
     call_bitmap_linear,
     dense_linear,
     is_kernel_dtype,
+    needs_dispatcher,
     pairs_linear,
+    unpacked_linear,
 )
 
 __all__ = [
@@ -17,9 +20,12 @@ __all__ = [
     "DENSE_TOKENS",
     "KERNEL_DTYPES",
     "bitmap_linear",
+    "bitmap_linear_chunks",
     "bitmap_unpack",
     "call_bitmap_linear",
     "dense_linear",
     "is_kernel_dtype",
+    "needs_dispatcher",
     "pairs_linear",
+    "unpacked_linear",
 ]

@@ -60,7 +60,7 @@ def call_bitmap_linear(
     x: Tensor, values: Tensor, masks: Tensor, tile_offsets: Tensor, bias: Tensor | None, out_features: int
 ) -> Tensor:
     """Run the product on the arrays of a :class:`TiledBitmap`; the caller has checked the feature count."""
-    if _needs_dispatcher(x, bias):
+    if needs_dispatcher(x, bias):
         result: Tensor = torch.ops.pysparse.bitmap_linear.default(
             x, values, masks, tile_offsets, bias, out_features
         )
@@ -68,14 +68,24 @@ def call_bitmap_linear(
     return _bitmap_linear_cpu(x, values, masks, tile_offsets, bias, out_features)
 
 
-def _needs_dispatcher(x: Tensor, bias: Tensor | None) -> bool:
-    """Tell whether autograd, a tracer or a tensor subclass must see the call.
+def needs_dispatcher(x: Tensor, bias: Tensor | None) -> bool:
+    """Tell whether autograd, a tracer or a tensor subclass must see the call on ``x``.
 
     Where none does, the dispatcher's three or four microseconds are saved.
     """
     if torch.compiler.is_dynamo_compiling() or type(x) is not Tensor or not x.is_cpu:
         return True
     return torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
+
+
+def bitmap_linear_chunks(x: Tensor, weight: TiledBitmap, bias: Tensor | None = None) -> Tensor:
+    """Return :func:`bitmap_linear`'s result by the decode kernel, 16 tokens at a time, however many there are."""
+    return _decode(x, weight.values, weight.masks, weight.tile_offsets, bias, weight.shape[0])
+
+
+def unpacked_linear(x: Tensor, weight: TiledBitmap, bias: Tensor | None = None) -> Tensor:
+    """Return :func:`bitmap_linear`'s result by torch's product on rows unpacked into the cache."""
+    return _bitmap_linear_many(x, weight.values, weight.masks, weight.tile_offsets, bias, weight.shape[0])
 
 
 def pairs_linear(x: Tensor, weight: PairBlocks, bias: Tensor | None = None) -> Tensor:
@@ -105,7 +115,7 @@ def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
     ``x`` [..., K], ``weight`` [N, K], ``bias`` [N] share one dtype. The kernel reads the weight once at
     memory speed, which torch's own CPU path does not reach for a single token.
     """
-    if _needs_dispatcher(x, bias) or (torch.is_grad_enabled() and weight.requires_grad):
+    if needs_dispatcher(x, bias) or (torch.is_grad_enabled() and weight.requires_grad):
         result: Tensor = torch.ops.pysparse.dense_linear.default(x, weight, bias)
         return result
     return _dense_linear_cpu(x, weight, bias)
@@ -153,6 +163,15 @@ def _bitmap_linear_cpu(
     tokens = x.numel() // cols if cols else math.prod(batch)
     if tokens > DECODE_TOKENS:
         return _bitmap_linear_many(x, values, masks, tile_offsets, bias, out_features)
+    return _decode(x, values, masks, tile_offsets, bias, out_features)
+
+
+def _decode(
+    x: Tensor, values: Tensor, masks: Tensor, tile_offsets: Tensor, bias: Tensor | None, out_features: int
+) -> Tensor:
+    code = _DTYPE_CODES[values.dtype]
+    *batch, cols = x.shape
+    tokens = x.numel() // cols if cols else math.prod(batch)
     if not x.is_contiguous():
         x = x.contiguous()
     y = torch.empty(*batch, out_features, dtype=x.dtype)
