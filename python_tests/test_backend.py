@@ -79,6 +79,15 @@ def test_threads_follow_torch():
 
 
 @needs_core
+def test_thread_variable_is_checked():
+    for count in ("0", "3x"):
+        result = run(LINEAR, PYSPARSE_NUM_THREADS=count)
+        assert result.returncode != 0
+        assert f"PYSPARSE_NUM_THREADS={count} is not a number of threads from 1 to 4096" in result.stderr
+    assert run(LINEAR + "assert backend.num_threads() == 1", PYSPARSE_NUM_THREADS="1").returncode == 0
+
+
+@needs_core
 def test_one_openmp_runtime_is_mapped():
     code = LINEAR + "print(open('/proc/self/maps').read())"
     libraries = set(re.findall(r"\S*lib(?:gomp|omp|iomp5)[^\s]*\.so\S*", run(code).stdout))

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pysparse import backend, ops
-from pysparse.formats import BitmapTensor, PairBlocks, TiledBitmap
+from pysparse.formats import BitmapTensor, ColumnPairs, TiledBitmap
 
 pytestmark = pytest.mark.skipif(
     not backend.available(), reason=f"no compiled core: {backend.missing_reason()}"
@@ -28,7 +28,7 @@ def tiled(weight, keep=None):
 
 
 def pairs(weight, keep=None):
-    return PairBlocks.from_tiled(tiled(weight, keep))
+    return ColumnPairs.from_tiled(tiled(weight, keep))
 
 
 def assert_same(left, right):
@@ -43,7 +43,7 @@ def assert_same(left, right):
 def test_packing_is_exact_both_ways(dtype, sparsity):
     for rows, cols in SIZES:
         bitmap = BitmapTensor.from_dense(reference.sparse_matrix(rows, cols, sparsity, dtype))
-        assert_same(PairBlocks.from_tiled(TiledBitmap.from_bitmap(bitmap)).to_bitmap(), bitmap)
+        assert_same(ColumnPairs.from_tiled(TiledBitmap.from_bitmap(bitmap)).to_bitmap(), bitmap)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -56,7 +56,7 @@ def test_kept_zeros_and_special_values_survive(dtype):
     weight[1, 1], weight[2, 255], weight[4, 299] = -0.0, float("nan"), 1e-39
     weight[5, 0], weight[7, 1] = float("-inf"), 3.0
     bitmap = BitmapTensor.from_dense(weight, keep)
-    assert_same(PairBlocks.from_tiled(TiledBitmap.from_bitmap(bitmap)).to_bitmap(), bitmap)
+    assert_same(ColumnPairs.from_tiled(TiledBitmap.from_bitmap(bitmap)).to_bitmap(), bitmap)
 
 
 def test_nbytes_are_those_of_the_arrays():
@@ -73,16 +73,16 @@ def test_contradicting_masks_are_refused():
     packed = tiled(reference.sparse_matrix(20, 20, 0.5, torch.float32))
     packed.masks[0, 0] ^= 1
     with pytest.raises(ValueError, match="tile 0 keeps"):
-        PairBlocks.from_tiled(packed)
+        ColumnPairs.from_tiled(packed)
     packed = tiled(torch.ones(3, 4))
     packed.masks[0, 0] |= 1 << 10  # row 5 of 3
     with pytest.raises(ValueError, match="rows beyond 3"):
-        PairBlocks.from_tiled(packed)
+        ColumnPairs.from_tiled(packed)
     packed = tiled(torch.ones(4, 3))
     packed.masks[0, 0] ^= 1
     packed.masks[0, 1] |= 2  # column 3 of 3: the total still agrees
     with pytest.raises(ValueError, match="tile 0 keeps values beyond column 2"):
-        PairBlocks.from_tiled(packed)
+        ColumnPairs.from_tiled(packed)
 
 
 @pytest.mark.parametrize("key", KEYS)
@@ -197,6 +197,6 @@ def test_wrong_shapes_and_dtypes_are_refused():
 
 def test_sizes_that_do_not_fit_are_refused_before_memory_is_touched():
     packed = pairs(torch.eye(8))
-    cut = PairBlocks(packed.values[:-1], *(getattr(packed, n) for n in packed.__slots__[1:]))
+    cut = ColumnPairs(packed.values[:-1], *(getattr(packed, n) for n in packed.__slots__[1:]))
     with pytest.raises(ValueError, match="block_offsets run from 0"):
         ops.pairs_linear(torch.randn(2, 8), cut)

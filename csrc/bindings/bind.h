@@ -7,6 +7,7 @@
 namespace pysparse {
 
 void bind_formats(pybind11::module_& module);
+void bind_device_formats(pybind11::module_& module);
 void bind_kernels(pybind11::module_& module);
 void bind_linear(pybind11::module_& module);
 

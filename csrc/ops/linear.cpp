@@ -115,7 +115,9 @@ void with_input(Input& input, int threads, const Body& body) {
   parallel(threads, [&](int thread, int team) {
     if (input.packed) {
       input.pack_share(thread, team);
+      if (team > 1) {  // alone, the barrier would be that of a caller's parallel region
 #pragma omp barrier
+      }
     }
     body(thread, team);
   });

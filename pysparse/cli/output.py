@@ -19,6 +19,7 @@ _USER_ERRORS = (
     ValueError,
     TypeError,
     FileNotFoundError,
+    FileExistsError,
     NotADirectoryError,
     IsADirectoryError,
     PermissionError,
@@ -52,6 +53,9 @@ def emit(result: Any, json_target: str | None, content: Any) -> None:
 def guarded(debug: bool) -> Iterator[None]:
     """Turn errors into one line on stderr: exit code 2 for the user's to mend, 1 for everything else."""
     logging.basicConfig(level=logging.DEBUG if debug else logging.WARNING)
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()  # our own progress is shown; a bar per file drowns it
     try:
         yield
     except (typer.Exit, typer.Abort, KeyboardInterrupt):

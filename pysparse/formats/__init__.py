@@ -2,7 +2,8 @@
 
 from pysparse.formats.bitmap import BitmapTensor
 from pysparse.formats.csr import CsrTensor
-from pysparse.formats.pairs import PairBlocks
+from pysparse.formats.device import PACKINGS, DeltaRows, FragmentBitmap, PairBlocks
+from pysparse.formats.pairs import ColumnPairs
 from pysparse.formats.tiled import TiledBitmap
 
 FORMATS: dict[str, type[BitmapTensor] | type[CsrTensor]] = {
@@ -10,4 +11,14 @@ FORMATS: dict[str, type[BitmapTensor] | type[CsrTensor]] = {
     "csr": CsrTensor,
 }
 
-__all__ = ["FORMATS", "BitmapTensor", "CsrTensor", "PairBlocks", "TiledBitmap"]
+__all__ = [
+    "FORMATS",
+    "PACKINGS",
+    "BitmapTensor",
+    "ColumnPairs",
+    "CsrTensor",
+    "DeltaRows",
+    "FragmentBitmap",
+    "PairBlocks",
+    "TiledBitmap",
+]

@@ -17,7 +17,7 @@ GROUP_ROWS = 4
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class PairBlocks:
+class ColumnPairs:
     """A sparse matrix in blocks of 256 rows x 256 columns (128 in float32), rows as lists of pairs.
 
     A pair is any two stored weights of a row within the block, one entry of ``values`` and ``indices``: with
@@ -34,7 +34,7 @@ class PairBlocks:
     shape: tuple[int, int]
 
     @classmethod
-    def from_tiled(cls, tiled: TiledBitmap) -> PairBlocks:
+    def from_tiled(cls, tiled: TiledBitmap) -> ColumnPairs:
         """Repack ``tiled``, exactly. Raises RuntimeError without the compiled core: this is a kernel's format.
 
         Raises ValueError when masks and offsets contradict each other.

@@ -79,7 +79,10 @@ class BenchResult:
             ]
         prefill = [self.prefill[name] for name in engines]
         rows.append(
-            ["prefill tokens/s", *(_with_ratio(o.tokens_per_second, o.speedup.median) for o in prefill)]
+            [
+                "prefill tokens/s, no head",
+                *(_with_ratio(o.tokens_per_second, o.speedup.median) for o in prefill),
+            ]
         )
         rows.append(["model in memory", *(megabytes(self.model_bytes[name]) for name in engines)])
         return make_table(self.title, ["", *engines], rows, caption="\n".join([self.header(), *self.notes]))
@@ -215,8 +218,19 @@ def _warnings(
         found.append(
             f"BUSY: load {card['load_average'][0]:.1f} on {card['cores']} cores; repeat on a quiet machine"
         )
-    timings: dict[str, DecodeTiming | PrefillTiming] = {**prefill, **decode}
-    disturbed = [f"{name} {one.waited:.0%}" for name, one in timings.items() if one.waited > _DISTURBED]
+    phases: dict[str, Mapping[str, DecodeTiming | PrefillTiming]] = {"decode": decode, "prefill": prefill}
+    disturbed = [
+        f"{phase} {name} {one.waited:.0%}"
+        for phase, timings in phases.items()
+        for name, one in timings.items()
+        if one.waited > _DISTURBED
+    ]
+    first, *others = [one.first_token_milliseconds.median for one in decode.values()] or [0.0]
+    if TORCH_DENSE in decode and others and first > 2 * max(others):
+        found.append(
+            "time to first token: torch's Linear copies the whole transposed head weight for the one position "
+            "it is asked for, the compiled kernels do not: most of that ratio is not sparsity"
+        )
     if disturbed:
         found.append(f"DISTURBED: threads waited for a core during {', '.join(disturbed)} of the time")
     return found

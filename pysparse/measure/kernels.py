@@ -38,7 +38,8 @@ def kernel_info(
 ) -> KernelInfo:
     """Tell which kernel multiplies ``tokens`` rows by a ``shape`` = (out, in) weight of ``format``.
 
-    ``format`` is "bitmap" (packed sparse) or "dense"; ``sparsity`` matters where measured costs decide. Raises ValueError for anything else, or for a size
+    ``format`` is "bitmap" (packed sparse) or "dense"; ``sparsity`` matters
+    where measured costs decide. Raises ValueError for anything else, or for a size
     below 1.
     """
     if format not in _FORMATS:

@@ -38,6 +38,7 @@ def machine_card() -> dict[str, Any]:
     """
     parts: dict[str, Callable[[], Any]] = {
         "cpu": cpu_model,
+        "cpu_id": cpu_id,
         "isa_flags": isa_flags,
         "cores": os.cpu_count,
         "usable_cores": usable_cores,
@@ -77,6 +78,16 @@ def cpu_model() -> str:
         if line.startswith(("model name", "Model")):
             return line.split(":", 1)[1].strip()
     return platform.processor() or platform.machine()
+
+
+def cpu_id() -> list[int]:
+    """Return [family, model, stepping] of an x86 processor: hypervisors shorten the name to "AMD EPYC"."""
+    found: dict[str, int] = {}
+    for line in (_read(Path("/proc/cpuinfo")) or "").splitlines():
+        name, _, value = line.partition(":")
+        if name.strip() in ("cpu family", "model", "stepping") and value.strip().isdigit():
+            found.setdefault(name.strip(), int(value))
+    return [found[name] for name in ("cpu family", "model", "stepping") if name in found]
 
 
 def isa_flags() -> list[str]:

@@ -86,6 +86,8 @@ def round_robin(
 
     Turning the order each round keeps one engine from always running on another's warm or throttled core.
     """
+    if not engines:
+        raise ValueError("no engine to run")
     if rounds < 1 or warmup < 0:
         raise ValueError(f"rounds={rounds} must be at least 1 and warmup={warmup} at least 0")
     names = list(engines)

@@ -105,7 +105,7 @@ def random_model(
 def _meta_model(shape: NamedShape, blocks: int, dtype: torch.dtype) -> nn.Module:
     config = AutoConfig.for_model(shape.model_type, num_hidden_layers=blocks, **shape.settings)
     with torch.device("meta"):
-        model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
+        model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype)
     return model
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -10,6 +9,7 @@ import torch
 from torch import nn
 
 from pysparse.nn.linear import DenseLinear, SparseLinear
+from pysparse.nn.match import matches
 
 # Below this sparsity the packed weight's bytes save too little at one token, and the unpacking costs
 # more than it saves at many; measured per machine by the benchmarks.
@@ -24,18 +24,6 @@ class ConversionReport:
 
     sparse: dict[str, float] = field(default_factory=dict)  # path -> sparsity
     dense: dict[str, str] = field(default_factory=dict)  # path -> why it stayed dense
-
-
-def _matches(module: nn.Module, path: str, patterns: Sequence[str]) -> bool:
-    """Tell whether a class name, a module path, its last parts or a ``re:`` expression names ``module``."""
-    names = {cls.__name__ for cls in type(module).__mro__}
-    for pattern in patterns:
-        if pattern.startswith("re:"):
-            if re.search(pattern[3:], path):
-                return True
-        elif pattern in names or path == pattern or path.endswith("." + pattern):
-            return True
-    return False
 
 
 def sparsify_(
@@ -59,7 +47,7 @@ def sparsify_(
     report = ConversionReport()
     for path, linear in [(p, m) for p, m in model.named_modules() if type(m) in (nn.Linear, DenseLinear)]:
         chosen = filter_fn(linear, path) if filter_fn else (
-            _matches(linear, path, targets) and not _matches(linear, path, ignore)
+            matches(linear, path, targets) and not matches(linear, path, ignore)
         )  # fmt: skip
         sparsity = 1.0 - int(torch.count_nonzero(linear.weight)) / max(1, linear.weight.numel())
         if chosen and sparsity >= min_sparsity:

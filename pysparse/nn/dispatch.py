@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pysparse import backend, ops
-from pysparse.formats import PairBlocks, TiledBitmap
+from pysparse.formats import ColumnPairs, TiledBitmap
 from pysparse.ops import cost_cache
 from pysparse.ops.costs import HELD, Choice, choose, second_packing
 
@@ -33,7 +33,7 @@ class Dispatch:
     """
 
     prefill: str = "auto"
-    packing: PairBlocks | Tensor | None = None
+    packing: ColumnPairs | Tensor | None = None
     _ways: dict[tuple[int, int, int], str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -83,8 +83,8 @@ class Dispatch:
         if way == "unpack":
             return ops.unpacked_linear(x, weight, bias)
         if way == "pairs":
-            if not isinstance(self.packing, PairBlocks):
-                self.packing = PairBlocks.from_tiled(weight)
+            if not isinstance(self.packing, ColumnPairs):
+                self.packing = ColumnPairs.from_tiled(weight)
             return ops.pairs_linear(x, self.packing, bias)
         if not isinstance(self.packing, Tensor):
             self.packing = ops.bitmap_unpack(weight)
@@ -97,6 +97,6 @@ class Dispatch:
 
     def __str__(self) -> str:
         kind = (
-            "none" if self.packing is None else "pairs" if isinstance(self.packing, PairBlocks) else "dense"
+            "none" if self.packing is None else "pairs" if isinstance(self.packing, ColumnPairs) else "dense"
         )
         return f"prefill={self.prefill}, second_packing={kind}"

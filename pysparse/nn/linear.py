@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from pysparse import backend, ops
 from pysparse.formats import BitmapTensor, TiledBitmap
+from pysparse.nn.device import DeviceWeight
 from pysparse.nn.dispatch import DECODE_TOKENS, Dispatch
 from pysparse.ops.costs import Choice
 
@@ -27,6 +28,7 @@ class SparseLinear(nn.Module):
 
     From 17 tokens on the way is chosen by measured costs. Where a second packing of the weight pays, it is made
     at the first such call and counted in ``nbytes``; ``layer.prefill`` ("auto" | "packed" | "unpack") rules that.
+    Moved to a CUDA device, the layer packs itself for that device's kernels (see :mod:`pysparse.nn.device`).
     """
 
     compressed: Tensor | None
@@ -36,6 +38,7 @@ class SparseLinear(nn.Module):
     values: Tensor | None
     masks: Tensor | None
     tile_offsets: Tensor | None
+    bias: nn.Parameter | None
 
     def __init__(
         self,
@@ -52,6 +55,7 @@ class SparseLinear(nn.Module):
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         self._dispatch = Dispatch()
+        self._device_weight: DeviceWeight | None = None
         empty = torch.zeros(nnz, dtype=dtype or torch.get_default_dtype(), device=device)
         self.register_buffer("compressed", empty)
         self.register_buffer(
@@ -94,11 +98,18 @@ class SparseLinear(nn.Module):
         self.shape = torch.tensor([self.out_features, self.in_features], device=bitmap.device)
         self.values = self.masks = self.tile_offsets = None
         self._dispatch.clear()
+        self._drop_device_weight()
+
+    def _drop_device_weight(self) -> None:
+        for name in self._device_weight.names if self._device_weight else ():
+            del self._buffers[name]
+            self._non_persistent_buffers_set.discard(name)
+        self._device_weight = None
 
     @property
     def is_packed(self) -> bool:
         """Tell whether the layer holds the kernels' packing."""
-        return self._buffers["masks"] is not None
+        return self._buffers["masks"] is not None or self._device_weight is not None
 
     def bitmap(self) -> BitmapTensor:
         """Return the weight in its row-major form; a view of the buffers in the canonical state, else a copy."""
@@ -107,6 +118,8 @@ class SparseLinear(nn.Module):
                 self.values, self.masks, self.tile_offsets, (self.out_features, self.in_features)
             )
             return tiled.to_bitmap()
+        if self._device_weight is not None:
+            return self._device_weight.to_bitmap(self._buffers, (self.out_features, self.in_features))
         if self.compressed is None or self.bitmask is None or self.row_offsets is None or self.shape is None:
             raise RuntimeError("this SparseLinear has lost its buffers")
         if self.shape.device.type != "meta" and self.shape.flatten().tolist() != [
@@ -136,21 +149,55 @@ class SparseLinear(nn.Module):
             tiled = TiledBitmap.from_bitmap(bitmap)
             self.values, self.masks, self.tile_offsets = tiled.values, tiled.masks, tiled.tile_offsets
             self.compressed = self.bitmask = self.row_offsets = self.shape = None
+        elif bitmap.device.type == "cuda":
+            self._pack_for_device(bitmap)
         return self
+
+    def _pack_for_device(self, bitmap: BitmapTensor) -> None:
+        """Choose a packing and hold its arrays as buffers; where none may be used, stay canonical."""
+        weight, arrays = DeviceWeight.choose(bitmap)
+        if weight is None:
+            return
+        for name, array in zip(weight.names, arrays, strict=True):
+            self.register_buffer(name, array, persistent=False)
+        self._device_weight = weight
+        self.compressed = self.bitmask = self.row_offsets = self.shape = None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseLinear:
+        """Move or convert the layer; packings belong to one kind of device, so they are made again there."""
+        self._dispatch.clear()
+        before = self._first_buffer()
+        after = fn(before.new_empty(0)) if self.is_packed else before
+        moved = after.device.type != before.device.type
+        if moved or (self._device_weight is not None and after.dtype != before.dtype):
+            self._set_canonical(self.bitmap())
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self.pack() if moved else self
+
+    def _first_buffer(self) -> Tensor:
+        """Return a buffer of the weight's dtype, whatever the state."""
+        names = ("values", "compressed", *(self._device_weight.names[:1] if self._device_weight else ()))
+        for name in names:
+            buffer = self._buffers[name]
+            if buffer is not None:
+                return buffer
+        raise RuntimeError("this SparseLinear has lost its buffers")
 
     def to_dense(self) -> nn.Linear:
         """Return an ``nn.Linear`` with the same weight, zeros written out; the bias is shared."""
         weight = self.bitmap().to_dense()
         linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
         linear.weight = nn.Parameter(weight, requires_grad=False)
-        linear.bias = self.bias
+        linear.register_parameter("bias", self.bias)
         return linear.train(self.training)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return [..., out_features] for ``x`` [..., in_features] of the weight's dtype."""
         buffers = self._buffers
-        masks, values = buffers["masks"], buffers["values"]
-        if masks is None or not masks.is_cpu or values is None or values.dtype not in ops.KERNEL_DTYPES:
+        masks, values, tile_offsets = buffers["masks"], buffers["values"], buffers["tile_offsets"]
+        if masks is None or values is None or tile_offsets is None:
+            return self._forward_slow(x)
+        if not masks.is_cpu or values.dtype not in ops.KERNEL_DTYPES:
             return self._forward_slow(x)
         if x.size(-1) != self.in_features:
             raise ValueError(f"x has {x.size(-1)} features, the layer takes {self.in_features}")
@@ -161,7 +208,7 @@ class SparseLinear(nn.Module):
         ):
             return self._forward_many(x)
         return ops.call_bitmap_linear(
-            x, values, masks, buffers["tile_offsets"], self._parameters["bias"], self.out_features
+            x, values, masks, tile_offsets, self._parameters["bias"], self.out_features
         )
 
     def _forward_many(self, x: Tensor) -> Tensor:
@@ -177,12 +224,6 @@ class SparseLinear(nn.Module):
         if values is None or masks is None or tile_offsets is None:
             raise RuntimeError("this SparseLinear is not packed")
         return TiledBitmap(values, masks, tile_offsets, (self.out_features, self.in_features))
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseLinear:
-        """Move or convert the buffers; the second packing is made anew when it is needed."""
-        self._dispatch.clear()
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        return self
 
     def choice(self, tokens: int) -> Choice:
         """Tell how ``tokens`` rows are computed and why, with the expected times; measures nothing."""
@@ -200,6 +241,8 @@ class SparseLinear(nn.Module):
 
     def _forward_slow(self, x: Tensor) -> Tensor:
         """Pack at first use where there are kernels; where there are none, say so once and multiply densely."""
+        if self._device_weight is not None:
+            return self._device_weight.linear(x, self._buffers, self._parameters["bias"], self.out_features)
         if not self.is_packed and self.pack().is_packed:
             return self.forward(x)
         if not backend.available():
@@ -213,10 +256,20 @@ class SparseLinear(nn.Module):
         return functional.linear(x, self.bitmap().to_dense(), self.bias)
 
     @property
+    def weight(self) -> Tensor:
+        """The dense weight [out_features, in_features], unpacked anew at each access.
+
+        For the few models that look at a layer's weight in their forward pass (T5 asks for its dtype).
+        """
+        return self.bitmap().to_dense()
+
+    @property
     def nnz(self) -> int:
         """Number of stored weights."""
         if self.tile_offsets is not None:
             return int(self.tile_offsets[-1])
+        if self._device_weight is not None:
+            return self._device_weight.nnz
         return 0 if self.compressed is None else self.compressed.numel()
 
     @property
@@ -233,15 +286,13 @@ class SparseLinear(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """Dtype of the values."""
-        values = self._buffers["values"]
-        values = self._buffers["compressed"] if values is None else values
-        if values is None:
-            raise RuntimeError("this SparseLinear has lost its buffers")
-        return values.dtype
+        return self._first_buffer().dtype
 
     @property
     def kernel(self) -> str:
         """Name the kernel that a forward pass runs now, and why."""
+        if self._device_weight is not None:
+            return self._device_weight.describe(self.dtype)
         if not self.is_packed:
             cause = backend.missing_reason() or f"not packed (dtype {self.dtype})"
             return f"unpack + dense torch: {cause}"
@@ -326,11 +377,16 @@ class SparseLinear(nn.Module):
         self.pack()
 
 
-def _check_pattern(bitmap: BitmapTensor, pattern: str) -> None:
+def parse_pattern(pattern: str) -> tuple[int, int]:
+    """Return (n, m) of "n:m", n KEPT of m consecutive inputs; ValueError for anything else."""
     kept, _, group = pattern.partition(":")
-    if not (kept.isdigit() and group.isdigit() and 0 < int(kept) < int(group)):
+    if not (kept.isdecimal() and group.isdecimal() and 0 < int(kept) < int(group)):
         raise ValueError(f'pattern is "unstructured" or "n:m" with n kept of m, got "{pattern}"')
-    n, m = int(kept), int(group)
+    return int(kept), int(group)
+
+
+def _check_pattern(bitmap: BitmapTensor, pattern: str) -> None:
+    n, m = parse_pattern(pattern)
     cols = bitmap.shape[1] - bitmap.shape[1] % m
     counts = bitmap.keep_mask()[:, :cols].unflatten(1, (-1, m)).sum(dim=2) if cols else torch.zeros(0, 1)
     offences = (counts > n).nonzero()

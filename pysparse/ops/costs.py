@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from pysparse import backend
-from pysparse.formats import BitmapTensor, PairBlocks, TiledBitmap
+from pysparse.formats import BitmapTensor, ColumnPairs, TiledBitmap
 from pysparse.ops import linear
 
 logger = logging.getLogger("pysparse")
@@ -157,7 +157,7 @@ def _runs(
     ways: dict[str, Callable[[Tensor], object]] = {
         "bitmap": partial(linear.bitmap_linear_chunks, weight=tiled),
         "unpack": partial(linear.unpacked_linear, weight=tiled),
-        "pairs": partial(linear.pairs_linear, weight=PairBlocks.from_tiled(tiled)),
+        "pairs": partial(linear.pairs_linear, weight=ColumnPairs.from_tiled(tiled)),
         "dense": partial(linear.dense_linear, weight=weight),
     }
     x = torch.randn(256, shape[1], generator=generator).to(dtype)

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from pysparse import backend
-from pysparse.formats.pairs import PairBlocks
+from pysparse.formats.pairs import ColumnPairs
 from pysparse.formats.tiled import TiledBitmap
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16)
@@ -88,7 +88,7 @@ def unpacked_linear(x: Tensor, weight: TiledBitmap, bias: Tensor | None = None) 
     return _bitmap_linear_many(x, weight.values, weight.masks, weight.tile_offsets, bias, weight.shape[0])
 
 
-def pairs_linear(x: Tensor, weight: PairBlocks, bias: Tensor | None = None) -> Tensor:
+def pairs_linear(x: Tensor, weight: ColumnPairs, bias: Tensor | None = None) -> Tensor:
     """Return ``x @ W.T + bias`` for a ``weight`` of shape (N, K) in pair blocks: the kernel for many tokens.
 
     Arguments, result and errors are those of :func:`bitmap_linear`; a token's result does not depend on the

@@ -8,12 +8,21 @@
 #include <cstdint>
 #include <cstdlib>
 
+#include "pysparse/error.h"
+
 namespace pysparse {
+
+inline constexpr long kMaxThreads = 4096;
 
 inline int num_threads() {
   static const int wanted = [] {
     const char* text = std::getenv("PYSPARSE_NUM_THREADS");
-    return text ? std::atoi(text) : 0;
+    if (!text || !*text) return 0;
+    char* end = nullptr;
+    const long count = std::strtol(text, &end, 10);
+    check(*end == '\0' && count >= 1 && count <= kMaxThreads, "PYSPARSE_NUM_THREADS=", text,
+          " is not a number of threads from 1 to ", kMaxThreads);
+    return static_cast<int>(count);
   }();
   if (omp_in_parallel()) return 1;
   return wanted > 0 ? wanted : omp_get_max_threads();

@@ -1,0 +1,113 @@
+"""Recipes as YAML and back, from an allow-list of classes.
+
+importance: {type: Wanda}
+allocation: {type: Uniform}
+structure: {type: NM, n: 2, m: 4}
+reconstruction: {type: Keep}
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pysparse.methods.magnitude import Magnitude
+from pysparse.methods.wanda import Wanda
+from pysparse.pruning import NM, Keep, Recipe, Uniform, Unstructured
+from pysparse.pruning.report import describe_recipe
+
+COMPONENTS: dict[str, dict[str, type[Any]]] = {
+    "importance": {"Magnitude": Magnitude, "Wanda": Wanda},
+    "allocation": {"Uniform": Uniform},
+    "structure": {"NM": NM, "Unstructured": Unstructured},
+    "reconstruction": {"Keep": Keep},
+}
+_LIMIT = 1 << 12  # bytes; a recipe has some ten lines, and the parser's time grows with the square
+
+
+def recipe_to_yaml(recipe: Recipe) -> str:
+    """Return ``recipe`` as YAML that :func:`parse_recipe` reads back to an equal one.
+
+    Raises ValueError for a part that is not in COMPONENTS: register your class there first.
+    """
+    content = describe_recipe(recipe)
+    for part, known in COMPONENTS.items():
+        value = getattr(recipe, part)
+        if known.get(type(value).__name__) is not type(value):
+            raise ValueError(
+                f"{part} {type(value).__name__} cannot be saved: register it in "
+                f"pysparse.methods.COMPONENTS['{part}'] (known: {', '.join(known)})"
+            )
+    text: str = yaml.safe_dump(content, sort_keys=False, default_flow_style=None)
+    return text
+
+
+def load_recipe(path: str | Path) -> Recipe:
+    """Read a recipe file; FileNotFoundError, or ValueError that names the file and what is wrong in it."""
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(f"no such recipe file: {path}")
+    if path.stat().st_size > _LIMIT:
+        raise ValueError(f"{path} has {path.stat().st_size} bytes: a recipe has at most {_LIMIT}")
+    try:
+        return parse_recipe(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # UnicodeDecodeError is one
+        raise ValueError(f"{path}: {error}") from None
+
+
+def parse_recipe(text: str) -> Recipe:
+    """Build the recipe that YAML ``text`` describes.
+
+    Only the classes of COMPONENTS are built, with plain values for their fields; YAML tags that name Python
+    objects are refused. Raises ValueError for anything unknown, with the known names.
+    """
+    if len(text) > _LIMIT:
+        raise ValueError(f"the recipe has {len(text)} characters, it may have {_LIMIT}")
+    try:
+        if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)):
+            raise ValueError(
+                "the recipe uses YAML aliases (*name), which can grow without bound: write it out"
+            )
+        content = yaml.safe_load(text)
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ValueError(f"the recipe is not plain YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"a recipe maps {_listed(COMPONENTS)} to a type each, got {type(content).__name__}")
+    _refuse_unknown("the recipe", content, COMPONENTS)
+    missing = [part for part in COMPONENTS if part not in content]
+    if missing:
+        raise ValueError(f"the recipe lacks {_listed(missing)}; it needs {_listed(COMPONENTS)}")
+    return Recipe(**{part: _build(part, content[part]) for part in COMPONENTS})
+
+
+def _build(part: str, content: Any) -> Any:
+    values = {"type": content} if isinstance(content, str) else content  # a bare name stands for its defaults
+    if not isinstance(values, dict) or "type" not in values:
+        raise ValueError(f"{part} needs a type, one of {_listed(COMPONENTS[part])}")
+    name = values["type"]
+    if not isinstance(name, str) or name not in COMPONENTS[part]:
+        raise ValueError(f"{part} has the unknown type {name!r}; known: {_listed(COMPONENTS[part])}")
+    kind = COMPONENTS[part][name]
+    fields = [field.name for field in dataclasses.fields(kind) if field.init]
+    _refuse_unknown(f"{part} {name}", values, ["type", *fields])
+    for key, value in values.items():
+        if not isinstance(value, str | int | float | bool):
+            raise ValueError(f"{part} {name}: {key} is a {type(value).__name__}, expected a plain value")
+    try:
+        return kind(**{key: value for key, value in values.items() if key != "type"})
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{part} {name}: {error}") from None
+
+
+def _refuse_unknown(where: str, content: dict[Any, Any], known: Iterable[str]) -> None:
+    unknown = [str(key) for key in content if key not in known]
+    if unknown:
+        raise ValueError(f"{where} has unknown keys {_listed(unknown)}; known: {_listed(known)}")
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(names)

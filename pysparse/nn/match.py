@@ -1,0 +1,32 @@
+"""Name layers: by class, by module path, or by a regular expression over the path."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from torch import nn
+
+
+def class_names(module: nn.Module) -> set[str]:
+    """Return the names that ``module`` answers to: its class and all bases; Conv1D (GPT-2) is a Linear too."""
+    names = {cls.__name__ for cls in type(module).__mro__}
+    return names | {"Linear"} if "Conv1D" in names else names
+
+
+def matches(module: nn.Module, path: str, patterns: Sequence[str]) -> bool:
+    """Tell whether a class name, a module path, its last parts or a ``re:`` expression names ``module``.
+
+    Raises ValueError for a ``re:`` expression that does not compile.
+    """
+    names = class_names(module)
+    return any(_matches_one(names, path, pattern) for pattern in patterns)
+
+
+def _matches_one(names: set[str], path: str, pattern: str) -> bool:
+    if not pattern.startswith("re:"):
+        return pattern in names or path == pattern or path.endswith("." + pattern)
+    try:
+        return re.search(pattern[3:], path) is not None
+    except re.error as error:
+        raise ValueError(f"'{pattern}' is no regular expression: {error}") from None

@@ -1,0 +1,46 @@
+"""Floor 6: recipes of four exchangeable parts, and the one loop that runs them over a model's blocks."""
+
+from pysparse.pruning.allocation import Uniform, allocate
+from pysparse.pruning.layout import BlockLayout, PrunableLayer
+from pysparse.pruning.plan import PrunePlan, plan
+from pysparse.pruning.recipe import (
+    Allocation,
+    Evidence,
+    Importance,
+    MaskStructure,
+    Pruned,
+    Recipe,
+    Reconstruction,
+    Stats,
+)
+from pysparse.pruning.reconstruction import Keep
+from pysparse.pruning.report import PrunedLayer, PruneReport
+from pysparse.pruning.run import BlockEvent, run
+from pysparse.pruning.structure import NM, Unstructured
+from pysparse.pruning.target import check_sparsity, resolve_sparsity
+
+__all__ = [
+    "NM",
+    "Allocation",
+    "BlockEvent",
+    "BlockLayout",
+    "Evidence",
+    "Importance",
+    "Keep",
+    "MaskStructure",
+    "PrunableLayer",
+    "PrunePlan",
+    "PruneReport",
+    "Pruned",
+    "PrunedLayer",
+    "Recipe",
+    "Reconstruction",
+    "Stats",
+    "Uniform",
+    "Unstructured",
+    "allocate",
+    "check_sparsity",
+    "plan",
+    "resolve_sparsity",
+    "run",
+]

@@ -1,0 +1,101 @@
+"""A pruning method as a value: which score, how much where, in which pattern, and what becomes of the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from pysparse.pruning.layout import PrunableLayer
+
+Stats = Mapping[str, Tensor]  # by the name of the statistic, as in pysparse.calib.STATISTICS
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """What an allocation may look at: a layer of the dense model and the statistics it asked for."""
+
+    layer: PrunableLayer
+    stats: Stats
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Pruned:
+    """One pruned weight."""
+
+    weight: Tensor  # [out_features, in_features], zero where not kept
+    keep: Tensor  # bool, same shape; True survives
+
+
+class Importance(Protocol):
+    """How much each weight matters."""
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """Names of the statistics that the score needs; empty for none, and then nothing is calibrated."""
+
+    def __call__(self, weight: Tensor, stats: Stats) -> Tensor:
+        """Return float32 scores of the shape of ``weight`` [out_features, in_features]; the least go first."""
+
+
+class Allocation(Protocol):
+    """How the target sparsity is spread over the layers."""
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """Names of the statistics of the dense model that the allocation needs: they cost a pass of their own."""
+
+    def __call__(self, layers: Sequence[Evidence], target: float) -> list[float]:
+        """Return one sparsity in [0, 1) a layer; weighted by parameters their mean is ``target`` to 1e-6."""
+
+
+class MaskStructure(Protocol):
+    """Which patterns of zeros are allowed, and within which group weights compete."""
+
+    @property
+    def fixed_sparsity(self) -> float | None:
+        """The only sparsity that the structure can have, or None when it is free."""
+
+    def keep(self, scores: Tensor, sparsity: float) -> Tensor:
+        """Return a bool mask of the shape of ``scores`` [out_features, in_features]; True survives."""
+
+    def pruned_count(self, rows: int, cols: int, sparsity: float) -> int:
+        """Return how many weights of a [rows, cols] matrix :meth:`keep` prunes."""
+
+    def dense_columns(self, cols: int) -> int:
+        """Return how many columns at the end of a row the pattern cannot reach and leaves dense."""
+
+
+class Reconstruction(Protocol):
+    """Makes the pruned weight. It drives: a method that updates weights may score and mask piece by piece."""
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """Names of the statistics that the reconstruction itself needs."""
+
+    def solve(
+        self, weight: Tensor, stats: Stats, importance: Importance, structure: MaskStructure, sparsity: float
+    ) -> Pruned:
+        """Prune ``weight`` [out_features, in_features], which must not be changed in place."""
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """A pruning method: four parts that combine freely and run in one loop (:func:`pysparse.pruning.run`)."""
+
+    importance: Importance
+    allocation: Allocation
+    structure: MaskStructure
+    reconstruction: Reconstruction
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """Statistics that pruning a block needs, without those of the allocation's own pass."""
+        return tuple(dict.fromkeys((*self.importance.needs, *self.reconstruction.needs)))
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Tell whether any part looks at activations."""
+        return bool(self.needs or self.allocation.needs)

@@ -1,0 +1,26 @@
+"""What becomes of the weights that survive."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from pysparse.pruning.recipe import Importance, MaskStructure, Pruned, Stats
+
+
+@dataclass(frozen=True, slots=True)
+class Keep:
+    """Survivors keep their value: mask once by score, change nothing else (magnitude, Wanda)."""
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """Nothing of its own."""
+        return ()
+
+    def solve(
+        self, weight: Tensor, stats: Stats, importance: Importance, structure: MaskStructure, sparsity: float
+    ) -> Pruned:
+        """Zero the weights of ``weight`` [out_features, in_features] that the structure does not keep."""
+        keep = structure.keep(importance(weight, stats), sparsity)
+        return Pruned(weight.masked_fill(~keep, 0), keep)

@@ -1,0 +1,157 @@
+"""What pruning did, layer by layer: exact counts, times, warnings."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from pysparse.measure.results import dumps, make_table, to_jsonable, write_json
+from pysparse.pruning.layout import PrunableLayer
+from pysparse.pruning.recipe import MaskStructure, Recipe
+
+_LONG = 64  # layers above which the table shows one line a block
+
+
+@dataclass(frozen=True, slots=True)
+class PrunedLayer:
+    """One pruned weight matrix."""
+
+    path: str
+    block: int
+    shape: tuple[int, int]  # (out_features, in_features)
+    structure: str
+    requested: float  # sparsity
+    pruned: int  # weights that the mask removed
+    zeros: int  # weights that are zero now: the pruned ones and those that were zero and survived
+    seconds: float  # to score, select and write
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def size(self) -> int:
+        """Number of weights."""
+        return self.shape[0] * self.shape[1]
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of weights that the mask removed."""
+        return self.pruned / max(1, self.size)
+
+
+@dataclass(frozen=True, slots=True)
+class PruneReport:
+    """What :func:`pysparse.pruning.run` did."""
+
+    target: float  # sparsity asked for
+    recipe: dict[str, Any]
+    layers: tuple[PrunedLayer, ...]
+    skipped: dict[str, str]  # linear layers that stayed dense, and why
+    model_parameters: int
+    calibration: dict[str, Any] | None  # None: the method needs none
+    propagate: str  # whether a block's statistics saw the blocks before it "pruned" or "dense"
+    seed: int
+    seconds: dict[str, float]  # by phase, and "total"
+    threads: int
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def weights(self) -> int:
+        """Number of weights in the pruned matrices."""
+        return sum(layer.size for layer in self.layers)
+
+    @property
+    def sparsity(self) -> float:
+        """Weights that the masks removed over all weights of the pruned matrices."""
+        return sum(layer.pruned for layer in self.layers) / max(1, self.weights)
+
+    @property
+    def share_of_model(self) -> float:
+        """Weights in the pruned matrices over all parameters of the model."""
+        return self.weights / max(1, self.model_parameters)
+
+    def table(self) -> Table:
+        """Return a rich table; a model with many layers gets one line a block."""
+        columns = ("layer", "shape", "structure", "asked", "pruned", "sparsity", "seconds")
+        rows = [_row(name, group) for name, group in self._groups().items()]
+        rows.append(_row("total", self.layers))
+        return make_table(f"pruned {len(self.layers)} layers", columns, rows, "\n".join(self._remarks()))
+
+    def _groups(self) -> dict[str, list[PrunedLayer]]:
+        if len(self.layers) <= _LONG:
+            return {layer.path: [layer] for layer in self.layers}
+        groups: dict[str, list[PrunedLayer]] = {}
+        for layer in self.layers:
+            groups.setdefault(f"block {layer.block}", []).append(layer)
+        return {f"{name} ({len(group)} layers)": group for name, group in groups.items()}
+
+    def _remarks(self) -> list[str]:
+        share = (
+            f"{self.share_of_model:.0%} of the model's {self.model_parameters:,} parameters are in these layers; "
+            f"{len(self.skipped)} linear layers stay dense; {self.seconds['total']:.1f} s"
+        )
+        source = "no calibration" if self.calibration is None else (
+            f"calibrated on {self.calibration['sequences']} sequences of {self.calibration['source']}"
+        )  # fmt: skip
+        return [share, source, *self.warnings]
+
+    def with_warnings(self, warnings: Sequence[str]) -> PruneReport:
+        """Return a copy with more warnings."""
+        return dataclasses.replace(self, warnings=(*self.warnings, *warnings))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return a JSON-ready dict, totals first."""
+        result: dict[str, Any] = {
+            "sparsity": self.sparsity, "weights": self.weights, "share_of_model": self.share_of_model,
+            **to_jsonable(self),
+        }  # fmt: skip
+        for entry, layer in zip(result["layers"], self.layers, strict=True):
+            entry["sparsity"] = layer.sparsity
+        return result
+
+    def to_json(self, path: str | Path | None = None) -> str:
+        """Return JSON text, and write it to ``path`` when given."""
+        if path is not None:
+            write_json(path, self.to_dict())
+        return dumps(self.to_dict())
+
+    def __rich__(self) -> Table:
+        return self.table()
+
+
+def _row(name: str, group: Sequence[PrunedLayer]) -> tuple[Any, ...]:
+    size = max(1, sum(layer.size for layer in group))
+    shapes, structures = ({getattr(layer, key) for layer in group} for key in ("shape", "structure"))
+    return (
+        name,
+        " x ".join(map(str, next(iter(shapes)))) if len(shapes) == 1 else "various",
+        next(iter(structures)) if len(structures) == 1 else "various",
+        f"{sum(layer.requested * layer.size for layer in group) / size:.2%}",
+        sum(layer.pruned for layer in group),
+        f"{sum(layer.pruned for layer in group) / size:.2%}",
+        f"{sum(layer.seconds for layer in group):.3f}",
+    )
+
+
+def describe_recipe(recipe: Recipe) -> dict[str, Any]:
+    """Return the parts of a recipe as {part: {"type": class name, field: value, ...}}."""
+    parts = {field.name: getattr(recipe, field.name) for field in dataclasses.fields(recipe)}
+    return {
+        name: {"type": type(part).__name__, **(to_jsonable(part) if dataclasses.is_dataclass(part) else {})}
+        for name, part in parts.items()
+    }
+
+
+def structure_warning(structure: MaskStructure, layers: Sequence[PrunableLayer]) -> str | None:
+    """Say once which layers have a width that the pattern does not divide; None when all fit."""
+    ragged = [layer for layer in layers if structure.dense_columns(layer.shape[1])]
+    if not ragged:
+        return None
+    cols = ragged[0].shape[1]
+    return (
+        f"{len(ragged)} layers have in_features that {structure} does not divide, the last columns stay dense: "
+        f"{ragged[0].path} has {cols}, its last {structure.dense_columns(cols)} are not pruned"
+    )

@@ -1,0 +1,158 @@
+"""The command: results on stdout, everything else on stderr, exit codes 0, 1 and 2."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from typer.testing import CliRunner
+
+import pysparse
+from pysparse import backend, data
+from pysparse.cli import app, demo
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def refused(*arguments):
+    """Return the error line of a call that the user must mend."""
+    result = run(*arguments)
+    assert result.exit_code == 2, (result.exit_code, result.stdout, result.stderr, result.exception)
+    assert result.stdout == ""
+    assert "Traceback" not in result.stderr
+    return " ".join(result.stderr.split())
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory):
+    """A tiny Llama with the bundled tokenizer beside it."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("models") / "dense"
+    config = LlamaConfig(
+        vocab_size=4096, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=128,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(data.demo_model_path()).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pruned(dense):
+    folder = dense.parent / "pruned"
+    result = run(
+        "prune", dense, "-o", folder, "--sparsity", 0.6, "--num-samples", 4, "--max-length", 64, "--json", "-"
+    )
+    assert result.exit_code == 0, result.stderr
+    report = json.loads(result.stdout)
+    assert report["sparsity"] == pytest.approx(0.6, abs=0.01)
+    assert "saved in" in result.stderr
+    return folder
+
+
+def test_help_and_version():
+    result = run("--help")
+    assert result.exit_code == 0
+    for command in ("demo", "prune", "eval", "bench", "report", "kernels", "doctor"):
+        assert command in result.stdout
+    assert run("--version").stdout.strip() == pysparse.__version__
+
+
+def test_kernels_lists_the_table():
+    answer = json.loads(run("kernels", "--json", "-").stdout)
+    rows = answer["kernels"]
+    assert {row["way"] for row in answer["choices"]} <= {"bitmap", "unpack", "pairs", "dense"}
+    assert len(rows) == len(backend.kernels())
+    taken = {(row["op"], row["format"], row["dtype"]) for row in rows if row["taken"]}
+    assert taken == {(row["op"], row["format"], row["dtype"]) for row in rows}
+    assert "active level" in run("kernels").stdout or not rows
+
+
+def test_doctor_reports_and_its_code_says_whether_all_is_well():
+    result = run("doctor", "--json", "-")
+    findings = json.loads(result.stdout)
+    assert result.exit_code == (0 if findings["ok"] else 1)
+    assert {check["name"] for check in findings["checks"]} >= {"compiled core", "threads", "one OpenMP"}
+
+
+def test_report_of_a_saved_model(pruned):
+    layers = json.loads(run("report", pruned, "--json", "-").stdout)["layers"]
+    sparse = [layer for layer in layers if layer["sparsity"] > 0.5]
+    assert len(sparse) == 14
+    assert all(
+        layer["stored_bytes"] < layer["dense_bytes"] for layer in sparse if layer["dtype"] == "float32"
+    )
+    table = run("report", pruned)
+    assert table.exit_code == 0
+    assert "down_proj" in table.stdout
+
+
+def test_eval_against_the_dense_model(dense, pruned):
+    result = run("eval", pruned, "--dense", dense, "--window", 64, "--max-windows", 3, "--json", "-")
+    assert result.exit_code == 0, result.stderr
+    figures = json.loads(result.stdout)
+    assert figures["perplexity"]["protocol"]["windows"] == 3
+    assert figures["reference"]["tokens"] == figures["perplexity"]["tokens"] == 3 * 63
+    assert 0 <= figures["agreement"]["top1"] <= 1
+
+
+def test_bench_writes_json_and_plot(pruned, tmp_path):
+    target, plot = tmp_path / "bench.json", tmp_path / "bench.png"
+    options = ("--prompt-len", 8, "--new-tokens", 4, "--rounds", 2, "--json", target, "--plot", plot)
+    result = run("bench", pruned, *options)
+    assert result.exit_code == 0, result.stderr
+    assert "decode tokens/s" in result.stdout
+    assert set(json.loads(target.read_text())["decode"]) == {
+        "torch dense",
+        "pysparse dense",
+        "pysparse sparse",
+    }
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_dry_run_prints_the_plan_and_touches_nothing(dense):
+    before = sorted(dense.parent.rglob("*"))
+    result = run("prune", dense, "--sparsity", 0.5, "--dry-run", "--json", "-")
+    assert result.exit_code == 0, result.stderr
+    assert json.loads(result.stdout)
+    assert sorted(dense.parent.rglob("*")) == before
+
+
+def test_demo_writes_its_files(tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, "_CALIBRATION_SEQUENCES", 4)  # quality is not looked at here
+    result = run("demo", "--no-speed", "--windows", 2, "--output", tmp_path / "out")
+    assert result.exit_code == 0, result.stderr
+    assert "wanda" in result.stdout
+    figures = json.loads((tmp_path / "out" / "demo.json").read_text())
+    assert [row["method"] for row in figures["quality"]] == ["dense", *["magnitude"] * 3, *["wanda"] * 3]
+    for row in figures["quality"][1:]:
+        assert row["size"]["linears"] < 0.65 * row["size"]["linears_dense"]
+    assert "quality and size" in (tmp_path / "out" / "demo.txt").read_text()
+
+
+def test_wrong_input_is_one_line_and_exit_code_2(dense, tmp_path):
+    output = ("-o", tmp_path / "never")
+    assert "did you mean 0.7" in refused("prune", dense, *output, "--sparsity", 70)
+    assert "wanda" in refused("prune", dense, *output, "--method", "wonda")
+    assert "no such model folder" in refused("prune", tmp_path / "nothing", *output)
+    assert "--output" in refused("prune", dense)
+    assert "4:2" in refused("prune", dense, *output, "--pattern", "4:2")
+    assert "no_such.txt" in refused("prune", dense, *output, "--calib", tmp_path / "no_such.txt")
+    assert "128 positions" in refused("eval", dense, "--window", 999)
+    assert "choose one of llama-2-7b" in refused("bench", "--shape", "llama-9")
+    assert "either a model folder or --shape" in refused("bench")
+    assert "sparse enough" in refused("bench", dense)
+    assert not (tmp_path / "never").exists()
+
+
+def test_a_damaged_checkpoint_is_refused(pruned, tmp_path):
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for file in pruned.iterdir():
+        (broken / file.name).write_bytes(file.read_bytes())
+    weights = next(broken.glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:-100])
+    message = refused("report", broken)
+    assert weights.name in message
