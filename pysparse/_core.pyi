@@ -39,6 +39,73 @@ def tile_unpack(
     bitmask: int,
     row_offsets: int,
 ) -> None: ...
+def pairs_plan(
+    tiled: int,
+    word: int,
+    rows: int,
+    cols: int,
+    masks: int,
+    tile_offsets: int,
+    nnz: int,
+    row_order: int,
+    counts: int,
+    block_offsets: int,
+) -> int: ...
+def pairs_fill(
+    tiled: int,
+    word: int,
+    rows: int,
+    cols: int,
+    masks: int,
+    tile_offsets: int,
+    row_order: int,
+    counts: int,
+    block_offsets: int,
+    values: int,
+    indices: int,
+) -> None: ...
+def pairs_mask(
+    values: int,
+    word: int,
+    rows: int,
+    cols: int,
+    indices: int,
+    row_order: int,
+    counts: int,
+    block_offsets: int,
+    bitmask: int,
+    row_offsets: int,
+) -> int: ...
+def pairs_values(
+    values: int,
+    word: int,
+    rows: int,
+    cols: int,
+    indices: int,
+    row_order: int,
+    counts: int,
+    block_offsets: int,
+    row_offsets: int,
+    target: int,
+) -> None: ...
+def pairs_linear(
+    dtype: int,
+    x: int,
+    tokens: int,
+    cols: int,
+    values: int,
+    entries: int,
+    indices: int,
+    row_order: int,
+    order_count: int,
+    counts: int,
+    count_count: int,
+    block_offsets: int,
+    offset_count: int,
+    bias: int,
+    y: int,
+    rows: int,
+) -> None: ...
 def csr_indices(bitmask: int, rows: int, cols: int, row_offsets: int, nnz: int, col_indices: int) -> None: ...
 def bitmap_linear(
     dtype: int,

@@ -9,6 +9,7 @@
 #include "pysparse/error.h"
 #include "pysparse/kernel_table.h"
 #include "pysparse/parallel.h"
+#include "pysparse/scratch.h"
 
 namespace pysparse {
 namespace {
@@ -23,19 +24,6 @@ void check_sizes(const TiledBitmapView& weight, const BufferSizes& sizes) {
   check(total >= 0 && total + kValuePadding <= sizes.values, "tile_offsets end at ", total,
         ", but only ", sizes.values, " values are there, ", kValuePadding, " of them padding");
 }
-
-// 64-byte aligned scratch of the calling thread; it grows and stays.
-class Scratch {
- public:
-  void* reserve(size_t bytes) {
-    if (storage_.size() < bytes + 64) storage_.resize(bytes + 64);
-    const auto address = reinterpret_cast<uintptr_t>(storage_.data());
-    return reinterpret_cast<void*>((address + 63) & ~uintptr_t{63});
-  }
-
- private:
-  std::vector<unsigned char> storage_;
-};
 
 template <class In, class Out>
 void widen(const In* source, int64_t count, Out* target) {

@@ -3,6 +3,7 @@
 from pysparse.formats.bitmap import BitmapTensor
 from pysparse.formats.csr import CsrTensor
 from pysparse.formats.device import PACKINGS, DeltaRows, FragmentBitmap, PairBlocks
+from pysparse.formats.pairs import ColumnPairs
 from pysparse.formats.tiled import TiledBitmap
 
 FORMATS: dict[str, type[BitmapTensor] | type[CsrTensor]] = {
@@ -14,6 +15,7 @@ __all__ = [
     "FORMATS",
     "PACKINGS",
     "BitmapTensor",
+    "ColumnPairs",
     "CsrTensor",
     "DeltaRows",
     "FragmentBitmap",

@@ -13,10 +13,14 @@ from pysparse.ops.linear import (
     DENSE_TOKENS,
     KERNEL_DTYPES,
     bitmap_linear,
+    bitmap_linear_chunks,
     bitmap_unpack,
     call_bitmap_linear,
     dense_linear,
     is_kernel_dtype,
+    needs_dispatcher,
+    pairs_linear,
+    unpacked_linear,
 )
 
 __all__ = [
@@ -26,12 +30,16 @@ __all__ = [
     "KERNEL_DTYPES",
     "STRIP_TOKENS",
     "bitmap_linear",
+    "bitmap_linear_chunks",
     "bitmap_unpack",
     "call_arrays",
     "call_bitmap_linear",
     "dense_linear",
     "is_kernel_dtype",
     "max_tokens",
+    "needs_dispatcher",
     "packed_linear",
     "packed_unpack",
+    "pairs_linear",
+    "unpacked_linear",
 ]
