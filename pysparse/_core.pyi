@@ -1,4 +1,4 @@
-"""Compiled kernels. Every argument that stands for an array is the address of its first element."""
+"""Compiled kernels. An argument for an array is the address of its first element; a pair adds their number."""
 
 def kernels() -> list[tuple[str, str, str, str, bool]]: ...
 def isa_levels() -> list[tuple[str, bool]]: ...
@@ -69,4 +69,80 @@ def bitmap_unpack(
 ) -> None: ...
 def dense_linear(
     dtype: int, x: int, tokens: int, cols: int, weight: int, bias: int, y: int, rows: int
+) -> None: ...
+def int8_quantize(
+    values: int,
+    rows: int,
+    cols: int,
+    bitmask: int,
+    row_offsets: int,
+    nnz: int,
+    group_cols: int,
+    quantized: int,
+    scales: int,
+) -> None: ...
+def int8_dequantize(
+    quantized: int,
+    scales: int,
+    rows: int,
+    cols: int,
+    bitmask: int,
+    row_offsets: int,
+    nnz: int,
+    group_cols: int,
+    values: int,
+) -> None: ...
+def int8_tile_pack(
+    values: int,
+    rows: int,
+    cols: int,
+    bitmask: int,
+    row_offsets: int,
+    nnz: int,
+    group_cols: int,
+    tiled: int,
+    masks: int,
+    tile_offsets: int,
+    row_sums: int,
+) -> None: ...
+def int8_tile_unpack(
+    tiled: int,
+    rows: int,
+    cols: int,
+    masks: int,
+    tile_offsets: int,
+    nnz: int,
+    values: int,
+    bitmask: int,
+    row_offsets: int,
+) -> None: ...
+def int8_linear(
+    dtype: int,
+    x: int,
+    tokens: int,
+    cols: int,
+    parts: int,
+    values: tuple[int, int],
+    masks: tuple[int, int],
+    tile_offsets: tuple[int, int],
+    scales: tuple[int, int],
+    row_sums: tuple[int, int],
+    group_cols: int,
+    bias: int,
+    y: int,
+    rows: int,
+) -> None: ...
+def int8_unpack(
+    dtype: int,
+    values: tuple[int, int],
+    masks: tuple[int, int],
+    tile_offsets: tuple[int, int],
+    scales: tuple[int, int],
+    row_sums: tuple[int, int],
+    group_cols: int,
+    all_rows: int,
+    cols: int,
+    first_tile: int,
+    rows: int,
+    dense: int,
 ) -> None: ...

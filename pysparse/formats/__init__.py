@@ -2,6 +2,7 @@
 
 from pysparse.formats.bitmap import BitmapTensor
 from pysparse.formats.csr import CsrTensor
+from pysparse.formats.int8 import Int8Bitmap, TiledInt8
 from pysparse.formats.tiled import TiledBitmap
 
 FORMATS: dict[str, type[BitmapTensor] | type[CsrTensor]] = {
@@ -9,4 +10,4 @@ FORMATS: dict[str, type[BitmapTensor] | type[CsrTensor]] = {
     "csr": CsrTensor,
 }
 
-__all__ = ["FORMATS", "BitmapTensor", "CsrTensor", "TiledBitmap"]
+__all__ = ["FORMATS", "BitmapTensor", "CsrTensor", "Int8Bitmap", "TiledBitmap", "TiledInt8"]
