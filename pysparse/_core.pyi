@@ -146,3 +146,123 @@ def int8_unpack(
     rows: int,
     dense: int,
 ) -> None: ...
+def nm_sizes(
+    n: int,
+    m: int,
+    rows: int,
+    cols: int,
+    word: int,
+) -> tuple[int, int]: ...
+def nm_block_cols(n: int, m: int, word: int) -> int: ...
+def nm_has_vector_kernel(n: int, m: int) -> bool: ...
+def nm_pack(
+    values: int,
+    word: int,
+    n: int,
+    m: int,
+    rows: int,
+    cols: int,
+    bitmask: int,
+    row_offsets: int,
+    nnz: int,
+    packed: int,
+    indices: int,
+) -> None: ...
+def nm_validate(
+    values: tuple[int, int],
+    indices: tuple[int, int],
+    word: int,
+    n: int,
+    m: int,
+    rows: int,
+    cols: int,
+) -> None: ...
+def nm_unpack_mask(
+    values: tuple[int, int],
+    indices: tuple[int, int],
+    word: int,
+    n: int,
+    m: int,
+    rows: int,
+    cols: int,
+    bitmask: int,
+    row_offsets: int,
+) -> int: ...
+def nm_unpack_values(
+    values: tuple[int, int],
+    indices: tuple[int, int],
+    word: int,
+    n: int,
+    m: int,
+    rows: int,
+    cols: int,
+    row_offsets: int,
+    target: int,
+) -> None: ...
+def nm_row_sums(
+    values: tuple[int, int],
+    indices: tuple[int, int],
+    n: int,
+    m: int,
+    rows: int,
+    cols: int,
+    group_cols: int,
+    row_sums: int,
+) -> None: ...
+def nm_linear(
+    dtype: int,
+    x: int,
+    tokens: int,
+    cols: int,
+    values: tuple[int, int],
+    indices: tuple[int, int],
+    n: int,
+    m: int,
+    bias: int,
+    y: int,
+    rows: int,
+) -> None: ...
+def nm_unpack(
+    dtype: int,
+    values: tuple[int, int],
+    indices: tuple[int, int],
+    n: int,
+    m: int,
+    all_rows: int,
+    cols: int,
+    first_tile: int,
+    rows: int,
+    dense: int,
+) -> None: ...
+def nm_int8_linear(
+    dtype: int,
+    x: int,
+    tokens: int,
+    cols: int,
+    parts: int,
+    values: tuple[int, int],
+    indices: tuple[int, int],
+    n: int,
+    m: int,
+    scales: tuple[int, int],
+    row_sums: tuple[int, int],
+    group_cols: int,
+    bias: int,
+    y: int,
+    rows: int,
+) -> None: ...
+def nm_int8_unpack(
+    dtype: int,
+    values: tuple[int, int],
+    indices: tuple[int, int],
+    n: int,
+    m: int,
+    scales: tuple[int, int],
+    row_sums: tuple[int, int],
+    group_cols: int,
+    all_rows: int,
+    cols: int,
+    first_tile: int,
+    rows: int,
+    dense: int,
+) -> None: ...

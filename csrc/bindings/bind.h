@@ -13,6 +13,7 @@ void bind_formats(pybind11::module_& module);
 void bind_int8(pybind11::module_& module);
 void bind_kernels(pybind11::module_& module);
 void bind_linear(pybind11::module_& module);
+void bind_nm(pybind11::module_& module);
 
 template <class T>
 T* pointer(uintptr_t address) {

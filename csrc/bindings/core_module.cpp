@@ -6,4 +6,5 @@ PYBIND11_MODULE(_core, module) {
   pysparse::bind_int8(module);
   pysparse::bind_kernels(module);
   pysparse::bind_linear(module);
+  pysparse::bind_nm(module);
 }

@@ -3,6 +3,7 @@
 from pysparse.formats.bitmap import BitmapTensor
 from pysparse.formats.csr import CsrTensor
 from pysparse.formats.int8 import Int8Bitmap, TiledInt8
+from pysparse.formats.nm import NMInt8, NMTensor
 from pysparse.formats.tiled import TiledBitmap
 
 FORMATS: dict[str, type[BitmapTensor] | type[CsrTensor]] = {
@@ -10,4 +11,13 @@ FORMATS: dict[str, type[BitmapTensor] | type[CsrTensor]] = {
     "csr": CsrTensor,
 }
 
-__all__ = ["FORMATS", "BitmapTensor", "CsrTensor", "Int8Bitmap", "TiledBitmap", "TiledInt8"]
+__all__ = [
+    "FORMATS",
+    "BitmapTensor",
+    "CsrTensor",
+    "Int8Bitmap",
+    "NMInt8",
+    "NMTensor",
+    "TiledBitmap",
+    "TiledInt8",
+]

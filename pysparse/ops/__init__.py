@@ -11,6 +11,14 @@ from pysparse.ops.linear import (
     dense_linear,
     is_kernel_dtype,
 )
+from pysparse.ops.nm import (
+    call_nm_int8_linear,
+    call_nm_linear,
+    nm_int8_linear,
+    nm_int8_unpack,
+    nm_linear,
+    nm_unpack,
+)
 
 __all__ = [
     "ACTIVATION_BITS",
@@ -21,8 +29,14 @@ __all__ = [
     "bitmap_unpack",
     "call_bitmap_linear",
     "call_int8_linear",
+    "call_nm_int8_linear",
+    "call_nm_linear",
     "dense_linear",
     "int8_linear",
     "int8_unpack",
     "is_kernel_dtype",
+    "nm_int8_linear",
+    "nm_int8_unpack",
+    "nm_linear",
+    "nm_unpack",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -81,7 +82,12 @@ def _int8_linear_cpu(
     tokens = x.numel() // cols if cols else math.prod(batch)
     arrays = tuple(map(_array, (values, masks, tile_offsets, scales, row_sums)))
     if tokens > DECODE_TOKENS:
-        return _int8_linear_many(x, arrays, bias, out_features, group_size)
+        return multiply_unpacked(
+            x, bias, out_features,
+            lambda first, rows, block: backend.core().int8_unpack(
+                code, *arrays, group_size, out_features, cols, first // 16, rows, block
+            ),
+        )  # fmt: skip
     x = x.contiguous()
     y = torch.empty(*batch, out_features, dtype=x.dtype)
     backend.core().int8_linear(
@@ -91,26 +97,20 @@ def _int8_linear_cpu(
     return y
 
 
-def _int8_linear_many(
-    x: Tensor, arrays: tuple[tuple[int, int], ...], bias: Tensor | None, out_features: int, group_size: int
+def multiply_unpacked(
+    x: Tensor, bias: Tensor | None, out_features: int, unpack: Callable[[int, int, int], None]
 ) -> Tensor:
-    """Dequantise some rows into a cache-sized block, multiply by torch's GEMM, go on with the next rows."""
+    """Unpack some rows into a cache-sized block, multiply by torch's GEMM, go on with the next rows.
+
+    ``unpack(first_row, rows, address)`` writes rows of the dense weight.
+    """
     cols = x.shape[-1]
     block_rows = max(1, _UNPACK_BYTES // max(1, cols * x.element_size()) // 16) * 16
     y = x.new_empty((*x.shape[:-1], out_features))
     for first in range(0, out_features, block_rows):
         rows = min(out_features - first, block_rows)
         block = torch.empty(rows, cols, dtype=x.dtype)
-        backend.core().int8_unpack(
-            _DTYPE_CODES[x.dtype],
-            *arrays,
-            group_size,
-            out_features,
-            cols,
-            first // 16,
-            rows,
-            block.data_ptr(),
-        )
+        unpack(first, rows, block.data_ptr())
         y[..., first : first + rows] = functional.linear(
             x, block, None if bias is None else bias[first : first + rows]
         )
