@@ -70,6 +70,46 @@ def bitmap_unpack(
 def dense_linear(
     dtype: int, x: int, tokens: int, cols: int, weight: int, bias: int, y: int, rows: int
 ) -> None: ...
+
+PAIR_BLOCK_BYTES: int
+
+def delta_count(bitmask: int, rows: int, cols: int, row_offsets: int, nnz: int, row_groups: int) -> int: ...
+def delta_chunk_slots(rows: int, groups: int) -> int: ...
+def delta_pack(
+    source: int,
+    rows: int,
+    cols: int,
+    bitmask: int,
+    row_offsets: int,
+    row_groups: int,
+    values: int,
+    deltas: int,
+    chunk_cols: int,
+) -> None: ...
+def delta_unpack(
+    values: int,
+    deltas: int,
+    row_groups: int,
+    rows: int,
+    cols: int,
+    target: int,
+    bitmask: int,
+    row_offsets: int,
+) -> int: ...
+def fragment_count(bitmask: int, rows: int, cols: int, row_offsets: int, nnz: int, offsets: int) -> int: ...
+def fragment_pack(
+    source: int, rows: int, cols: int, bitmask: int, row_offsets: int, offsets: int, stream: int
+) -> None: ...
+def fragment_unpack(
+    stream: int, offsets: int, rows: int, cols: int, target: int, bitmask: int, row_offsets: int
+) -> int: ...
+def pair_pack(
+    source: int, rows: int, cols: int, bitmask: int, row_offsets: int, nnz: int, stream: int
+) -> None: ...
+def pair_unpack(stream: int, rows: int, cols: int, target: int, bitmask: int, row_offsets: int) -> int: ...
+def fragment_place(lane: int, q: int, i: int) -> tuple[int, int]: ...
+def pair_place(m: int, lane: int, i: int, position: int) -> tuple[int, int]: ...
+def input_word(pair: bool, w: int) -> int: ...
 def int8_quantize(
     values: int,
     rows: int,

@@ -11,9 +11,12 @@ from typing import Any
 import torch
 from rich.table import Table
 from torch import nn
+from transformers import PreTrainedModel
 
 from pysparse import data, huggingface, methods
 from pysparse.calib import Calibration, load_calibration, load_texts
+from pysparse.huggingface.folder import is_ours
+from pysparse.huggingface.saving import FORMATS
 from pysparse.measure.agreement import Agreement
 from pysparse.measure.comparison import (
     KERNEL_DENSE,
@@ -75,7 +78,6 @@ __all__ = [
     "report",
 ]
 
-_SAVE_FORMATS = ("pysparse", "dense", "compressed-tensors")
 _LONGEST = 1 << 30  # tokens, of a tokenizer that names no limit
 Texts = Sequence[str] | Iterable[str] | str | Path
 _TOLERANCE = {
@@ -195,6 +197,8 @@ def prune(
     resolve_sparsity(chosen.structure, sparsity)
     saved_recipe = None if output_dir is None else _check_output(output_dir, save_format, chosen)
     model = load_model(model_or_path, format="dense")
+    if output_dir is not None and not isinstance(model, PreTrainedModel):
+        raise ValueError(f"output_dir needs a transformers model, got {type(model).__name__}: leave it out")
     layout = discover(model, targets, ignore)
     found = _find_tokenizer(model_or_path, model, tokenizer)
     data_in = None
@@ -388,11 +392,16 @@ def _recipe(recipe: Recipe | str | Path | None, method: str, pattern: str | None
 
 
 def _check_output(output_dir: str | Path, save_format: str, recipe: Recipe) -> str:
-    """Return the recipe as YAML; ValueError or NotADirectoryError when the result could not be saved."""
-    if save_format not in _SAVE_FORMATS:
-        raise ValueError(f"save_format is one of {', '.join(_SAVE_FORMATS)}, got '{save_format}'")
-    if Path(output_dir).exists() and not Path(output_dir).is_dir():
+    """Return the recipe as YAML; an error now when the result could not be saved after the work is done."""
+    if save_format not in FORMATS:
+        raise ValueError(f"save_format is one of {', '.join(FORMATS)}, got '{save_format}'")
+    folder = Path(output_dir).expanduser()
+    if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"output_dir={output_dir} is a file; pass a folder")
+    if folder.is_dir() and any(folder.iterdir()) and not is_ours(folder):
+        raise FileExistsError(
+            f"output_dir={output_dir} is neither empty nor a model that pysparse saved: choose another folder"
+        )
     return methods.recipe_to_yaml(recipe)
 
 

@@ -7,12 +7,15 @@ and ``torch.set_num_threads`` rules both.
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -22,6 +25,9 @@ logger = logging.getLogger("pysparse")
 
 DISABLE_VARIABLE = "PYSPARSE_DISABLE_EXT"
 ISA_VARIABLE = "PYSPARSE_ISA"
+UNVALIDATED_VARIABLE = "PYSPARSE_CUDA_UNVALIDATED"
+# Written by the run on a GPU that checked and timed the kernels: the hash of each one's sources, and where.
+CUDA_REPORT = Path(__file__).parent / "data" / "cuda_report.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +54,18 @@ def _load_core() -> tuple[ModuleType | None, str]:
     return _core, ""
 
 
+def _load_cuda() -> tuple[ModuleType | None, str]:
+    if os.environ.get(DISABLE_VARIABLE, "0") not in ("", "0"):
+        return None, f"disabled by {DISABLE_VARIABLE}={os.environ[DISABLE_VARIABLE]}"
+    try:
+        from pysparse import _cuda  # type: ignore[attr-defined,unused-ignore]
+    except ImportError as error:  # built without CUDA, or for another platform: the CPU half works alone
+        return None, str(error)
+    return _cuda, ""
+
+
 _core, _missing_reason = _load_core()
+_cuda, _cuda_missing_reason = _load_cuda()
 _warned: set[str] = set()
 
 
@@ -133,3 +150,63 @@ def force_isa(name: str) -> Iterator[None]:
 def num_threads() -> int:
     """Return the threads that the kernels use: torch's number, or PYSPARSE_NUM_THREADS where it is set."""
     return torch.get_num_threads() if _core is None else int(_core.num_threads())
+
+
+def cuda() -> Any:
+    """Return the module of CUDA kernels; raises RuntimeError with the cause when it could not be loaded."""
+    if _cuda is None:
+        raise RuntimeError(
+            f"the CUDA kernels of pysparse are not available ({_cuda_missing_reason}); "
+            "build from source with -C cmake.define.PYSPARSE_CUDA=ON"
+        )
+    return _cuda
+
+
+@cache
+def cuda_missing_reason() -> str:
+    """Return why no CUDA kernel can run here, or an empty string."""
+    if _cuda is None:
+        return _cuda_missing_reason
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device"
+    return "" if _cuda.device_count() else "the driver is missing or older than the kernels' CUDA runtime"
+
+
+def cuda_kernels() -> list[KernelKey]:
+    """List the CUDA kernels of this build; ``supported`` tells whether a device is there to run them."""
+    if _cuda is None:
+        return []
+    usable = not cuda_missing_reason()
+    return [
+        KernelKey(op, format, dtype, "cuda", usable)
+        for format in sorted(_cuda.SOURCE_HASHES)
+        for op in ("linear", "unpack")
+        for dtype in ("bfloat16", "float16")
+    ]
+
+
+@cache
+def _reported_hashes() -> dict[str, str]:
+    if not CUDA_REPORT.exists():
+        return {}
+    hashes: dict[str, str] = json.loads(CUDA_REPORT.read_text())["source_hashes"]
+    return hashes
+
+
+def cuda_gate(format: str) -> str:
+    """Return why kernels of ``format`` are not chosen by default, or an empty string when they are.
+
+    They are chosen only when the report of a GPU run names the hash of their present sources, or when
+    PYSPARSE_CUDA_UNVALIDATED=1 asks for them.
+    """
+    missing = cuda_missing_reason()
+    if missing:
+        return missing
+    if os.environ.get(UNVALIDATED_VARIABLE, "0") not in ("", "0"):
+        return ""
+    if _reported_hashes().get(format) == cuda().SOURCE_HASHES[format]:
+        return ""
+    return (
+        f"the {format} kernel's sources differ from those that a GPU report vouches for; "
+        f"set {UNVALIDATED_VARIABLE}=1 to use it all the same"
+    )

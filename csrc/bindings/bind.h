@@ -11,6 +11,7 @@ namespace pysparse {
 
 void bind_formats(pybind11::module_& module);
 void bind_int8(pybind11::module_& module);
+void bind_device_formats(pybind11::module_& module);
 void bind_kernels(pybind11::module_& module);
 void bind_linear(pybind11::module_& module);
 void bind_nm(pybind11::module_& module);

@@ -1,4 +1,6 @@
 #include "bind.h"
+#include "pysparse/device_formats.h"
+#include "pysparse/device_layout.h"
 #include "pysparse/formats.h"
 
 namespace pysparse {
@@ -66,6 +68,81 @@ void bind_formats(pybind11::module_& module) {
         csr_indices(view(rows, cols, bitmask, row_offsets), nnz, pointer<int32_t>(col_indices));
       },
       ReleaseGil());
+}
+
+void bind_device_formats(pybind11::module_& module) {
+  module.def(
+      "delta_count",
+      [](uintptr_t bitmask, int64_t rows, int64_t cols, uintptr_t row_offsets, int64_t nnz, uintptr_t row_groups) {
+        return delta_count(view(rows, cols, bitmask, row_offsets), nnz, pointer<int32_t>(row_groups));
+      },
+      ReleaseGil());
+  module.def("delta_chunk_slots", layout::chunk_slots);
+  module.def(
+      "delta_pack",
+      [](uintptr_t source, int64_t rows, int64_t cols, uintptr_t bitmask, uintptr_t row_offsets,
+         uintptr_t row_groups, uintptr_t values, uintptr_t deltas, uintptr_t chunk_cols) {
+        delta_pack(pointer<const uint16_t>(source), view(rows, cols, bitmask, row_offsets),
+                   pointer<const int32_t>(row_groups), pointer<uint16_t>(values), pointer<uint32_t>(deltas),
+                   pointer<int32_t>(chunk_cols));
+      },
+      ReleaseGil());
+  module.def(
+      "delta_unpack",
+      [](uintptr_t values, uintptr_t deltas, uintptr_t row_groups, int64_t rows, int64_t cols, uintptr_t target,
+         uintptr_t bitmask, uintptr_t row_offsets) {
+        return delta_unpack(pointer<const uint16_t>(values), pointer<const uint32_t>(deltas),
+                            pointer<const int32_t>(row_groups), rows, cols, pointer<uint16_t>(target),
+                            pointer<uint8_t>(bitmask), pointer<int64_t>(row_offsets));
+      },
+      ReleaseGil());
+  module.def(
+      "fragment_count",
+      [](uintptr_t bitmask, int64_t rows, int64_t cols, uintptr_t row_offsets, int64_t nnz, uintptr_t offsets) {
+        return fragment_count(view(rows, cols, bitmask, row_offsets), nnz, pointer<int32_t>(offsets));
+      },
+      ReleaseGil());
+  module.def(
+      "fragment_pack",
+      [](uintptr_t source, int64_t rows, int64_t cols, uintptr_t bitmask, uintptr_t row_offsets,
+         uintptr_t offsets, uintptr_t stream) {
+        fragment_pack(pointer<const uint16_t>(source), view(rows, cols, bitmask, row_offsets),
+                      pointer<const int32_t>(offsets), pointer<uint8_t>(stream));
+      },
+      ReleaseGil());
+  module.def(
+      "fragment_unpack",
+      [](uintptr_t stream, uintptr_t offsets, int64_t rows, int64_t cols, uintptr_t target, uintptr_t bitmask,
+         uintptr_t row_offsets) {
+        return fragment_unpack(pointer<const uint8_t>(stream), pointer<const int32_t>(offsets), rows, cols,
+                               pointer<uint16_t>(target), pointer<uint8_t>(bitmask), pointer<int64_t>(row_offsets));
+      },
+      ReleaseGil());
+  module.attr("PAIR_BLOCK_BYTES") = layout::kPairBlockBytes;
+  module.def(
+      "pair_pack",
+      [](uintptr_t source, int64_t rows, int64_t cols, uintptr_t bitmask, uintptr_t row_offsets, int64_t nnz,
+         uintptr_t stream) {
+        pair_pack(pointer<const uint16_t>(source), view(rows, cols, bitmask, row_offsets), nnz,
+                  pointer<uint8_t>(stream));
+      },
+      ReleaseGil());
+  module.def(
+      "pair_unpack",
+      [](uintptr_t stream, int64_t rows, int64_t cols, uintptr_t target, uintptr_t bitmask, uintptr_t row_offsets) {
+        return pair_unpack(pointer<const uint8_t>(stream), rows, cols, pointer<uint16_t>(target),
+                           pointer<uint8_t>(bitmask), pointer<int64_t>(row_offsets));
+      },
+      ReleaseGil());
+  module.def("fragment_place", [](int lane, int q, int i) {
+    const layout::Place at = layout::fragment_place(lane, q, i);
+    return pybind11::make_tuple(at.row, at.col);
+  });
+  module.def("pair_place", [](int m, int lane, int i, int position) {
+    const int group = layout::pair_group(lane, i);
+    return pybind11::make_tuple(layout::operand_row(lane, i), layout::pair_group_col(m, group) + position);
+  });
+  module.def("input_word", [](bool pair, int w) { return pair ? layout::pair_input_word(w) : layout::fragment_input_word(w); });
 }
 
 }  // namespace pysparse

@@ -74,7 +74,10 @@ def prune(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Folder to save the sparse model in.")
     ] = None,
-    sparsity: Annotated[float, typer.Option(help="Fraction of weights to zero, e.g. 0.5.")] = 0.5,
+    sparsity: Annotated[
+        float | None,
+        typer.Option(help="Fraction of weights to zero. [default: 0.5, or what --pattern implies]"),
+    ] = None,
     method: Annotated[str, typer.Option(help="wanda, magnitude, ...")] = "wanda",
     pattern: Annotated[
         str | None, typer.Option(help="'unstructured' or 'n:m', n KEPT of each m inputs.")
@@ -86,7 +89,10 @@ def prune(
         ),
     ] = None,
     num_samples: Annotated[int, typer.Option(min=1, help="Calibration sequences.")] = 128,
-    max_length: Annotated[int, typer.Option(min=1, help="Tokens per calibration sequence.")] = 2048,
+    max_length: Annotated[
+        int | None,
+        typer.Option(min=1, help="Tokens per calibration sequence. [default: 2048 or the model's limit]"),
+    ] = None,
     ignore: Annotated[
         list[str] | None, typer.Option(help="Layers to leave dense; may be repeated. [default: lm_head]")
     ] = None,
@@ -127,13 +133,10 @@ def prune(
         say(f"saved in {output}; load it with pysparse.from_pretrained('{output}')")
 
 
-def _calibration(files: list[Path] | None) -> Any:
-    from pysparse import calib, data
+def _calibration(files: list[Path] | None) -> list[str] | None:
+    from pysparse import calib
 
-    if not files:
-        say("calibrating on the bundled text; pass --calib FILE for your own")
-        return data.calibration_texts()
-    return [text for file in files for text in calib.load_texts(file)]
+    return [text for file in files for text in calib.load_texts(file)] if files else None
 
 
 @app.command("eval")

@@ -19,6 +19,7 @@ _USER_ERRORS = (
     ValueError,
     TypeError,
     FileNotFoundError,
+    FileExistsError,
     NotADirectoryError,
     IsADirectoryError,
     PermissionError,

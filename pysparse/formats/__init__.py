@@ -2,6 +2,7 @@
 
 from pysparse.formats.bitmap import BitmapTensor
 from pysparse.formats.csr import CsrTensor
+from pysparse.formats.device import PACKINGS, DeltaRows, FragmentBitmap, PairBlocks
 from pysparse.formats.int8 import Int8Bitmap, TiledInt8
 from pysparse.formats.nm import NMInt8, NMTensor
 from pysparse.formats.tiled import TiledBitmap
@@ -13,11 +14,15 @@ FORMATS: dict[str, type[BitmapTensor] | type[CsrTensor]] = {
 
 __all__ = [
     "FORMATS",
+    "PACKINGS",
     "BitmapTensor",
     "CsrTensor",
+    "DeltaRows",
+    "FragmentBitmap",
     "Int8Bitmap",
     "NMInt8",
     "NMTensor",
+    "PairBlocks",
     "TiledBitmap",
     "TiledInt8",
 ]

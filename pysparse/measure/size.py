@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import json
 import struct
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-_ITEM_BYTES = {
+ITEM_BYTES = {
     "F64": 8,
     "F32": 4,
     "F16": 2,
     "BF16": 2,
+    "F8_E4M3": 1,
+    "F8_E5M2": 1,
     "I64": 8,
     "I32": 4,
     "I16": 2,
     "I8": 1,
+    "U64": 8,
+    "U32": 4,
+    "U16": 2,
     "U8": 1,
     "BOOL": 1,
 }
@@ -87,17 +94,31 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
         if not 2 <= length <= size - 8:
             raise ValueError(f"{path} is no safetensors file: its header claims {length} of {size} bytes")
         try:
-            header = json.loads(file.read(length))
+            header = json.loads(file.read(length), object_pairs_hook=_without_duplicates)
             return {
-                name: TensorEntry(
-                    path, entry["dtype"], tuple(entry["shape"]), 8 + length + begin, end - begin
-                )
+                name: _entry(path, entry, 8 + length, size)
                 for name, entry in header.items()
                 if name != "__metadata__"
-                for begin, end in [entry["data_offsets"]]
             }
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"{path} is no safetensors file: its header is damaged ({error})") from None
+
+
+def _entry(path: Path, entry: dict[str, Any], data_start: int, file_size: int) -> TensorEntry:
+    """Turn one entry of the header into where its bytes lie; ValueError when that is not inside the file."""
+    begin, end = entry["data_offsets"]
+    if type(begin) is not int or type(end) is not int or not 0 <= begin <= end <= file_size - data_start:
+        raise ValueError(f"data_offsets [{begin}, {end}] are outside [0, {file_size - data_start}]")
+    return TensorEntry(path, entry["dtype"], tuple(entry["shape"]), data_start + begin, end - begin)
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Build a JSON object whose names are unique: a tensor given twice has no meaning."""
+    result = dict(pairs)
+    if len(result) < len(pairs):
+        name, times = Counter(name for name, _ in pairs).most_common(1)[0]
+        raise ValueError(f"'{name}' is given {times} times")
+    return result
 
 
 def _layer_bytes(name: str, tensors: dict[str, TensorEntry], packed: set[str]) -> tuple[int, int]:
@@ -110,8 +131,12 @@ def _layer_bytes(name: str, tensors: dict[str, TensorEntry], packed: set[str]) -
     parts = {part: tensors[f"{name}.{part}"] for part in _PACKED if f"{name}.{part}" in tensors}
     if "shape" not in parts:
         raise ValueError(f"the checkpoint's packed layer '{name}' has no '{name}.shape'")
-    rows, cols = parts["shape"].read_integers()
-    return sum(part.size for part in parts.values()), rows * cols * _ITEM_BYTES[parts["compressed"].dtype]
+    shape, dtype = parts["shape"].read_integers(), parts["compressed"].dtype
+    if len(shape) != 2 or min(shape) < 0:
+        raise ValueError(f"the checkpoint's packed layer '{name}' has the shape {shape}, not (rows, columns)")
+    if dtype not in ITEM_BYTES:
+        raise ValueError(f"the checkpoint's packed layer '{name}' has values of unknown dtype {dtype}")
+    return sum(part.size for part in parts.values()), shape[0] * shape[1] * ITEM_BYTES[dtype]
 
 
 def _weight_files(folder: Path) -> list[Path]:

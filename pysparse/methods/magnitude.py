@@ -20,4 +20,4 @@ class Magnitude:
 
     def __call__(self, weight: Tensor, stats: Stats) -> Tensor:
         """Return |w|, float32 [out_features, in_features]."""
-        return weight.float().abs()
+        return weight.abs().float()

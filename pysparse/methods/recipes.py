@@ -26,7 +26,7 @@ COMPONENTS: dict[str, dict[str, type[Any]]] = {
     "structure": {"NM": NM, "Unstructured": Unstructured},
     "reconstruction": {"Keep": Keep},
 }
-_LIMIT = 1 << 16  # bytes; a recipe has some ten lines
+_LIMIT = 1 << 12  # bytes; a recipe has some ten lines, and the parser's time grows with the square
 
 
 def recipe_to_yaml(recipe: Recipe) -> str:

@@ -40,5 +40,5 @@ def lookup(kind: str, name: str, known: Mapping[str, T]) -> T:
     if name in known:
         return known[name]
     close = difflib.get_close_matches(str(name).lower(), known, n=1)
-    hint = f"; did you mean '{close[0]}'?" if close else ""
-    raise ValueError(f"unknown {kind} '{name}'{hint} Known: {', '.join(sorted(known))}")
+    hint = f" (did you mean '{close[0]}'?)" if close else ""
+    raise ValueError(f"unknown {kind} '{name}'{hint}; known: {', '.join(sorted(known))}")

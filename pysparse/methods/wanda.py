@@ -20,4 +20,4 @@ class Wanda:
 
     def __call__(self, weight: Tensor, stats: Stats) -> Tensor:
         """Return |w| * sqrt(q), float32 [out_features, in_features], for ``stats["squared_norm"]`` [in_features]."""
-        return weight.float().abs() * stats["squared_norm"].sqrt()
+        return weight.abs().float().mul_(stats["squared_norm"].sqrt())  # abs() has made the copy

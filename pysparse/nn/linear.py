@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch.nn import functional
 
 from pysparse import backend, ops
 from pysparse.formats import BitmapTensor, TiledBitmap
+from pysparse.nn.device import DeviceWeight
 
 _CANONICAL = ("compressed", "bitmask", "row_offsets", "shape")
 
@@ -21,6 +23,7 @@ class SparseLinear(nn.Module):
     ``shape``, exactly the tensors of the file (a loader fills them in). *Packed*: buffers ``values``,
     ``masks``, ``tile_offsets``, which the kernels read; the canonical ones are dropped so that the weight
     is in memory once. ``state_dict()`` always speaks canonical, whichever state the layer is in.
+    Moved to a CUDA device, the layer packs itself for that device's kernels (see :mod:`pysparse.nn.device`).
     """
 
     compressed: Tensor | None
@@ -45,6 +48,7 @@ class SparseLinear(nn.Module):
             raise ValueError(f"nnz={nnz} is outside [0, {in_features * out_features}]")
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
+        self._device_weight: DeviceWeight | None = None
         empty = torch.zeros(nnz, dtype=dtype or torch.get_default_dtype(), device=device)
         self.register_buffer("compressed", empty)
         self.register_buffer(
@@ -86,11 +90,18 @@ class SparseLinear(nn.Module):
         self.compressed, self.bitmask, self.row_offsets = bitmap.values, bitmap.bitmask, bitmap.row_offsets
         self.shape = torch.tensor([self.out_features, self.in_features], device=bitmap.device)
         self.values = self.masks = self.tile_offsets = None
+        self._drop_device_weight()
+
+    def _drop_device_weight(self) -> None:
+        for name in self._device_weight.names if self._device_weight else ():
+            del self._buffers[name]
+            self._non_persistent_buffers_set.discard(name)
+        self._device_weight = None
 
     @property
     def is_packed(self) -> bool:
         """Tell whether the layer holds the kernels' packing."""
-        return self._buffers["masks"] is not None
+        return self._buffers["masks"] is not None or self._device_weight is not None
 
     def bitmap(self) -> BitmapTensor:
         """Return the weight in its row-major form; a view of the buffers in the canonical state, else a copy."""
@@ -99,6 +110,8 @@ class SparseLinear(nn.Module):
                 self.values, self.masks, self.tile_offsets, (self.out_features, self.in_features)
             )
             return tiled.to_bitmap()
+        if self._device_weight is not None:
+            return self._device_weight.to_bitmap(self._buffers, (self.out_features, self.in_features))
         if self.compressed is None or self.bitmask is None or self.row_offsets is None or self.shape is None:
             raise RuntimeError("this SparseLinear has lost its buffers")
         if self.shape.device.type != "meta" and self.shape.flatten().tolist() != [
@@ -128,7 +141,38 @@ class SparseLinear(nn.Module):
             tiled = TiledBitmap.from_bitmap(bitmap)
             self.values, self.masks, self.tile_offsets = tiled.values, tiled.masks, tiled.tile_offsets
             self.compressed = self.bitmask = self.row_offsets = self.shape = None
+        elif bitmap.device.type == "cuda":
+            self._pack_for_device(bitmap)
         return self
+
+    def _pack_for_device(self, bitmap: BitmapTensor) -> None:
+        """Choose a packing and hold its arrays as buffers; where none may be used, stay canonical."""
+        weight, arrays = DeviceWeight.choose(bitmap)
+        if weight is None:
+            return
+        for name, array in zip(weight.names, arrays, strict=True):
+            self.register_buffer(name, array, persistent=False)
+        self._device_weight = weight
+        self.compressed = self.bitmask = self.row_offsets = self.shape = None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseLinear:
+        """Move or convert the layer; packings belong to one kind of device, so they are made again there."""
+        before = self._first_buffer()
+        after = fn(before.new_empty(0)) if self.is_packed else before
+        moved = after.device.type != before.device.type
+        if moved or (self._device_weight is not None and after.dtype != before.dtype):
+            self._set_canonical(self.bitmap())
+        super()._apply(fn, recurse)
+        return self.pack() if moved else self
+
+    def _first_buffer(self) -> Tensor:
+        """Return a buffer of the weight's dtype, whatever the state."""
+        names = ("values", "compressed", *(self._device_weight.names[:1] if self._device_weight else ()))
+        for name in names:
+            buffer = self._buffers[name]
+            if buffer is not None:
+                return buffer
+        raise RuntimeError("this SparseLinear has lost its buffers")
 
     def to_dense(self) -> nn.Linear:
         """Return an ``nn.Linear`` with the same weight, zeros written out; the bias is shared."""
@@ -154,6 +198,8 @@ class SparseLinear(nn.Module):
 
     def _forward_slow(self, x: Tensor) -> Tensor:
         """Pack at first use where there are kernels; where there are none, say so once and multiply densely."""
+        if self._device_weight is not None:
+            return self._device_weight.linear(x, self._buffers, self._parameters["bias"], self.out_features)
         if not self.is_packed and self.pack().is_packed:
             return self.forward(x)
         if not backend.available():
@@ -167,10 +213,20 @@ class SparseLinear(nn.Module):
         return functional.linear(x, self.bitmap().to_dense(), self.bias)
 
     @property
+    def weight(self) -> Tensor:
+        """The dense weight [out_features, in_features], unpacked anew at each access.
+
+        For the few models that look at a layer's weight in their forward pass (T5 asks for its dtype).
+        """
+        return self.bitmap().to_dense()
+
+    @property
     def nnz(self) -> int:
         """Number of stored weights."""
         if self.tile_offsets is not None:
             return int(self.tile_offsets[-1])
+        if self._device_weight is not None:
+            return self._device_weight.nnz
         return 0 if self.compressed is None else self.compressed.numel()
 
     @property
@@ -186,15 +242,13 @@ class SparseLinear(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """Dtype of the values."""
-        values = self._buffers["values"]
-        values = self._buffers["compressed"] if values is None else values
-        if values is None:
-            raise RuntimeError("this SparseLinear has lost its buffers")
-        return values.dtype
+        return self._first_buffer().dtype
 
     @property
     def kernel(self) -> str:
         """Name the kernel that a forward pass runs now, and why."""
+        if self._device_weight is not None:
+            return self._device_weight.describe(self.dtype)
         if not self.is_packed:
             cause = backend.missing_reason() or f"not packed (dtype {self.dtype})"
             return f"unpack + dense torch: {cause}"

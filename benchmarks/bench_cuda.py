@@ -1,0 +1,380 @@
+"""CUDA kernels against cuBLAS: checked, then timed in one interleaved run, cold weights, medians; one JSON out.
+
+    PYSPARSE_CUDA_UNVALIDATED=1 python benchmarks/bench_cuda.py --out benchmarks/results/cuda_h200.json
+
+Every figure is the median over replays of a CUDA graph that walks through so many copies of the weight that they
+are four times the second-level cache; dense and sparse graphs of one shape and token count take turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from pysparse import backend, ops
+from pysparse.formats import PACKINGS, BitmapTensor
+from pysparse.measure.machine import machine_card
+from pysparse.ops.cuda import Packing, arrays, largest_block
+
+SHAPES = [(4096, 4096), (11008, 4096), (4096, 11008), (14336, 4096), (8192, 28672)]
+SPARSITIES = [0.5, 0.6, 0.7, 0.8, 0.9]
+TOKENS = [1, 2, 4, 8, 16, 32, 64]
+REPLAYS = 15
+CACHES = 4  # the copies of a weight exceed the second-level cache so many times
+SHORTEST_US = 150  # of a graph, so that the two events around it do not count
+
+
+@dataclass
+class Row:
+    """One kernel on one shape: time, bandwidth, ratio to cuBLAS, distance to float64."""
+
+    kernel: str
+    rows: int
+    cols: int
+    sparsity: float
+    tokens: int
+    microseconds: float
+    p10: float
+    p90: float
+    bytes: int
+    gigabytes_per_second: float
+    ratio: float  # dense microseconds / these
+    error: float  # norm of the difference to float64 over its norm
+
+
+def random_weight(rows: int, cols: int, sparsity: float | None, seed: int) -> Tensor:
+    """Return a normal bf16 weight; unstructured zeros, or 2:4 for sparsity None."""
+    generator = torch.Generator("cuda").manual_seed(seed)
+    weight = torch.randn(rows, cols, device="cuda", generator=generator) * 0.02
+    draws = torch.rand(rows, cols, device="cuda", generator=generator)
+    if sparsity is None:
+        groups = draws.view(rows, -1, 4)
+        smaller = groups.unsqueeze(3) > groups.unsqueeze(2)  # how many of the four each one beats
+        keep = (smaller.sum(dim=3, dtype=torch.uint8) >= 2).view(rows, cols)
+    else:
+        keep = draws >= sparsity
+    return (weight * keep).bfloat16()
+
+
+def copies_of(size: int) -> int:
+    """Return how many copies of ``size`` bytes exceed the cache ``CACHES`` times."""
+    cache = torch.cuda.get_device_properties(0).L2_cache_size
+    return max(2, -(-CACHES * cache // size) + 1)
+
+
+def error_of(result: Tensor, x: Tensor, weight: Tensor) -> float:
+    """Return the relative distance to the float64 product."""
+    exact = x.double() @ weight.double().T
+    return float((result.double() - exact).norm() / exact.norm())
+
+
+def capture(calls: list[Callable[[], Tensor]]) -> torch.cuda.CUDAGraph:
+    """Return a graph that makes the calls one after the other."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for call in calls[:2]:
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    return graph
+
+
+@dataclass
+class Candidate:
+    """A kernel with enough copies of its weight, ready to be timed."""
+
+    kernel: str
+    sparsity: float
+    size: int
+    calls: list[Callable[[Tensor], Tensor]]
+    weight: Tensor  # dense, for the check
+
+
+def dense_candidate(weight: Tensor) -> Candidate:
+    """Return torch's own product (cuBLAS)."""
+    size = weight.numel() * 2
+    copies = [weight.clone() for _ in range(copies_of(size))]
+    calls = [lambda x, w=w: functional.linear(x, w) for w in copies]
+    return Candidate("cublas", 0.0, size, calls, weight)
+
+
+def packed_candidate(name: str, weight: Tensor, bitmap: BitmapTensor, sparsity: float) -> Candidate:
+    """Return one of our kernels on ``weight``."""
+    packing: Packing = PACKINGS[name].from_bitmap(bitmap)
+    base, largest = arrays(packing), largest_block(packing)
+    copies = [tuple(t.clone() for t in base) for _ in range(copies_of(packing.nbytes))]
+    rows = weight.shape[0]
+    calls = [lambda x, a=a: ops.call_arrays(name, x, a, None, rows, largest) for a in copies]
+    return Candidate(name, sparsity, packing.nbytes, calls, weight)
+
+
+def candidates(shape: tuple[int, int], sparsities: list[float], seed: int) -> Iterator[Candidate]:
+    """Yield cuBLAS first, then each kernel at each sparsity."""
+    yield dense_candidate(random_weight(*shape, 0.0, seed))
+    for sparsity in sparsities:
+        weight = random_weight(*shape, sparsity, seed + 1)
+        bitmap = host(BitmapTensor.from_dense(weight))
+        for name in ("delta", "fragment"):
+            yield packed_candidate(name, weight, on_device(bitmap), sparsity)
+    weight = random_weight(*shape, None, seed + 2)
+    yield packed_candidate("pair", weight, BitmapTensor.from_dense(weight), 0.5)
+
+
+def host(bitmap: BitmapTensor) -> BitmapTensor:
+    """Return the bitmap on the CPU, where the packers run."""
+    return BitmapTensor(bitmap.values.cpu(), bitmap.bitmask.cpu(), bitmap.row_offsets.cpu(), bitmap.shape)
+
+
+def on_device(bitmap: BitmapTensor) -> BitmapTensor:
+    """Return the bitmap on the GPU, so that its packing ends there."""
+    arrays = (t.cuda() for t in (bitmap.values, bitmap.bitmask, bitmap.row_offsets))
+    return BitmapTensor(*arrays, bitmap.shape)
+
+
+def time_interleaved(graphs: list[torch.cuda.CUDAGraph], calls: list[int]) -> list[list[float]]:
+    """Return microseconds per call of each graph: REPLAYS rounds, each graph once a round."""
+    times: list[list[float]] = [[] for _ in graphs]
+    for graph in graphs:
+        graph.replay()
+    for _ in range(REPLAYS):
+        marks = []
+        for graph in graphs:
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            graph.replay()
+            end.record()
+            marks.append((start, end))
+        torch.cuda.synchronize()
+        for i, (start, end) in enumerate(marks):
+            times[i].append(start.elapsed_time(end) * 1000 / calls[i])
+    return [sorted(t) for t in times]
+
+
+def measure(shape: tuple[int, int], ready: list[Candidate], tokens: int) -> list[Row]:
+    """Check and time all kernels that take ``tokens`` on one shape."""
+    rows, cols = shape
+    x = torch.randn(tokens, cols, device="cuda").bfloat16()
+    fitting = [c for c in ready if c.kernel == "cublas" or tokens <= ops.max_tokens(c.kernel, cols)]
+    graphs, counts, errors = [], [], []
+    for candidate in fitting:
+        errors.append(error_of(candidate.calls[-1](x), x, candidate.weight))
+        # A call moves its bytes at 5 TB/s at the very best: enough calls for SHORTEST_US.
+        rounds = max(1, int(SHORTEST_US / (len(candidate.calls) * (candidate.size / 5e6 + 1.5))))
+        calls = [lambda call=call: call(x) for call in candidate.calls * rounds]
+        graphs.append(capture(calls))
+        counts.append(len(calls))
+    result = []
+    for candidate, times, error in zip(fitting, time_interleaved(graphs, counts), errors, strict=True):
+        median = times[len(times) // 2]
+        result.append(
+            Row(
+                candidate.kernel, rows, cols, candidate.sparsity, tokens, round(median, 3),
+                round(times[len(times) // 10], 3), round(times[-1 - len(times) // 10], 3), candidate.size,
+                round(candidate.size / median / 1000, 1), 0.0, error,
+            )
+        )  # fmt: skip
+    for row in result:
+        row.ratio = round(result[0].microseconds / row.microseconds, 3)
+    return result
+
+
+def prefill(shape: tuple[int, int], sparsity: float, tokens: int) -> dict[str, Any]:
+    """Time the product for many tokens: unpacked in cache-sized parts and multiplied by torch."""
+    weight = random_weight(*shape, sparsity, 7)
+    bitmap = BitmapTensor.from_dense(weight)
+    x = torch.randn(tokens, shape[1], device="cuda").bfloat16()
+    result: dict[str, Any] = {"rows": shape[0], "cols": shape[1], "sparsity": sparsity, "tokens": tokens}
+    calls: dict[str, Callable[[], Tensor]] = {"cublas": lambda: functional.linear(x, weight)}
+    for name in ("delta", "fragment"):
+        packing = PACKINGS[name].from_bitmap(bitmap)
+        calls[name] = lambda packing=packing: ops.packed_linear(x, packing)
+        calls[name + "_unpack"] = lambda packing=packing: ops.packed_unpack(packing)
+    graphs = [capture([call] * 4) for call in calls.values()]
+    for name, times in zip(calls, time_interleaved(graphs, [4] * len(graphs)), strict=True):
+        result[name] = round(times[len(times) // 2], 2)
+    return result
+
+
+def ceilings() -> dict[str, float]:
+    """Return the copy bandwidth, the bf16 matrix rate and the cost of an empty-sized product in a graph."""
+    source = torch.empty(2 << 30, dtype=torch.uint8, device="cuda").random_()
+    target = torch.empty_like(source)
+    a, b = (torch.randn(8192, 8192, device="cuda").bfloat16() for _ in range(2))
+    tiny = PACKINGS["fragment"].from_bitmap(
+        BitmapTensor.from_dense(torch.ones(16, 64, device="cuda").bfloat16())
+    )
+    x = torch.ones(1, 64, device="cuda").bfloat16()
+    graphs = [
+        capture([lambda: target.copy_(source)]),
+        capture([lambda: a @ b] * 4),
+        capture([lambda: ops.packed_linear(x, tiny)] * 100),
+    ]
+    copy, product, launch = (t[len(t) // 2] for t in time_interleaved(graphs, [1, 4, 100]))
+    return {
+        "copy_gigabytes_per_second": round(2 * source.numel() / copy / 1000, 1),
+        "bf16_teraflops": round(2 * 8192**3 / product / 1e6, 1),
+        "smallest_call_microseconds": round(launch, 3),
+    }
+
+
+def call_overhead() -> dict[str, float]:
+    """Return microseconds of host time per eager call, of our op and of torch's own product."""
+    weight = random_weight(1024, 1024, 0.7, 3)
+    packing = PACKINGS["delta"].from_bitmap(BitmapTensor.from_dense(weight))
+    x = torch.randn(1, 1024, device="cuda").bfloat16()
+    calls = {"delta": lambda: ops.packed_linear(x, packing), "torch": lambda: functional.linear(x, weight)}
+    result = {}
+    for name, call in calls.items():
+        for _ in range(100):
+            call()
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(500):
+            call()
+        result[name] = round((time.perf_counter() - start) / 500 * 1e6, 2)
+        torch.cuda.synchronize()
+    return result
+
+
+def blocks(sparsities: list[float], count: int = 4) -> list[dict[str, Any]]:
+    """Time one token through Llama-2-7B-shaped decoder blocks (random weights) in a graph: dense, then sparse."""
+    from pysparse.models import named_shapes
+    from pysparse.nn import sparsify_
+
+    result = []
+    graphs: list[torch.cuda.CUDAGraph] = []
+    keep_alive = []
+    x = torch.randn(1, 1, 4096, device="cuda").bfloat16() * 0.02
+    for sparsity in [0.0, *sparsities]:
+        model = named_shapes.random_model("llama-2-7b", blocks=count).cuda()
+        if sparsity:
+            for module in model.model.layers.modules():
+                if isinstance(module, torch.nn.Linear):
+                    module.weight.data *= torch.rand_like(module.weight, dtype=torch.float32) >= sparsity
+            sparsify_(model, ignore=("lm_head",), dense_kernels=False)
+        keep_alive.append(model)
+        with torch.no_grad():
+            graphs.append(capture([lambda model=model: model.model(inputs_embeds=x, use_cache=False)[0]]))
+        result.append({"sparsity": sparsity, "blocks": count, "kernels": sorted({
+            module.kernel.split(" ")[0] for module in model.modules() if hasattr(module, "kernel")
+        })})  # fmt: skip
+    for row, times in zip(result, time_interleaved(graphs, [1] * len(graphs)), strict=True):
+        row["microseconds_per_block"] = round(times[len(times) // 2] / count, 2)
+        row["ratio"] = round(result[0]["microseconds_per_block"] / row["microseconds_per_block"], 3)
+    return result
+
+
+def clocks() -> str:
+    """Return what nvidia-smi says of the card now."""
+    fields = "name,driver_version,clocks.sm,clocks.mem,power.draw,temperature.gpu"
+    done = subprocess.run(
+        ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return done.stdout.strip()
+
+
+def card() -> dict[str, Any]:
+    """Return the machine card with what belongs to the GPU."""
+    properties = torch.cuda.get_device_properties(0)
+    return machine_card() | {
+        "gpu": properties.name,
+        "multiprocessors": properties.multi_processor_count,
+        "l2_bytes": properties.L2_cache_size,
+        "capability": list(torch.cuda.get_device_capability()),
+        "torch_cuda": torch.version.cuda,
+        "kernel_architectures": backend.cuda().ARCHITECTURES,
+        "clocks_at_start": clocks(),
+    }
+
+
+def print_table(rows: list[Row]) -> None:
+    """Print one line per kernel and token count of a shape: microseconds and ratio by sparsity."""
+    first = rows[0]
+    print(f"\n{first.rows} x {first.cols}, {first.tokens} tokens: cuBLAS {first.microseconds:.2f} us "
+          f"({first.gigabytes_per_second:.0f} GB/s)")  # fmt: skip
+    for kernel in ("delta", "fragment", "pair"):
+        line = [f"{r.sparsity:.0%} {r.microseconds:.2f} us {r.gigabytes_per_second:.0f} GB/s {r.ratio:.2f}x"
+                + ("" if r.error < 4e-3 else f" WRONG {r.error:.1e}") for r in rows if r.kernel == kernel]  # fmt: skip
+        if line:
+            print(f"  {kernel:9s}", " | ".join(line), flush=True)
+
+
+def attempt(name: str, report: dict[str, Any], part: Callable[[], Any]) -> None:
+    """Run one part of the report; its failure is written down and does not lose the others."""
+    start = time.perf_counter()
+    try:
+        report[name] = part()
+        print(f"{name}: {json.dumps(report[name])[:1500]}", flush=True)
+    except Exception as error:  # whatever a part dies of, the rest of a short lease is worth having
+        report.setdefault("failed", {})[name] = f"{type(error).__name__}: {error}"
+        print(f"{name} FAILED: {error}", file=sys.stderr, flush=True)
+    report.setdefault("seconds", {})[name] = round(time.perf_counter() - start, 1)
+
+
+def main() -> int:
+    """Measure, print and write the report; 1 when a kernel was wrong or a part failed."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--seconds", type=float, default=200, help="no new shape is started after so long")
+    parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS)
+    parser.add_argument("--sparsity", type=float, nargs="+", default=SPARSITIES)
+    parser.add_argument("--shapes", nargs="+", default=[f"{m}x{k}" for m, k in SHAPES])
+    options = parser.parse_args()
+    start = time.perf_counter()
+    report: dict[str, Any] = {"machine": card(), "source_hashes": backend.cuda().SOURCE_HASHES, "rows": []}
+    save = lambda: options.out.write_text(json.dumps(report, indent=1))  # noqa: E731
+    attempt("ceilings", report, ceilings)
+    attempt("call_overhead_microseconds", report, call_overhead)
+    wrong = []
+    for text in options.shapes:
+        if time.perf_counter() - start > options.seconds:
+            report.setdefault("skipped", []).append(text)
+            continue
+        shape = tuple(int(n) for n in text.split("x"))
+
+        def one_shape(shape: tuple[int, int] = shape, text: str = text) -> str:
+            begin = time.perf_counter()
+            ready = list(candidates(shape, options.sparsity, seed=sum(shape)))
+            packed = time.perf_counter() - begin
+            for tokens in options.tokens:
+                rows = measure(shape, ready, tokens)
+                wrong.extend(f"{r.kernel} {text} {r.sparsity} {r.tokens}" for r in rows if not r.error < 4e-3)
+                report["rows"] += [asdict(r) for r in rows]
+                print_table(rows)
+            return f"{packed:.1f} s to make the weights, {time.perf_counter() - begin - packed:.1f} s to time them"
+
+        attempt(f"shape_{text}", report, one_shape)
+        torch.cuda.empty_cache()
+        save()
+    attempt("prefill", report, lambda: [prefill((4096, 4096), 0.7, n) for n in (128, 512, 2048, 8192)])
+    save()
+    attempt("llama_2_7b_blocks", report, lambda: blocks([0.5, 0.7, 0.9]))
+    report["clocks_at_end"] = clocks()
+    report["wrong"] = wrong
+    save()
+    print(f"\n{len(report['rows'])} figures in {time.perf_counter() - start:.0f} s; wrong: {wrong or 'none'}; "
+          f"failed: {list(report.get('failed', {})) or 'none'}")  # fmt: skip
+    return 1 if wrong or report.get("failed") else 0
+
+
+if __name__ == "__main__":
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    raise SystemExit(main())

@@ -1,0 +1,46 @@
+#!/bin/bash
+# Builds the CUDA kernels, tests and measures them on a machine with a GPU and without a network.
+#   GPU_OUT=/tmp/report GPU_ARCHS=90 benchmarks/gpu_check.sh [build test bench sanitize]
+# Needs nvcc, cmake, ninja, python3 with torch, transformers, pybind11, pytest and hypothesis. Each step has its own
+# time limit and log, and a failed step does not stop the next.
+set -u -o pipefail
+cd "$(dirname "$0")/.." || exit 1
+out=${GPU_OUT:?set GPU_OUT to the folder that takes logs and reports}
+archs=${GPU_ARCHS:-90}
+steps=${*:-build test bench sanitize}
+mkdir -p "$out"
+export PATH=$PATH:/usr/local/cuda/bin PYTHONPATH=$PWD PYTHONUNBUFFERED=1 PYSPARSE_CUDA_UNVALIDATED=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+failed=""
+
+step() {  # step NAME SECONDS COMMAND...
+  local name=$1 limit=$2 start=$SECONDS
+  shift 2
+  case " $steps " in *" ${name%%-*} "*) ;; *) return ;; esac
+  echo "== $name (at most $limit s)"
+  timeout --kill-after=5 "$limit" "$@" >"$out/$name.log" 2>&1
+  local rc=$?
+  tail -n "${TAIL:-25}" "$out/$name.log" | cut -c1-400
+  echo "== $name: rc $rc, $((SECONDS - start)) s"
+  [ $rc -eq 0 ] || failed="$failed $name"
+}
+
+build() {
+  nvidia-smi -L
+  cmake -S . -B build/gpu -G Ninja -DCMAKE_BUILD_TYPE=Release -DPYSPARSE_CUDA=ON "-DPYSPARSE_CUDA_ARCHS=$archs" \
+    "-DPython_EXECUTABLE=$(command -v python3)" "-Dpybind11_DIR=$(python3 -m pybind11 --cmakedir)" &&
+    cmake --build build/gpu && cmake --install build/gpu --prefix . &&
+    python3 -c "from pysparse import backend; print(backend.cuda_missing_reason() or 'CUDA kernels ready', backend.cuda().ARCHITECTURES)"
+}
+export -f build
+export archs
+
+TAIL=6 step build 150 bash -c build
+step test 150 python3 -W default -m pytest -q --maxfail=12 -p no:cacheprovider -W default \
+  python_tests/test_cuda.py python_tests/test_cuda_host.py
+TAIL=60 step bench 230 python3 -W default benchmarks/bench_cuda.py --out "$out/cuda.json" --seconds 150
+if command -v compute-sanitizer >/dev/null; then
+  step sanitize-memory 60 compute-sanitizer --tool memcheck --error-exitcode 9 python3 -W ignore python_tests/cuda_sample.py
+  step sanitize-races 60 compute-sanitizer --tool racecheck --error-exitcode 9 python3 -W ignore python_tests/cuda_sample.py
+fi
+echo "failed:${failed:- none}"
+[ -z "$failed" ]

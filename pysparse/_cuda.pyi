@@ -1,0 +1,66 @@
+"""CUDA kernels. Arguments that stand for arrays are device addresses; packing 0 is fragment, 1 is pair."""
+
+SOURCE_HASHES: dict[str, str]
+ARCHITECTURES: str
+
+def device_count() -> int: ...
+def shared_bytes(device: int) -> int: ...
+def delta_linear(
+    dtype: int,
+    x: int,
+    tokens: int,
+    cols: int,
+    values: int,
+    deltas: int,
+    row_groups: int,
+    chunk_cols: int,
+    bias: int,
+    y: int,
+    rows: int,
+    device: int,
+    stream: int,
+) -> None: ...
+def delta_unpack(
+    values: int,
+    deltas: int,
+    row_groups: int,
+    chunk_cols: int,
+    dense: int,
+    first_row: int,
+    rows: int,
+    total_rows: int,
+    cols: int,
+    device: int,
+    stream: int,
+) -> None: ...
+def strip_workspace(
+    packing: int, dtype: int, tokens: int, cols: int, rows: int, largest_block: int, device: int
+) -> int: ...
+def strip_linear(
+    packing: int,
+    dtype: int,
+    x: int,
+    tokens: int,
+    cols: int,
+    weights: int,
+    offsets: int,
+    largest_block: int,
+    bias: int,
+    y: int,
+    rows: int,
+    workspace: int,
+    device: int,
+    stream: int,
+) -> None: ...
+def strip_unpack(
+    packing: int,
+    weights: int,
+    offsets: int,
+    dense: int,
+    first_row: int,
+    rows: int,
+    total_rows: int,
+    cols: int,
+    device: int,
+    stream: int,
+) -> None: ...

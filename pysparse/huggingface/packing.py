@@ -1,0 +1,129 @@
+"""Which linear layers of a model are stored packed, and the tensors that go to disk for them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from pysparse.formats import BitmapTensor
+from pysparse.formats.bitmap import VALUE_DTYPES
+from pysparse.huggingface.layout import BITMASK, PARTS, TRIPWIRE, Layout
+from pysparse.nn import DenseLinear, SparseLinear
+from pysparse.nn.convert import MIN_SPARSITY
+
+
+def choose_layers(model: nn.Module, min_sparsity: float = MIN_SPARSITY) -> tuple[set[str], dict[str, float]]:
+    """Return the paths of the layers to pack, and the sparsity of each linear layer that stays dense.
+
+    Packed are layers that are packed already, and each ``nn.Linear`` with at least ``min_sparsity`` zeros.
+    The output head, layers whose weight has a second name (tied weights) and GPT-2's Conv1D stay dense.
+    """
+    if not 0.0 <= min_sparsity <= 1.0:
+        raise ValueError(f"min_sparsity is a fraction between 0 and 1, got {min_sparsity}")
+    names = Counter(id(tensor) for _, tensor in model.named_parameters(remove_duplicate=False))
+    head = _output_head(model)
+    packed: set[str] = set()
+    dense: dict[str, float] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, SparseLinear):
+            packed.add(path)
+        elif isinstance(module, nn.Linear | Conv1D):
+            sparsity = zero_fraction(module.weight)
+            eligible = type(module) in (nn.Linear, DenseLinear) and module.weight.dtype in VALUE_DTYPES
+            if eligible and module is not head and names[id(module.weight)] == 1 and sparsity >= min_sparsity:
+                packed.add(path)
+            else:
+                dense[path] = round(sparsity, 6)
+    return packed, dense
+
+
+def zero_fraction(weight: Tensor) -> float:
+    """Return the fraction of zeros in ``weight``; 0 for an empty one."""
+    return 1.0 - int(torch.count_nonzero(weight)) / weight.numel() if weight.numel() else 0.0
+
+
+def packed_state_dict(
+    model: nn.Module, min_sparsity: float = MIN_SPARSITY, *, tripwire: bool = True
+) -> tuple[dict[str, Tensor], Layout]:
+    """Return every tensor of ``model`` as it goes to disk, packed layers in the bitmask format, and the layout.
+
+    With ``tripwire`` an empty ``<layer>.weight`` stands beside each packed layer (see layout.py).
+    """
+    packed, dense = choose_layers(model, min_sparsity)
+    state: dict[str, Tensor] = {}
+    nnz: dict[str, int] = {}
+    for path, name, tensor in _tensors(model):
+        if path not in packed or name not in ("weight", *PARTS[BITMASK]):
+            state[_join(path, name)] = tensor
+            continue
+        parts = _parts(tensor) if name == "weight" else {name: tensor}
+        state.update({f"{path}.{part}": array for part, array in parts.items()})
+        if "compressed" in parts:
+            nnz[path] = parts["compressed"].numel()
+            if tripwire:
+                state[f"{path}.{TRIPWIRE}"] = torch.empty(0, dtype=torch.uint8)
+    return state, Layout(dict(sorted(nnz.items())), dict(sorted(dense.items())))
+
+
+def dense_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """Return every tensor of ``model`` with packed layers written out as ordinary weights."""
+    sparse = {path for path, module in model.named_modules() if isinstance(module, SparseLinear)}
+    state: dict[str, Tensor] = {}
+    for path, name, tensor in _tensors(model):
+        if path in sparse and name in PARTS[BITMASK]:
+            if name == "compressed":
+                layer = model.get_submodule(path)
+                assert isinstance(layer, SparseLinear)
+                state[f"{path}.weight"] = layer.bitmap().to_dense()
+        else:
+            state[_join(path, name)] = tensor
+    return state
+
+
+def legacy_config(layout: Layout, sparsity: float) -> dict[str, Any]:
+    """Return the ``quantization_config`` by which compressed-tensors 0.14 and earlier knows the bitmask format."""
+    return {
+        "quant_method": "compressed-tensors",
+        "version": "0.14.0.1",
+        "sparsity_config": {
+            "format": layout.format,
+            "global_sparsity": round(sparsity, 6),
+            "ignore": list(layout.dense),
+            "registry_requires_subclass": False,
+            "sparsity_structure": "unstructured",
+            "targets": ["Linear"],
+        },
+        "transform_config": {},
+    }
+
+
+def _parts(weight: Tensor) -> dict[str, Tensor]:
+    bitmap = BitmapTensor.from_dense(weight)
+    arrays = (bitmap.values, bitmap.bitmask, bitmap.row_offsets, torch.tensor(bitmap.shape))
+    return dict(zip(PARTS[BITMASK], arrays, strict=True))
+
+
+def _tensors(model: nn.Module) -> Iterator[tuple[str, str, Tensor]]:
+    """Yield (module path, tensor name, tensor) of the state dict; ValueError for what has no data."""
+    for key, tensor in model.state_dict().items():
+        if tensor.device.type == "meta":
+            raise ValueError(
+                f"'{key}' has no data (device meta): an offloaded or unloaded model cannot be saved"
+            )
+        path, _, name = key.rpartition(".")
+        yield path, name, tensor
+
+
+def _join(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
+
+
+def _output_head(model: nn.Module) -> nn.Module | None:
+    find = getattr(model, "get_output_embeddings", None)
+    head: nn.Module | None = find() if find else None
+    return head

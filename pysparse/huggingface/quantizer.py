@@ -1,0 +1,217 @@
+"""The plug-in by which transformers' own ``from_pretrained`` and ``save_pretrained`` read and write our format.
+
+While transformers loads, each packed layer is a placeholder; its tensors are left to :class:`Checkpoint`,
+which checks them, and the finished :class:`SparseLinear` takes the placeholder's seat. So no release's rules
+about mismatched or missing tensors stand between a file and the kernels.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from pysparse.formats import BitmapTensor
+from pysparse.huggingface.fitting import Fit, PackedLayer, kept_in_float32
+from pysparse.huggingface.layout import BITMASK, PARTS, QUANT_METHOD, TRIPWIRE, CheckpointError, Layout
+from pysparse.huggingface.packing import packed_state_dict
+from pysparse.huggingface.reader import Checkpoint
+from pysparse.nn import DenseLinear, SparseLinear, densify_
+
+# Set by from_pretrained(ignore_mismatched_sizes=True), which transformers does not tell a quantizer.
+ALLOW_OTHER_SHAPES: ContextVar[bool] = ContextVar("pysparse_allow_other_shapes", default=False)
+
+
+@register_quantization_config(QUANT_METHOD)
+class PysparseConfig(QuantizationConfigMixin):
+    """The ``quantization_config`` of a sparse checkpoint, as an object that transformers passes around."""
+
+    quant_method: Any = QUANT_METHOD  # transformers' own are of an enum that plug-ins cannot extend
+
+    def __init__(self, layout: Layout) -> None:
+        self.layout = layout
+
+    @classmethod
+    def from_dict(cls, config_dict: Any, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """Build the config from config.json; CheckpointError for what is not in the format."""
+        config = cls(Layout.from_dict(config_dict))
+        return (config, kwargs) if return_unused_kwargs else config
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what config.json holds."""
+        return self.layout.to_dict()
+
+    def __iter__(self) -> Any:
+        yield from self.to_dict().items()
+
+
+class Placeholder(nn.Module):
+    """Holds a packed layer's seat, and its bias, until the packed weight is read."""
+
+    bias: nn.Parameter | None
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        # Not a parameter, so that no loader looks for it; initialisers of parent modules may touch it.
+        self.weight = linear.weight.data
+        self.register_parameter("bias", linear.bias)
+
+
+@register_quantizer(QUANT_METHOD)
+class PysparseQuantizer(HfQuantizer):
+    """Loads and saves models with packed linear layers; nothing is quantized, values keep their bits."""
+
+    quantization_config: PysparseConfig
+    requires_calibration = True  # a dense checkpoint cannot be loaded with this config: prune it first
+
+    def __init__(self, quantization_config: PysparseConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self._checkpoint: Checkpoint | None = None
+        self._layers: list[PackedLayer] = []
+        self._expected: dict[str, tuple[torch.Size, torch.dtype]] = {}
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse what cannot work; without the compiled kernels a model still runs, slowly."""
+        device_map = kwargs.get("device_map")
+        places = device_map.values() if isinstance(device_map, Mapping) else [device_map]
+        if "disk" in places:
+            raise ValueError(
+                "device_map: packed layers cannot be offloaded to disk; leave out 'disk', or load with "
+                'pysparse.from_pretrained(..., format="dense") and offload that'
+            )
+
+    @property
+    def is_trainable(self) -> bool:
+        """Adapters may be trained: gradients flow through packed layers, their weights are frozen."""
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        """The layers are custom operators on plain tensors: torch.compile takes them whole."""
+        return True
+
+    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
+        """``model.save_pretrained`` writes the packed format again."""
+        return True
+
+    def _process_model_before_weight_loading(
+        self, model: Any, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
+    ) -> Any:
+        if not checkpoint_files:
+            raise ValueError(
+                "a packed checkpoint is read from its files: from_pretrained(folder), not from state_dict=...; "
+                "to fill an existing model use model.load_state_dict(...)"
+            )
+        layout = self.quantization_config.layout
+        self._checkpoint = Checkpoint(checkpoint_files)
+        fit = Fit(model, self._checkpoint, layout)
+        self._layers = fit.packed_layers()
+        for layer in self._layers:
+            model.set_submodule(layer.path, Placeholder(model.get_submodule(layer.path)))
+        expected = model.state_dict()
+        fit.check_dense(expected, shapes=not ALLOW_OTHER_SHAPES.get())
+        self._expected = {name: (tensor.shape, tensor.dtype) for name, tensor in expected.items()}
+        ignored = model._keys_to_ignore_on_load_unexpected or ()
+        model._keys_to_ignore_on_load_unexpected = _Patterns((*ignored, *_packed_names(self._layers)))
+        return model
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        checkpoint, self._checkpoint = self._checkpoint, None
+        if checkpoint is None:
+            raise RuntimeError("weights were loaded without the step that prepares the model for them")
+        _settle(model, self._expected)
+        for layer in self._layers:
+            bitmap = checkpoint.read(layer.stored, self.quantization_config.layout, (layer.rows, layer.cols))
+            _seat(model, layer.path, bitmap)
+        for path, module in list(model.named_modules()):
+            if path and type(module) is nn.Linear:
+                model.set_submodule(path, DenseLinear.from_linear(module))
+        # Names on disk are the model's own: nothing is to be renamed back when it is saved.
+        model._weight_conversions = []
+        self._layers, self._expected = [], {}
+        return model
+
+    def get_state_dict_and_metadata(
+        self, model: Any, *args: Any, **kwargs: Any
+    ) -> tuple[Any, dict[str, str]]:
+        """Return what ``model.save_pretrained`` writes, and renew the config that goes beside it."""
+        state, layout = packed_state_dict(model)
+        self.quantization_config = PysparseConfig(layout)
+        model.config.quantization_config = self.quantization_config
+        return state, {}
+
+    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+        packed = [path for path, module in model.named_modules() if isinstance(module, SparseLinear)]
+        densify_(model)
+        for path in packed:
+            model.get_submodule(path).weight.requires_grad_(True)  # as transformers loads it
+        if hasattr(model, "_weight_conversions"):
+            del model._weight_conversions  # an ordinary model again: let transformers name things
+        return model if dtype is None else model.to(dtype)
+
+
+class _Patterns(set[str]):
+    """A set that may also be added to a list: transformers 5.0 does the one with it, later releases the other."""
+
+    def __add__(self, other: list[str]) -> list[str]:
+        return [*self, *other]
+
+
+def _packed_names(layers: Sequence[PackedLayer]) -> list[str]:
+    """Return one regular expression that finds the tensors that transformers must not miss a place for."""
+    if not layers:
+        return []
+    paths = "|".join(re.escape(layer.path) for layer in layers)
+    return [rf"(?:^|\.)(?:{paths})\.(?:{'|'.join((*PARTS[BITMASK], TRIPWIRE))})$"]
+
+
+def _settle(model: Any, expected: Mapping[str, tuple[torch.Size, torch.dtype]]) -> None:
+    """Hold transformers to the shapes and dtypes the model was built with.
+
+    Its release 5.0 neither compares shapes nor converts dtypes of renamed tensors where a quantizer is at work.
+    """
+    patterns = (*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ()))
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        shape, dtype = expected.get(name, (tensor.shape, tensor.dtype))
+        if tensor.shape != shape:
+            raise CheckpointError(
+                f"tensor '{name}' was loaded as {tuple(tensor.shape)}, the model takes {tuple(shape)}"
+            )
+        kept = any(re.search(pattern.replace("*", ".*"), name) for pattern in patterns)
+        if tensor.dtype != dtype and dtype.is_floating_point and not kept:
+            tensor.data = tensor.data.to(dtype)
+
+
+def _seat(model: Any, path: str, bitmap: BitmapTensor) -> None:
+    """Put the packed layer where its placeholder is, in the dtype and on the device of its surroundings."""
+    placeholder = model.get_submodule(path)
+    dtype = placeholder.weight.dtype
+    if kept_in_float32(model, f"{path}.weight", dtype):
+        dtype = torch.float32
+    device = _device_around(model, path)
+    moved = BitmapTensor(
+        bitmap.values.to(device, dtype),
+        bitmap.bitmask.to(device),
+        bitmap.row_offsets.to(device),
+        bitmap.shape,
+    )
+    layer = SparseLinear.from_bitmap(moved, placeholder.bias)
+    model.set_submodule(path, layer.train(placeholder.training))
+
+
+def _device_around(model: nn.Module, path: str) -> torch.device:
+    """Return the device of the nearest module above ``path`` that has a tensor."""
+    while path:
+        tensor: Tensor | None = next(model.get_submodule(path).parameters(), None)
+        if tensor is not None:
+            return tensor.device
+        path = path.rpartition(".")[0]
+    first = next(model.parameters(), None)
+    return torch.device("cpu") if first is None else first.device

