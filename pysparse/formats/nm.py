@@ -119,16 +119,24 @@ class NMInt8:
     def from_int8(cls, bitmap: Int8Bitmap, n: int, m: int) -> NMInt8:
         """Pack a quantised ``bitmap``. Raises as NMTensor.from_bitmap, and for a group of inputs that is no
         multiple of the pattern's block (8 for 2:4 and 4:8, 16 for 1:4 and 2:8, 32 for 1:8 and 2:16)."""
-        rows = bitmap.shape[0]
         source = BitmapTensor(bitmap.values, bitmap.bitmask, bitmap.row_offsets, bitmap.shape)
         matrix = NMTensor.from_bitmap(source, n, m)
         block = backend.core().nm_block_cols(n, m, 1)
         if bitmap.scales.shape[1] > 1 and bitmap.group_size % block:
             raise ValueError(f"group_size={bitmap.group_size} is no multiple of {block}, a block of {n}:{m}")
-        padded = -(-rows // TILE_ROWS) * TILE_ROWS
-        scales = torch.zeros(bitmap.scales.shape[1], padded)
-        scales[:, :rows] = bitmap.scales.T
-        return cls(matrix, scales, _row_sums(matrix, bitmap.group_size), bitmap.group_size)
+        return cls.from_matrix(matrix, bitmap.scales, bitmap.group_size)
+
+    @classmethod
+    def from_matrix(cls, matrix: NMTensor, scales: Tensor, group_size: int) -> NMInt8:
+        """Join packed int8 values with row-major ``scales`` [R, G]. ValueError for sizes that do not fit."""
+        rows, cols = matrix.shape
+        wanted = (rows, max(1, -(-cols // max(1, group_size))))
+        if scales.dtype != torch.float32 or tuple(scales.shape) != wanted:
+            raise ValueError(f"scales must be float32 {wanted}, got {scales.dtype} {tuple(scales.shape)}")
+        matrix.validate()
+        padded = torch.zeros(wanted[1], -(-rows // TILE_ROWS) * TILE_ROWS)
+        padded[:, :rows] = scales.T
+        return cls(matrix, padded, _row_sums(matrix, group_size), group_size)
 
     @classmethod
     def from_dense(
