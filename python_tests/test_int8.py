@@ -325,3 +325,12 @@ def test_autograd_and_operator_contract():
     arrays = (packed.values, packed.masks, packed.tile_offsets, packed.scales, packed.row_sums)
     arguments = (x.detach(), *arrays, bias.detach(), 24, packed.group_size, 8)
     torch.library.opcheck(torch.ops.pysparse.int8_linear.default, arguments)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("special", [float("inf"), float("-inf"), float("nan")])
+def test_a_non_finite_weight_is_refused(special, dtype):
+    weight = reference.sparse_matrix(24, 30, 0.5, dtype)
+    weight[3, 3] = special
+    with pytest.raises(ValueError, match="1 weights are NaN or infinite: int8 has no value for them"):
+        quantized(weight, keep=torch.ones(24, 30, dtype=torch.bool))

@@ -28,7 +28,7 @@ inline __m512i expand(__mmask64 mask, const int8_t* source) {
 template <int kVectors>
 void run_vectors(const TiledInt8View& weight, int64_t tile, const QuantizedTokens& input,
                  const OutputView& output, int64_t first_token) {
-  constexpr int kChains = kVectors >= 8 ? 1 : kVectors >= 4 ? 2 : kVectors >= 2 ? 4 : 8;
+  constexpr int kChains = kVectors >= 8 ? 1 : kVectors >= 4 ? 2 : 4;
   constexpr int kLines = (kChains + 1) / 2;  // of 64 bytes: what the cells consume at 50 % sparsity
   const auto* quads = reinterpret_cast<const int32_t*>(input.bytes);
   const uint64_t* masks = weight.masks + tile * weight.quads();

@@ -27,13 +27,19 @@ int64_t crowded_group(const uint8_t* row, int64_t bytes, int64_t groups, int n, 
 template <class Word>
 void pack_row(const Word* source, const uint8_t* mask, int64_t bytes, const NmLayout& layout,
               int64_t row, Word* values, uint8_t* indices) {
-  const int64_t main_cols = layout.groups() * layout.m;
-  const int bits = layout.bits();
-  std::vector<uint8_t> counts(layout.groups()), last(layout.groups());
-  const auto put = [&](int64_t group, int slot, int index, Word value) {
-    const SlotPlace at = place_of(layout, row, group, slot);
-    values[at.step * layout.step_values() + at.lane] = value;
-    write_index(indices + at.step * layout.step_bytes(), at.lane, bits, index);
+  const int n = layout.n, m = layout.m;
+  const int64_t main_cols = layout.groups() * m;
+  BlockCursor cursor(layout, row);
+  const auto put = [&](int slot, int index, Word value) {
+    values[cursor.place(slot)] = value;
+    cursor.write_index(indices, slot, index);
+  };
+  int count = 0, last = 0;
+  const auto finish_group = [&] {  // the places that the group leaves free
+    if (count == 0 && n > 1) put(0, 1, Word{});
+    for (int slot = count; count > 0 && slot < n; ++slot) put(slot, last, Word{});
+    cursor.next_group();
+    count = 0;
   };
   for_each_bit(mask, bytes, [&](int64_t col) {
     const Word value = *source++;
@@ -42,15 +48,11 @@ void pack_row(const Word* source, const uint8_t* mask, int64_t bytes, const NmLa
       values[at.step * layout.step_values() + at.lane] = value;
       return;
     }
-    const int64_t group = col / layout.m;
-    last[group] = static_cast<uint8_t>(col % layout.m);
-    put(group, counts[group]++, last[group], value);
+    while (col >= (cursor.group() + 1) * m) finish_group();
+    last = static_cast<int>(col - cursor.group() * m);
+    put(count++, last, value);
   });
-  for (int64_t group = 0; group < layout.groups(); ++group) {
-    if (counts[group] == 0 && layout.n > 1) put(group, 0, 1, Word{});
-    for (int slot = counts[group]; counts[group] > 0 && slot < layout.n; ++slot)
-      put(group, slot, last[group], Word{});
-  }
+  while (cursor.group() < layout.groups()) finish_group();
 }
 
 template <class Word>

@@ -13,45 +13,67 @@ inline int read_index(const uint8_t* bytes, int64_t lane, int bits) {
   return (low | high << 8) >> (bit % 8) & ((1 << bits) - 1);
 }
 
-inline void write_index(uint8_t* bytes, int64_t lane, int bits, int index) {
-  const int64_t bit = lane * bits;
-  const int shifted = index << (bit % 8);
-  bytes[bit / 8] |= static_cast<uint8_t>(shifted & 0xff);
-  if (shifted > 0xff) bytes[bit / 8 + 1] |= static_cast<uint8_t>(shifted >> 8);
-}
-
-// Where slot `slot` of a row's group lies: a step of the tile, and a lane of the step.
 struct SlotPlace {
   int64_t step, lane;
 };
-
-inline SlotPlace place_of(const NmLayout& layout, int64_t row, int64_t group, int slot) {
-  const int64_t j = group % layout.block_groups() * layout.n + slot;
-  return {group / layout.block_groups() * layout.block_steps() + j / layout.per_row,
-          row * layout.per_row + j % layout.per_row};
-}
 
 inline SlotPlace tail_place(const NmLayout& layout, int64_t row, int64_t col) {
   return {layout.blocks() * layout.block_steps() + col / layout.per_row,
           row * layout.per_row + col % layout.per_row};
 }
 
-// Where the slots of one row lie within a block: the same in every block.
-struct BlockSlots {
+// Walks over the groups of one row of a tile, and says where each slot of a group lies.
+class BlockCursor {
+ public:
+  BlockCursor(const NmLayout& layout, int64_t row)
+      : n_(layout.n),
+        mask_((1 << layout.bits()) - 1),
+        block_slots_(layout.block_groups() * layout.n),
+        block_values_(layout.block_steps() * int64_t{layout.step_values()}),
+        block_bytes_(layout.block_steps() * int64_t{layout.step_bytes()}) {
+    for (int j = 0; j < block_slots_; ++j) {  // the same in every block
+      const int64_t step = j / layout.per_row, lane = row * layout.per_row + j % layout.per_row;
+      const int64_t bit = lane * layout.bits();
+      slots_[j] = {step * layout.step_values() + lane, step * layout.step_bytes() + bit / 8,
+                   static_cast<int>(bit % 8)};
+    }
+  }
+
+  int64_t group() const { return group_; }
+  int64_t place(int slot) const { return first_value_ + slots_[first_slot_ + slot].place; }
+  // The byte after the last index is padding.
+  int read_index(const uint8_t* bytes, int slot) const {
+    const Slot& at = slots_[first_slot_ + slot];
+    const uint8_t* field = bytes + first_byte_ + at.byte;
+    return (field[0] | field[1] << 8) >> at.shift & mask_;
+  }
+  void write_index(uint8_t* bytes, int slot, int index) const {
+    const Slot& at = slots_[first_slot_ + slot];
+    uint8_t* field = bytes + first_byte_ + at.byte;
+    const int shifted = index << at.shift;
+    field[0] |= static_cast<uint8_t>(shifted & 0xff);
+    if (shifted > 0xff) field[1] |= static_cast<uint8_t>(shifted >> 8);
+  }
+  void next_group() {
+    ++group_;
+    first_slot_ += n_;
+    if (first_slot_ < block_slots_) return;
+    first_slot_ = 0;
+    first_value_ += block_values_;
+    first_byte_ += block_bytes_;
+  }
+
+ private:
   struct Slot {
     int64_t place, byte;  // of the value within the block, of the index within the block's bytes
     int shift;
   };
-  std::array<Slot, kMaxGroup * 4> slots;
 
-  BlockSlots(const NmLayout& layout, int64_t row) {
-    for (int j = 0; j < layout.block_groups() * layout.n; ++j) {
-      const int64_t step = j / layout.per_row, lane = row * layout.per_row + j % layout.per_row;
-      const int64_t bit = lane * layout.bits();
-      slots[j] = {step * layout.step_values() + lane, step * layout.step_bytes() + bit / 8,
-                  static_cast<int>(bit % 8)};
-    }
-  }
+  int n_, mask_, block_slots_;
+  int64_t block_values_, block_bytes_;
+  int64_t group_ = 0, first_value_ = 0, first_byte_ = 0;
+  int first_slot_ = 0;
+  std::array<Slot, kMaxGroup * 4> slots_;
 };
 
 // Calls visit(col, value's place in the tile) for each stored weight of one row of a tile, columns
@@ -61,26 +83,17 @@ template <class IsKept, class Visit>
 void for_each_slot(const NmView& weight, int64_t tile, int64_t row, const IsKept& is_kept,
                    const Visit& visit) {
   const NmLayout& layout = weight.layout;
-  const BlockSlots block_slots(layout, row);
-  const int n = layout.n, m = layout.m, mask = (1 << layout.bits()) - 1;
-  const int64_t block_values = layout.block_steps() * layout.step_values();
-  const int64_t block_bytes = layout.block_steps() * layout.step_bytes();
+  const int n = layout.n, m = layout.m;
   const uint8_t* indices = weight.indices + tile * layout.tile_bytes();
-  for (int64_t group = 0; group < layout.groups(); ++group) {
-    const auto* slots = block_slots.slots.data() + group % layout.block_groups() * n;
-    const int64_t block = group / layout.block_groups();
-    const uint8_t* bytes = indices + block * block_bytes;
-    const auto index_of = [&](int slot) {  // the byte after the last index is padding
-      const uint8_t* at = bytes + slots[slot].byte;
-      return (at[0] | at[1] << 8) >> slots[slot].shift & mask;
-    };
+  for (BlockCursor cursor(layout, row); cursor.group() < layout.groups(); cursor.next_group()) {
+    // An empty group starts by a descent.
+    if (n > 1 && cursor.read_index(indices, 1) < cursor.read_index(indices, 0)) continue;
     int previous = -1;
-    if (n > 1 && index_of(1) < index_of(0)) continue;  // an empty group starts by a descent
     for (int slot = 0; slot < n; ++slot) {
-      const int index = index_of(slot);
+      const int index = cursor.read_index(indices, slot);
       if (index <= previous) break;
-      const int64_t place = block * block_values + slots[slot].place;
-      if (n > 1 || is_kept(place)) visit(group * m + index, place);
+      const int64_t place = cursor.place(slot);
+      if (n > 1 || is_kept(place)) visit(cursor.group() * m + index, place);
       previous = index;
     }
   }
