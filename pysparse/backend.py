@@ -37,9 +37,9 @@ class KernelKey:
     """One compiled kernel: what it computes, on which packing and values, for which instruction set."""
 
     op: str  # "linear", "unpack"
-    format: str  # "bitmap", "dense"
+    format: str  # "bitmap", "bitmap-int8", "nm", "nm-int8", "dense"
     dtype: str  # "float32", "bfloat16"
-    isa: str  # "generic" | "avx2" | "avx512" | "avx512bf16"
+    isa: str  # a name of isa_levels()
     supported: bool = True  # by this CPU
 
     def __str__(self) -> str:

@@ -1,14 +1,8 @@
 #include "bind.h"
-#include "pysparse/error.h"
 #include "pysparse/linear.h"
 
 namespace pysparse {
 namespace {
-
-DType dtype_of(int code) {
-  check(code >= 0 && code < kDTypes, "unknown dtype code ", code);
-  return static_cast<DType>(code);
-}
 
 void call_bitmap_linear(int dtype, uintptr_t x, int64_t tokens, int64_t cols, uintptr_t values,
                         int64_t value_count, uintptr_t masks, int64_t mask_count,

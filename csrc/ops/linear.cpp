@@ -10,6 +10,7 @@
 #include "pysparse/kernel_table.h"
 #include "pysparse/parallel.h"
 #include "pysparse/scratch.h"
+#include "pysparse/share.h"
 
 namespace pysparse {
 namespace {
@@ -134,20 +135,7 @@ Range byte_share(const TiledBitmapView& weight, int thread, int threads) {
   const auto bytes_before = [&](int64_t tile) {
     return weight.tile_offsets[tile] * size_of(weight.dtype) + tile * weight.pairs() * 4;
   };
-  const auto first_tile_at = [&](int part) {
-    const int64_t wanted = bytes_before(weight.tiles()) / threads * part;
-    int64_t low = 0, high = weight.tiles();
-    while (low < high) {
-      const int64_t middle = low + (high - low) / 2;
-      if (bytes_before(middle) < wanted)
-        low = middle + 1;
-      else
-        high = middle;
-    }
-    return low;
-  };
-  return {thread == 0 ? 0 : first_tile_at(thread),
-          thread + 1 == threads ? weight.tiles() : first_tile_at(thread + 1)};
+  return share_by_bytes(weight.tiles(), bytes_before, thread, threads);
 }
 
 }  // namespace

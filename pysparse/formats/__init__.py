@@ -3,6 +3,8 @@
 from pysparse.formats.bitmap import BitmapTensor
 from pysparse.formats.csr import CsrTensor
 from pysparse.formats.device import PACKINGS, DeltaRows, FragmentBitmap, PairBlocks
+from pysparse.formats.int8 import Int8Bitmap, TiledInt8
+from pysparse.formats.nm import NMInt8, NMTensor
 from pysparse.formats.pairs import ColumnPairs
 from pysparse.formats.tiled import TiledBitmap
 
@@ -19,6 +21,10 @@ __all__ = [
     "CsrTensor",
     "DeltaRows",
     "FragmentBitmap",
+    "Int8Bitmap",
+    "NMInt8",
+    "NMTensor",
     "PairBlocks",
     "TiledBitmap",
+    "TiledInt8",
 ]

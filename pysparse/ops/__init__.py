@@ -8,6 +8,7 @@ from pysparse.ops.cuda import (
     packed_linear,
     packed_unpack,
 )
+from pysparse.ops.int8 import ACTIVATION_BITS, call_int8_linear, int8_linear, int8_unpack
 from pysparse.ops.linear import (
     DECODE_TOKENS,
     DENSE_TOKENS,
@@ -22,8 +23,17 @@ from pysparse.ops.linear import (
     pairs_linear,
     unpacked_linear,
 )
+from pysparse.ops.nm import (
+    call_nm_int8_linear,
+    call_nm_linear,
+    nm_int8_linear,
+    nm_int8_unpack,
+    nm_linear,
+    nm_unpack,
+)
 
 __all__ = [
+    "ACTIVATION_BITS",
     "DECODE_TOKENS",
     "DELTA_TOKENS",
     "DENSE_TOKENS",
@@ -34,10 +44,19 @@ __all__ = [
     "bitmap_unpack",
     "call_arrays",
     "call_bitmap_linear",
+    "call_int8_linear",
+    "call_nm_int8_linear",
+    "call_nm_linear",
     "dense_linear",
+    "int8_linear",
+    "int8_unpack",
     "is_kernel_dtype",
     "max_tokens",
     "needs_dispatcher",
+    "nm_int8_linear",
+    "nm_int8_unpack",
+    "nm_linear",
+    "nm_unpack",
     "packed_linear",
     "packed_unpack",
     "pairs_linear",
