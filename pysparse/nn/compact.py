@@ -132,7 +132,7 @@ class CompactLinear(nn.Module):
         """Return an ``nn.Linear`` with the same (dequantised) weight, zeros written out; the bias is shared."""
         linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
         linear.weight = nn.Parameter(self.bitmap().to_dense(), requires_grad=False)
-        linear.bias = self.bias
+        linear.register_parameter("bias", self.bias)
         return linear.train(self.training)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CompactLinear:
@@ -143,7 +143,7 @@ class CompactLinear(nn.Module):
                 f"int8 and n:m layers have CPU kernels only, not on {moved.device}: call densify_(model) first"
             )
         scales = self._buffers.get("scales")
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if scales is not None:
             self._buffers["scales"] = scales
         self._dtype = moved.dtype

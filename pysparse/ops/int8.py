@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from pysparse import backend
 from pysparse.formats.int8 import TiledInt8
-from pysparse.ops.linear import _DTYPE_CODES, _UNPACK_BYTES, DECODE_TOKENS, _needs_dispatcher
+from pysparse.ops.linear import _DTYPE_CODES, _UNPACK_BYTES, DECODE_TOKENS, needs_dispatcher
 
 ACTIVATION_BITS = (8, 16)
 
@@ -48,7 +48,7 @@ def call_int8_linear(
     activation_bits: int,
 ) -> Tensor:
     """Run the product on the arrays of a :class:`TiledInt8`; the caller has checked the feature count."""
-    if _needs_dispatcher(x, bias):
+    if needs_dispatcher(x, bias):
         result: Tensor = torch.ops.pysparse.int8_linear.default(
             x, *arrays, bias, out_features, group_size, activation_bits
         )

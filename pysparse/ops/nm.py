@@ -15,7 +15,7 @@ from pysparse.ops.linear import (
     _DTYPE_CODES,
     DECODE_TOKENS,
     _check_dtypes,
-    _needs_dispatcher,
+    needs_dispatcher,
 )
 
 _library = torch.library.Library("pysparse", "FRAGMENT")
@@ -45,7 +45,7 @@ def call_nm_linear(
     x: Tensor, values: Tensor, indices: Tensor, bias: Tensor | None, out_features: int, n: int, m: int
 ) -> Tensor:
     """Run the product on the arrays of an :class:`NMTensor`; the caller has checked the feature count."""
-    if _needs_dispatcher(x, bias):
+    if needs_dispatcher(x, bias):
         result: Tensor = torch.ops.pysparse.nm_linear.default(x, values, indices, bias, out_features, n, m)
         return result
     return _nm_linear_cpu(x, values, indices, bias, out_features, n, m)
@@ -70,7 +70,7 @@ def call_nm_int8_linear(
     activation_bits: int,
 ) -> Tensor:
     """Run the product on the arrays of an :class:`NMInt8`; the caller has checked the feature count."""
-    if _needs_dispatcher(x, bias):
+    if needs_dispatcher(x, bias):
         result: Tensor = torch.ops.pysparse.nm_int8_linear.default(
             x, *arrays, bias, out_features, *pattern, group_size, activation_bits
         )
