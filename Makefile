@@ -72,7 +72,8 @@ sanitize: $(VENV)/dev ## kernel and format tests under the address and undefined
 		-C build-dir=build/sanitize -C cmake.define.PYSPARSE_SANITIZE=ON
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
 		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONMALLOC=malloc \
-		$(VENV)-sanitize/bin/python -P -m pytest -s -q -p no:cacheprovider python_tests/test_kernels.py python_tests/test_formats.py
+		$(VENV)-sanitize/bin/python -P -m pytest -s -q -p no:cacheprovider \
+		python_tests/test_kernels.py python_tests/test_formats.py python_tests/test_int8.py python_tests/test_nm.py
 
 clean: ## remove everything that was built
 	rm -rf $(VENV) $(VENV)-wheel $(VENV)-sanitize build dist demo_output

@@ -1,4 +1,5 @@
 #include "bind.h"
+#include "pysparse/error.h"
 #include "pysparse/device_formats.h"
 #include "pysparse/device_layout.h"
 #include "pysparse/formats.h"
@@ -8,6 +9,73 @@ namespace {
 
 BitmapView view(int64_t rows, int64_t cols, uintptr_t bitmask, uintptr_t row_offsets) {
   return {pointer<const uint8_t>(bitmask), pointer<const int64_t>(row_offsets), rows, cols};
+}
+
+TiledBitmapView tiled_view(uintptr_t values, int64_t word, int64_t rows, int64_t cols,
+                           uintptr_t masks, uintptr_t tile_offsets) {
+  check(word == 2 || word == 4, "values have 2 or 4 bytes, got ", word);
+  return {pointer<const void>(values),
+          pointer<const uint32_t>(masks),
+          pointer<const int64_t>(tile_offsets),
+          rows,
+          cols,
+          word == 4 ? DType::kFloat32 : DType::kBFloat16};
+}
+
+PairsView pairs_view(uintptr_t values, int64_t word, int64_t rows, int64_t cols, uintptr_t indices,
+                     uintptr_t row_order, uintptr_t counts, uintptr_t block_offsets) {
+  check(word == 2 || word == 4, "values have 2 or 4 bytes, got ", word);
+  return {pointer<const void>(values),
+          pointer<const uint8_t>(indices),
+          pointer<const uint8_t>(row_order),
+          pointer<const uint8_t>(counts),
+          pointer<const int64_t>(block_offsets),
+          rows,
+          cols,
+          word == 4 ? DType::kFloat32 : DType::kBFloat16};
+}
+
+void bind_pairs(pybind11::module_& module) {
+  module.def(
+      "pairs_plan",
+      [](uintptr_t tiled, int64_t word, int64_t rows, int64_t cols, uintptr_t masks,
+         uintptr_t tile_offsets, int64_t nnz, uintptr_t row_order, uintptr_t counts,
+         uintptr_t block_offsets) {
+        return pairs_plan(tiled_view(tiled, word, rows, cols, masks, tile_offsets), nnz,
+                          pointer<uint8_t>(row_order), pointer<uint8_t>(counts),
+                          pointer<int64_t>(block_offsets));
+      },
+      ReleaseGil());
+  module.def(
+      "pairs_fill",
+      [](uintptr_t tiled, int64_t word, int64_t rows, int64_t cols, uintptr_t masks,
+         uintptr_t tile_offsets, uintptr_t row_order, uintptr_t counts, uintptr_t block_offsets,
+         uintptr_t values, uintptr_t indices) {
+        pairs_fill(tiled_view(tiled, word, rows, cols, masks, tile_offsets),
+                   pairs_view(0, word, rows, cols, 0, row_order, counts, block_offsets),
+                   pointer<void>(values), pointer<uint8_t>(indices));
+      },
+      ReleaseGil());
+  module.def(
+      "pairs_mask",
+      [](uintptr_t values, int64_t word, int64_t rows, int64_t cols, uintptr_t indices,
+         uintptr_t row_order, uintptr_t counts, uintptr_t block_offsets, uintptr_t bitmask,
+         uintptr_t row_offsets) {
+        return pairs_mask(
+            pairs_view(values, word, rows, cols, indices, row_order, counts, block_offsets),
+            pointer<uint8_t>(bitmask), pointer<int64_t>(row_offsets));
+      },
+      ReleaseGil());
+  module.def(
+      "pairs_values",
+      [](uintptr_t values, int64_t word, int64_t rows, int64_t cols, uintptr_t indices,
+         uintptr_t row_order, uintptr_t counts, uintptr_t block_offsets, uintptr_t row_offsets,
+         uintptr_t target) {
+        pairs_values(
+            pairs_view(values, word, rows, cols, indices, row_order, counts, block_offsets),
+            pointer<const int64_t>(row_offsets), pointer<void>(target));
+      },
+      ReleaseGil());
 }
 
 }  // namespace
@@ -68,6 +136,7 @@ void bind_formats(pybind11::module_& module) {
         csr_indices(view(rows, cols, bitmask, row_offsets), nnz, pointer<int32_t>(col_indices));
       },
       ReleaseGil());
+  bind_pairs(module);
 }
 
 void bind_device_formats(pybind11::module_& module) {
