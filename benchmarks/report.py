@@ -39,8 +39,8 @@ def _linear(
     shape: str, dtype: str, sparsity: float, over: str, group: str = "sparse_speedup_over"
 ) -> Callable[[Row], float | None]:
     def figure(row: Row) -> float | None:
-        key = (row["shape"], row["dtype"], row["sparsity"], row["tokens"])
-        return _median(row[group][over]) if key == (shape, dtype, sparsity, 1) else None
+        key = (row["shape"], row["dtype"], row["sparsity"], row["tokens"], row["mask"])
+        return _median(row[group][over]) if key == (shape, dtype, sparsity, 1, "random") else None
 
     return figure
 
