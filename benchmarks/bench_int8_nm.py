@@ -38,8 +38,9 @@ from pysparse.measure.twins import zero_rows_at_random_
 PATTERNS = ("2:4", "4:8", "1:4", "2:8", "1:8", "2:16")
 BASELINES = (TORCH, TORCH_TUNED, PYSPARSE_DENSE, TORCH_INT8, TORCH_INT4)
 OURS = (PYSPARSE_SPARSE, PYSPARSE_INT8, PYSPARSE_INT8_A16, PYSPARSE_INT8_G128)
-# Norm of the error over that of the exact product; int4 rounds hard, int8 little, bf16 hardly.
-ERROR_BOUND = {TORCH_INT4.name: 0.2, TORCH_INT8.name: 0.05}
+# Norm of the error over that of the exact product; int8 rounds little, bf16 hardly. int4 has no exact zero, so
+# the sparser the weight, the more of its error are zeros that it moves.
+ERROR_BOUND = {TORCH_INT4.name: 0.3, TORCH_INT8.name: 0.05}
 ERROR_BOUND_OURS = 0.025
 
 
