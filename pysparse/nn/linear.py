@@ -278,6 +278,11 @@ class SparseLinear(nn.Module):
         return 1.0 - self.nnz / max(1, self.in_features * self.out_features)
 
     @property
+    def second_packing_nbytes(self) -> int:
+        """Bytes of the packing for many tokens, 0 while there is none."""
+        return self._dispatch.nbytes
+
+    @property
     def nbytes(self) -> int:
         """Bytes that the weight takes in memory now, a second packing counted, the bias not."""
         held = sum(b.numel() * b.element_size() for b in self._buffers.values() if b is not None)
