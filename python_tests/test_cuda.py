@@ -3,6 +3,7 @@
 import pytest
 import reference
 import torch
+from torch.nn import functional
 
 from pysparse import backend, ops
 from pysparse.formats import PACKINGS, BitmapTensor
@@ -15,7 +16,7 @@ reference.EPSILON[torch.float16] = 2.0**-11
 NAMES = list(PACKINGS)
 DTYPES = [torch.bfloat16, torch.float16]
 SIZES = [(1, 1), (16, 64), (17, 65), (15, 63), (33, 129), (100, 257), (3, 1000), (48, 1024), (1024, 520)]
-TOKENS = [1, 2, 3, 4, 5, 8, 9, 16, 17, 32, 33, 64, 65, 200]
+TOKENS = [1, 2, 3, 4, 5, 8, 9, 16, 17, 32, 33, 65, 200]
 
 
 @pytest.fixture(autouse=True)
@@ -76,7 +77,11 @@ def test_linear_matches_the_oracle(name, dtype, tokens):
             packed = pack(name, weight)
             x, bias = torch.randn(tokens, cols).to("cuda", dtype), torch.randn(rows).to("cuda", dtype)
             for b in (None, bias):
-                check(ops.packed_linear(x, packed, b), x, weight, b)
+                y = ops.packed_linear(x, packed, b)
+                if tokens <= ops.max_tokens(name, cols):
+                    check(y, x, weight, b)
+                else:  # unpacked and multiplied by torch, whose GEMM rounds more than once
+                    assert torch.equal(y, functional.linear(x, weight, b))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -87,7 +92,7 @@ def test_layers_of_real_models(name, rows, cols):
     if name == "pair":
         weight[:, 1::4] = weight[:, 2::4] = 0
     packed = pack(name, weight)
-    for tokens in (1, 2, 3, 8, 16, 20, 64):
+    for tokens in (1, 2, 3, 8, 16, 20, 32, 64):
         x = torch.randn(tokens, cols, device="cuda").bfloat16()
         y = ops.packed_linear(x, packed)
         exact = x.double() @ weight.double().T
@@ -132,7 +137,7 @@ def test_non_finite_weights_reach_their_row_only(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("tokens", [1, 2, 7, 16, 64])
+@pytest.mark.parametrize("tokens", [1, 2, 7, 16, 32])
 @pytest.mark.parametrize(("rows", "cols"), [(300, 1000), (512, 4096)])
 def test_two_runs_agree_bit_for_bit(name, tokens, rows, cols):
     weight = matrix(name, rows, cols, 0.6, torch.bfloat16)
@@ -143,7 +148,7 @@ def test_two_runs_agree_bit_for_bit(name, tokens, rows, cols):
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("tokens", [1, 4, 16, 64])
+@pytest.mark.parametrize("tokens", [1, 4, 16, 32])
 def test_capture_in_a_graph(name, tokens):
     weight = matrix(name, 512, 4096, 0.6, torch.bfloat16)
     packed, x = pack(name, weight), torch.randn(tokens, 4096, device="cuda").bfloat16()
@@ -155,7 +160,37 @@ def test_capture_in_a_graph(name, tokens):
     x.copy_(torch.randn(tokens, 4096))
     y.fill_(float("nan"))
     graph.replay()
-    check(y, x, weight)
+    if tokens <= ops.max_tokens(name, 4096):
+        check(y, x, weight)
+    else:
+        assert torch.equal(y, functional.linear(x, weight))
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("tokens", [1, 4])
+def test_a_chain_of_layers_waits_for_its_inputs(name, tokens):
+    """Kernels may start while the one before them drains: each must still see all of its results."""
+    weights = [matrix(name, 1024, 1024, 0.5, torch.bfloat16) * 0.05 for _ in range(6)]
+    packed, x = [pack(name, w) for w in weights], torch.randn(tokens, 1024, device="cuda").bfloat16()
+    expected = x
+    for p in packed:
+        expected = ops.packed_linear(expected, p)
+        torch.cuda.synchronize()
+
+    def chain():
+        y = x
+        for p in packed:
+            y = ops.packed_linear(y, p)
+        return y
+
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = chain()
+    for _ in range(20):
+        assert torch.equal(chain(), expected)
+        captured.fill_(float("nan"))
+        graph.replay()
+        assert torch.equal(captured, expected)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -238,7 +273,10 @@ def test_a_layer_packs_itself_when_it_moves(sparsity, packing):
     dense = linear.cuda()
     for tokens in (1, 5, 100):
         x = torch.randn(tokens, 400, device="cuda").bfloat16()
-        check(layer(x), x, dense.weight, dense.bias)
+        if packing != "dense" and tokens <= ops.max_tokens(packing, 400):
+            check(layer(x), x, dense.weight, dense.bias)
+        else:
+            assert torch.equal(layer(x), dense(x))
     state, back = layer.state_dict(), layer.to("cpu")
     assert "linear-bitmap-bfloat16" in back.kernel
     assert torch.equal(back.to_dense().weight, linear.weight.cpu())

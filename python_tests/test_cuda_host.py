@@ -327,7 +327,6 @@ BUDGETS = [
     (r"delta_linear_kernel.*Li8E", 128),  # 512
     (r"strip_linear_kernel.*Li[12]ELi3ELi2E", 64),  # two blocks of 512
     (r"strip_linear_kernel.*Li4ELi4ELi1E", 128),  # one block of 512
-    (r"strip_linear_kernel.*Li8ELi4ELi1E", 255),  # one block of 256
     (r"unpack_kernel|add_parts_kernel", 64),
 ]
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")

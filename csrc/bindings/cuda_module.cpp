@@ -78,7 +78,7 @@ PYBIND11_MODULE(_cuda, module) {
   module.def("strip_workspace", [](int packing, int dtype, int64_t tokens, int64_t cols, int64_t rows,
                                    int64_t largest_block, int device) {
     const int64_t floats = strip_workspace(strips(packing, 0, 0, largest_block), product(dtype, 0, tokens, cols, 0, 0, rows), device);
-    if (floats < 0) throw std::invalid_argument("strip kernels take 1 to 64 tokens on an existing device");
+    if (floats < 0) throw std::invalid_argument("strip kernels take 1 to 32 tokens on an existing device");
     return floats;
   });
   module.def("strip_linear", [](int packing, int dtype, uintptr_t x, int64_t tokens, int64_t cols, uintptr_t weights,

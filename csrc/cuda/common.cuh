@@ -65,6 +65,7 @@ __device__ __forceinline__ float warp_sum(float value) {
 
 struct Device {
   int multiprocessors, threads, shared_block, shared_total;  // per multiprocessor, but for shared_block
+  int capability;                                            // major
 };
 
 inline cudaError_t describe(int device, Device& card) {
@@ -79,6 +80,7 @@ inline cudaError_t describe(int device, Device& card) {
     if (!error) error = read(fresh.threads, cudaDevAttrMaxThreadsPerMultiProcessor);
     if (!error) error = read(fresh.shared_block, cudaDevAttrMaxSharedMemoryPerBlockOptin);
     if (!error) error = read(fresh.shared_total, cudaDevAttrMaxSharedMemoryPerMultiprocessor);
+    if (!error) error = read(fresh.capability, cudaDevAttrComputeCapabilityMajor);
     if (error) return error;
     cache[device] = fresh;  // two threads may both write it, with the same numbers
     known[device].store(true, std::memory_order_release);

@@ -1,12 +1,15 @@
 // y = x W^T for rows of 4-bit column steps: some 7 instructions per stored weight whatever the density, x in
 // shared memory as one word per column that holds all tokens, one or more warps per row.
-#include "common.cuh"
+#include "launch.cuh"
 
 namespace pysparse::cuda {
 namespace {
 
-// 1024 threads at 64 registers fill a multiprocessor that holds 2048; eight sums per lane need more registers.
+// What a multiprocessor's 65536 registers hold: 1024 threads at 64; eight sums per lane need more of them.
 constexpr int most_threads(int tokens) { return tokens <= 4 ? 1024 : 512; }
+
+// Columns of x in shared memory, whole vectors of 8: steps past the last column meet zeros.
+__device__ __host__ constexpr int staged_columns(int cols) { return (cols + kColumnSlack + 7) / 8 * 8; }
 
 // What shared memory holds per column: the float itself for one token, else all tokens' 16-bit values.
 template <int kTokens>
@@ -42,54 +45,90 @@ __device__ __forceinline__ void add(float (&sums)[8], float weight, uint4 x) {
   add2<T>(sums + 6, weight, x.w);
 }
 
+// Stores 8 columns from `column` on; words: 8 values of each token.
+template <class T, int kTokens>
+__device__ __forceinline__ void store_columns(typename Column<kTokens>::Word* column, const uint4 (&tokens)[kTokens]) {
+  uint32_t out[8 * sizeof(*column) / 4];
+#pragma unroll
+  for (int t = 0; t < kTokens; t += 2) {
+    const uint4 low = tokens[t], high = tokens[kTokens == 1 ? t : t + 1];
+    const uint32_t a[4] = {low.x, low.y, low.z, low.w}, b[4] = {high.x, high.y, high.z, high.w};
+#pragma unroll
+    for (int c = 0; c < 8; ++c)
+      if constexpr (kTokens == 1)
+        out[c] = __float_as_uint(c % 2 ? high_value<T>(a[c / 2]) : low_value<T>(a[c / 2]));
+      else
+        out[c * kTokens / 2 + t / 2] = __byte_perm(a[c / 2], b[c / 2], c % 2 ? 0x7632 : 0x5410);
+  }
+#pragma unroll
+  for (unsigned i = 0; i < sizeof(out) / 16; ++i)
+    reinterpret_cast<uint4*>(column)[i] = make_uint4(out[4 * i], out[4 * i + 1], out[4 * i + 2], out[4 * i + 3]);
+}
+
+// The 8 inputs of a token from column `col` on, zeros past its end.
+__device__ __forceinline__ uint4 load_inputs(const Product& p, int token, int col) {
+  if (token >= p.tokens || col >= p.cols) return uint4{};
+  const auto* x = static_cast<const uint16_t*>(p.x) + static_cast<int64_t>(token) * p.cols + col;
+  if (p.cols % 8 == 0) return *reinterpret_cast<const uint4*>(x);
+  uint32_t words[4] = {};
+#pragma unroll
+  for (int h = 0; h < 8; ++h)
+    if (col + h < p.cols) words[h / 2] |= static_cast<uint32_t>(x[h]) << 16 * (h % 2);
+  return make_uint4(words[0], words[1], words[2], words[3]);
+}
+
 // Fills columns [0, cols + slack) and returns (to all threads) the bit set of tokens that hold Inf or NaN.
 template <class T, int kTokens>
 __device__ unsigned stage(const Product& p, typename Column<kTokens>::Word* columns) {
   __shared__ unsigned poisoned;
   if (threadIdx.x == 0) poisoned = 0;
   __syncthreads();  // the flag is zero before anyone sets it
-  const auto* x = static_cast<const uint16_t*>(p.x);
-  unsigned mine = 0;
-  for (int c = threadIdx.x; c < p.cols + kColumnSlack; c += blockDim.x) {
-    uint32_t halves[kTokens];
+  for (int c = 8 * static_cast<int>(threadIdx.x); c < staged_columns(p.cols); c += 8 * static_cast<int>(blockDim.x)) {
+    uint4 tokens[kTokens];
 #pragma unroll
-    for (int t = 0; t < kTokens; ++t) {
-      halves[t] = c < p.cols && t < p.tokens ? x[static_cast<int64_t>(t) * p.cols + c] : 0u;
-      mine |= static_cast<unsigned>(is_not_finite<T>(halves[t])) << t;
-    }
-    if constexpr (kTokens == 1) {
-      columns[c] = low_value<T>(halves[0]);
-    } else {
-      auto* words = reinterpret_cast<uint32_t*>(columns + c);
+    for (int t = 0; t < kTokens; ++t) tokens[t] = load_inputs(p, t, c);
+    store_columns<T, kTokens>(columns + c, tokens);
 #pragma unroll
-      for (int t = 0; t < kTokens; t += 2) words[t / 2] = halves[t] | halves[t + 1] << 16;
-    }
+    for (int t = 0; t < kTokens; ++t)
+      if (any_not_finite<T>(tokens[t].x) || any_not_finite<T>(tokens[t].y) || any_not_finite<T>(tokens[t].z) ||
+          any_not_finite<T>(tokens[t].w))
+        atomicOr(&poisoned, 1u << t);
   }
-  if (mine) atomicOr(&poisoned, mine);
   __syncthreads();  // columns and flag are complete
   return poisoned;
 }
 
-// One lane's share of a chunk: group `lane` and group `lane + 32`.
+// Where a warp stands in a row: the groups [group, end) are left to it and its team, chunk by chunk.
+struct Cursor {
+  int group, end, slot;  // slot: of the chunk's starting column
+};
+
+__device__ __forceinline__ Cursor open_row(const DeltaWeight& w, int row, int rows, int chunk) {
+  if (row >= rows) return {0, 0, 0};
+  const int begin = __ldg(w.row_groups + row), end = __ldg(w.row_groups + row + 1);
+  return {begin + chunk * kChunkGroups, end, static_cast<int>(chunk_slot(row, begin, chunk))};
+}
+
+// One lane's share of a chunk: group `lane` and group `lane + 32`. What lies past the row's end is not read:
+// no lane before it needs it.
 struct Share {
   uint4 values[2];
   uint32_t deltas[2];
   int column, groups;  // start of the chunk, and its groups
 };
 
-__device__ __forceinline__ Share fetch(const DeltaWeight& w, int row, int begin, int end, int chunk, int lane) {
-  Share share{};
-  share.groups = min(kChunkGroups, end - begin - chunk * kChunkGroups);
-  const int64_t first = begin + static_cast<int64_t>(chunk) * kChunkGroups + lane;
-  if (share.groups <= 0) return share;
-  share.column = __ldg(w.chunk_cols + chunk_slot(row, begin, chunk));
+__device__ __forceinline__ void fetch(const DeltaWeight& w, const Cursor& at, int lane, Share& share) {
+  share.groups = min(kChunkGroups, at.end - at.group);
+  if (share.groups <= 0) return;
+  share.column = __ldg(w.chunk_cols + at.slot);
+  const auto* values = static_cast<const uint4*>(w.values) + at.group + lane;
+  const uint32_t* deltas = w.deltas + at.group + lane;
 #pragma unroll
   for (int h = 0; h < 2; ++h)
     if (lane + kLanes * h < share.groups) {
-      share.values[h] = __ldcs(static_cast<const uint4*>(w.values) + first + kLanes * h);
-      share.deltas[h] = __ldcs(w.deltas + first + kLanes * h);
+      share.values[h] = __ldcs(values + kLanes * h);
+      share.deltas[h] = __ldcs(deltas + kLanes * h);
     }
-  return share;
 }
 
 // Columns that the 8 steps of a group span.
@@ -159,91 +198,104 @@ template <class T, int kTokens>
 __global__ __launch_bounds__(most_threads(kTokens)) void delta_linear_kernel(DeltaWeight w, Product p, int team) {
   extern __shared__ uint4 shared[];
   auto* columns = reinterpret_cast<typename Column<kTokens>::Word*>(shared);
-  auto* partial = reinterpret_cast<float*>(columns + (p.cols + kColumnSlack + 7) / 8 * 8);
+  auto* partial = reinterpret_cast<float*>(columns + staged_columns(p.cols));
   const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes;
   const int step = gridDim.x * (blockDim.x / kLanes / team);
   const int member = warp % team;
   // Neighbouring rows go to different multiprocessors: all of them get the same number to within one.
   int row = blockIdx.x + gridDim.x * (warp / team);
-  int begin = row < p.rows ? __ldg(w.row_groups + row) : 0;
-  int end = row < p.rows ? __ldg(w.row_groups + row + 1) : 0;
-  Share share = fetch(w, row, begin, end, member, lane);  // on its way while x is staged
+  Cursor at = open_row(w, row, p.rows, member), next = open_row(w, row + step, p.rows, member);
+  Share share{};
+  fetch(w, at, lane, share);  // on its way while x is staged
+  wait_for_inputs();
   const unsigned poisoned = stage<T, kTokens>(p, columns);
   for (int base = 0; base < p.rows; base += step) {
-    const int next_row = row + step;
-    const int next_begin = next_row < p.rows ? __ldg(w.row_groups + next_row) : 0;
-    const int next_end = next_row < p.rows ? __ldg(w.row_groups + next_row + 1) : 0;
+    const Cursor after = open_row(w, row + 2 * step, p.rows, member);  // known before the last chunk of `next`
     float sums[kTokens] = {};
-    for (int chunk = member; share.groups > 0; chunk += team) {
+    bool more = share.groups > 0;
+    if (!more) {  // the row has fewer chunks than the team has warps
+      at = next;
+      fetch(w, at, lane, share);
+    }
+    while (more) {
       const int2 before = starts(share, lane);
       const Share now = share;
-      const bool last = end - begin <= (chunk + team) * kChunkGroups;
-      share = last ? fetch(w, next_row, next_begin, next_end, member, lane)
-                   : fetch(w, row, begin, end, chunk + team, lane);
+      at.group += team * kChunkGroups, at.slot += team;
+      more = at.group < at.end;
+      if (!more) at = next;
+      fetch(w, at, lane, share);
       if (lane < now.groups) walk<T, kTokens>(now.values[0], now.deltas[0], columns + before.x, sums);
       if (lane + kLanes < now.groups) walk<T, kTokens>(now.values[1], now.deltas[1], columns + before.y, sums);
-      if (last) break;
     }
-    if (share.groups <= 0) share = fetch(w, next_row, next_begin, next_end, member, lane);
     finish<T, kTokens>(p, row, team, sums, partial, poisoned);
-    row = next_row, begin = next_begin, end = next_end;
+    row += step;
+    next = after;
   }
 }
 
-// Writes rows out densely: zeros first, then each weight at its column.
-template <class T>
-__global__ __launch_bounds__(256) void delta_unpack_kernel(DeltaWeight w, Rows r) {
-  const int lane = threadIdx.x % kLanes;
-  const int local = blockIdx.x * (blockDim.x / kLanes) + threadIdx.x / kLanes;
-  if (local >= r.rows) return;  // the whole warp leaves together
-  const int row = r.first_row + local;
-  auto* dense = static_cast<uint16_t*>(r.dense) + static_cast<int64_t>(local) * r.cols;
-  const int vectors = r.cols % 8 == 0 ? r.cols / 8 : 0;
-  for (int c = lane; c < vectors; c += kLanes) reinterpret_cast<uint4*>(dense)[c] = uint4{};
-  for (int c = 8 * vectors + lane; c < r.cols; c += kLanes) dense[c] = 0;
-  __syncwarp();  // zeros are written before any lane's weights
+constexpr int kUnpackThreads = 128;
+constexpr int kUnpackColumns = 24 << 10;  // of a row that are in shared memory at a time: 48 KB
+
+// Writes rows out densely, one per thread block: weights go to their columns in shared memory, whole vectors leave.
+__global__ __launch_bounds__(kUnpackThreads) void delta_unpack_kernel(DeltaWeight w, Rows r) {
+  extern __shared__ uint4 shared[];
+  auto* staged = reinterpret_cast<uint16_t*>(shared);
+  const int lane = threadIdx.x % kLanes, row = r.first_row + static_cast<int>(blockIdx.x);
   const int begin = w.row_groups[row], end = w.row_groups[row + 1];
-  for (int chunk = 0; chunk * kChunkGroups < end - begin; ++chunk) {
-    const Share share = fetch(w, row, begin, end, chunk, lane);
-    const int2 before = starts(share, lane);
+  for (int first = 0; first < r.cols; first += kUnpackColumns) {
+    const int size = min(kUnpackColumns, r.cols - first);
+    for (int v = threadIdx.x; v < (size + 7) / 8; v += kUnpackThreads) shared[v] = uint4{};
+    __syncthreads();  // zeros are there before any weight
+    for (int chunk = threadIdx.x / kLanes; chunk * kChunkGroups < end - begin; chunk += kUnpackThreads / kLanes) {
+      Share share{};
+      fetch(w, {begin + chunk * kChunkGroups, end, static_cast<int>(chunk_slot(row, begin, chunk))}, lane, share);
+      const int2 before = starts(share, lane);
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      if (lane + kLanes * h >= share.groups) continue;
-      const uint32_t words[4] = {share.values[h].x, share.values[h].y, share.values[h].z, share.values[h].w};
-      int column = h ? before.y : before.x;
+      for (int h = 0; h < 2; ++h) {
+        if (lane + kLanes * h >= share.groups) continue;
+        const uint32_t words[4] = {share.values[h].x, share.values[h].y, share.values[h].z, share.values[h].w};
+        int column = (h ? before.y : before.x) - first;
 #pragma unroll
-      for (int i = 0; i < kGroupEntries; ++i) {
-        column += static_cast<int>(share.deltas[h] >> 4 * i & 15u) + 1;
-        const auto value = static_cast<uint16_t>(words[i / 2] >> 16 * (i % 2));
-        if (value != kFiller) dense[column] = value;
+        for (int i = 0; i < kGroupEntries; ++i) {
+          column += static_cast<int>(share.deltas[h] >> 4 * i & 15u) + 1;
+          const auto value = static_cast<uint16_t>(words[i / 2] >> 16 * (i % 2));
+          if (value != kFiller && column >= 0 && column < size) staged[column] = value;
+        }
       }
     }
+    __syncthreads();  // the columns are complete
+    auto* dense = static_cast<uint16_t*>(r.dense) + static_cast<int64_t>(blockIdx.x) * r.cols + first;
+    const int vectors = r.cols % 8 == 0 ? size / 8 : 0;
+    for (int v = threadIdx.x; v < vectors; v += kUnpackThreads) reinterpret_cast<uint4*>(dense)[v] = shared[v];
+    for (int c = 8 * vectors + threadIdx.x; c < size; c += kUnpackThreads) dense[c] = staged[c];
+    __syncthreads();  // and written, before they are zeroed again
   }
 }
 
 // Warps per row: enough rows in flight to fill the card, but no warp without a chunk.
-int team_size(const Product& p, int warps) {
+int team_size(const Product& p, int warps, int warps_per_block) {
   int team = 1;
-  while (team < 8 && p.rows * team * 2 <= warps && p.cols > 512 * team) team *= 2;
+  while (team < min(8, warps_per_block) && p.rows * team * 2 <= warps && p.cols > 512 * team) team *= 2;
   return team;
 }
 
 template <class T, int kTokens>
 cudaError_t launch(const DeltaWeight& w, const Product& p, const Device& card, cudaStream_t stream) {
-  // A multiprocessor that holds 1536 threads takes three blocks of 512 sooner than one of 1024.
-  const int threads = card.threads % 1024 == 0 ? most_threads(kTokens) : 512;
-  const int warps = threads / kLanes;
-  const int shared = (p.cols + kColumnSlack + 7) / 8 * 8 * static_cast<int>(sizeof(typename Column<kTokens>::Word)) +
-                     warps * kTokens * static_cast<int>(sizeof(float));
+  const auto shared_for = [&](int threads) {
+    return staged_columns(p.cols) * static_cast<int>(sizeof(typename Column<kTokens>::Word)) +
+           threads / kLanes * kTokens * static_cast<int>(sizeof(float));
+  };
+  // Two thread blocks take turns at the ends of a kernel, where x fits twice; 1 KB of each is the system's.
+  constexpr int kMost = most_threads(kTokens);
+  const int blocks = 2 * (shared_for(kMost / 2) + 1024) <= card.shared_total ? 2 : 1;
+  const int threads = kMost / blocks, shared = shared_for(threads);
   if (shared > card.shared_block - 1024) return cudaErrorInvalidValue;  // there are static words, too
-  const int fit = threads == 1024 || kTokens == 8 ? 1 : card.threads / threads;  // by registers
-  const int blocks = max(1, min(fit, card.shared_total / (shared + 1024)));
-  const int team = team_size(p, card.multiprocessors * blocks * warps);
+  const int team = team_size(p, card.multiprocessors * (kMost / kLanes), threads / kLanes);
   const int grid = min(card.multiprocessors * blocks, p.rows);
   const cudaError_t error = allow_shared(delta_linear_kernel<T, kTokens>, shared);
   if (error) return error;
-  delta_linear_kernel<T, kTokens><<<grid, threads, shared, stream>>>(w, p, team);
-  return cudaGetLastError();
+  return launch_early(delta_linear_kernel<T, kTokens>, dim3(static_cast<unsigned>(grid)), threads, shared, card, stream,
+                      w, p, team);
 }
 
 template <class T>
@@ -271,9 +323,9 @@ int delta_unpack(const DeltaWeight& w, const Rows& r, const Target& target) {
   const DeviceGuard guard(target.device);
   if (guard.error()) return guard.error();
   if (r.rows == 0 || r.cols == 0) return cudaSuccess;
-  constexpr int kWarps = 8;
   // 16-bit words move as they are, so one instance serves both types.
-  delta_unpack_kernel<__half><<<static_cast<int>(ceil_div(r.rows, kWarps)), kWarps * kLanes, 0, stream_of(target)>>>(w, r);
+  const int shared = static_cast<int>(ceil_div(min(kUnpackColumns, r.cols), 8)) * 16;
+  delta_unpack_kernel<<<r.rows, kUnpackThreads, shared, stream_of(target)>>>(w, r);
   return cudaGetLastError();
 }
 

@@ -1,15 +1,18 @@
 #pragma once
-// y = x W^T for weights in blocks of 16 rows x 64 columns, on the tensor cores, for 1 to 64 tokens. Each warp
-// streams its blocks of one strip through its own ring in shared memory; the warps of a strip share its columns
-// and add up at the end. What a block looks like is the tile object's business: FragmentTile, PairTile.
+// y = x W^T for weights in blocks of 16 rows x 64 columns, on the tensor cores, for 1 to 32 tokens. Thread blocks
+// stay and take strip after strip. Each warp streams its blocks through its own ring in shared memory, without a
+// break from strip to strip; the warps of a strip share its columns and add up at its end. What a block looks like
+// is the tile object's business: FragmentTile, PairTile.
 #include <type_traits>
 
+#include "launch.cuh"
 #include "pipe.cuh"
 
 namespace pysparse::cuda {
 
-// Warps per thread block: the sums of 64 tokens need more registers than 16 warps leave each other.
-PYSPARSE_HD constexpr int most_warps(int tiles) { return tiles == 8 ? 8 : 16; }
+constexpr int kMostWarps = 16;     // per thread block
+constexpr int kMostTokens = 32;    // beyond, the tensor cores set the pace: unpacking and a dense product do better
+constexpr int kPartialStride = 20;  // floats of a warp's 16 sums per token; the 4 turn the banks
 
 // How a launch is cut: the host decides, the kernel follows.
 struct Cut {
@@ -21,24 +24,33 @@ struct Cut {
 };
 
 PYSPARSE_HD constexpr int staged_stride(int staged) { return staged * kBlockCols * 2 + 16; }  // bytes; the 16 turn the banks
+PYSPARSE_HD constexpr int partial_bytes(int warps, int tokens) { return warps * tokens * kPartialStride * 4; }
 
-// One warp's walk over the blocks first, first + step, ... below end of a strip.
+// The blocks that a warp takes: `each` of every strip it visits, `step` apart, `count` in all. Blocks count by strips;
+// the first of one strip and of the next strip are strip_step apart.
+struct Walk {
+  int first, step, each, strip_step, count;
+};
+
+// Brings a warp's blocks to shared memory, some ahead of their use.
 template <int kStages>
 class Ring {
  public:
-  // row: index of the strip's first block.
-  __device__ Ring(const StripWeight& w, char* slots, int slot_bytes, int64_t row, int first, int step, int end)
-      : stream_(w.offsets ? w.stream : w.stream + row * kPairBlockBytes),
-        offsets_(w.offsets ? w.offsets + row : nullptr),
-        slots_(slots), slot_bytes_(slot_bytes), first_(first), step_(step), end_(end) {}
+  __device__ Ring(const StripWeight& w, char* slots, int slot_bytes, const Walk& walk)
+      : stream_(w.stream), offsets_(w.offsets), slots_(slots), slot_bytes_(slot_bytes), walk_(walk) {}
 
   // Starts the copy of the i-th block; calls must be in order. Always commits a group, so waits can count.
   __device__ __forceinline__ void prefetch(int i) {
-    if (i % kLanes == 0) look_up(i);
+    const int lane = static_cast<int>(threadIdx.x) % kLanes;
+    if (i % kLanes == 0) look_up(i + lane);
     const int begin = __shfl_sync(kFullWarp, begin_, i % kLanes), units = __shfl_sync(kFullWarp, units_, i % kLanes);
-    const uint8_t* source = stream_ + static_cast<int64_t>(begin) * kUnitBytes;
-    char* slot = slots_ + i % kStages * slot_bytes_;
-    for (int u = static_cast<int>(threadIdx.x) % kLanes; u < units; u += kLanes) copy_unit(slot + u * kUnitBytes, source + u * kUnitBytes);
+    const uint8_t* source = stream_ + (static_cast<int64_t>(begin) + lane) * kUnitBytes;
+    char* slot = slots_ + i % kStages * slot_bytes_ + lane * kUnitBytes;
+#pragma unroll 1
+    for (int left = units - lane; left > 0; left -= kLanes) {
+      copy_unit(slot, source);
+      source += kLanes * kUnitBytes, slot += kLanes * kUnitBytes;
+    }
     commit_copies();
   }
   __device__ __forceinline__ const char* wait(int i) {
@@ -48,17 +60,18 @@ class Ring {
   }
 
  private:
-  // Loads the places of the next 32 blocks, one per lane.
+  // Finds the place of the i-th block: 32 at a time, one per lane.
   __device__ __forceinline__ void look_up(int i) {
-    const int block = first_ + step_ * (i + static_cast<int>(threadIdx.x) % kLanes);
     begin_ = units_ = 0;
-    if (block >= end_) return;
+    if (i >= walk_.count) return;
+    const int turn = i / walk_.each;
+    const int64_t block = walk_.first + static_cast<int64_t>(turn) * walk_.strip_step + (i - turn * walk_.each) * walk_.step;
     if (offsets_) {
       begin_ = __ldg(offsets_ + block);
       units_ = __ldg(offsets_ + block + 1) - begin_;
     } else {
       units_ = kPairBlockBytes / kUnitBytes;
-      begin_ = block * units_;
+      begin_ = static_cast<int>(block * units_);
     }
   }
 
@@ -66,14 +79,14 @@ class Ring {
   const int32_t* offsets_;
   char* slots_;
   int slot_bytes_;
-  int first_, step_, end_;
+  Walk walk_;
   int begin_ = 0, units_ = 0;
 };
 
 // Copies columns [64 first, 64 (first + staged)) of all tokens to shared memory, in the tile's order of words and
 // with zeros past the last column. Marks tokens that hold Inf or NaN where the tile asks for it.
 template <class Tile, class T>
-__device__ void stage_inputs(const Product& p, const Cut& cut, int first, char* staged, unsigned long long* poisoned) {
+__device__ void stage_inputs(const Product& p, const Cut& cut, int first, char* staged, unsigned* poisoned) {
   const int vectors = cut.staged * (kBlockCols / 8), stride = staged_stride(cut.staged);
   for (int i = threadIdx.x; i < vectors * p.tokens; i += blockDim.x) {
     const int token = i / vectors, v = i % vectors, col = first * kBlockCols + 8 * v;
@@ -95,23 +108,34 @@ __device__ void stage_inputs(const Product& p, const Cut& cut, int first, char* 
     if constexpr (Tile::kSkipsZeros)
       if (any_not_finite<T>(words[0]) || any_not_finite<T>(words[1]) || any_not_finite<T>(words[2]) ||
           any_not_finite<T>(words[3]))
-        atomicOr(poisoned, 1ull << token);
+        atomicOr(poisoned, 1u << token);
   }
 }
 
+// Puts a warp's sums of its strip where finish_strips looks for them.
+template <int kTiles>
+__device__ __forceinline__ void hand_over(float* partial, int tokens, const float (&sums)[kTiles][4]) {
+  const int lane = static_cast<int>(threadIdx.x) % kLanes, warp = static_cast<int>(threadIdx.x) / kLanes;
+#pragma unroll
+  for (int t = 0; t < kTiles; ++t)
+#pragma unroll
+    for (int s = 0; s < 4; ++s) {
+      const int token = 8 * t + 2 * (lane % 4) + s % 2, row = lane / 4 + 8 * (s / 2);
+      if (token < tokens) partial[(warp * tokens + token) * kPartialStride + row] = sums[t][s];
+    }
+}
+
 // Adds up the warps of each strip in a fixed order and writes results, or this part's sums to the workspace.
-template <class T, int kTiles>
-__device__ void finish_strips(const Product& p, const Cut& cut, const float* partial, float* workspace,
-                              unsigned long long poisoned) {
-  const int rows = cut.strips * kStripRows, first_row = blockIdx.x * rows, team = cut.warps / cut.strips;
-  for (int i = threadIdx.x; i < rows * min(p.tokens, 8 * kTiles); i += blockDim.x) {
+template <class T>
+__device__ void finish_strips(const Product& p, const Cut& cut, int group, const float* partial, float* workspace,
+                              unsigned poisoned) {
+  const int rows = cut.strips * kStripRows, first_row = group * rows;
+  for (int i = threadIdx.x; i < rows * p.tokens; i += blockDim.x) {
     const int local = i % rows, token = i / rows, strip = local / kStripRows, r = local % kStripRows;
     if (first_row + local >= p.rows) continue;
-    // Row r of token t lies in lane 4 (r % 8) + t % 8 / 2, sum 2 (r / 8) + t % 2 of its tile of 8 tokens.
-    const int slot = (token / 8 * 4 + 2 * (r / 8) + token % 2) * kLanes + r % 8 * 4 + token % 8 / 2;
     float sum = 0.f;
-    for (int member = 0; member < team; ++member)
-      sum += partial[(member * cut.strips + strip) * (kTiles * 4 * kLanes) + slot];
+    for (int warp = strip; warp < cut.warps; warp += cut.strips)
+      sum += partial[(warp * p.tokens + token) * kPartialStride + r];
     if (poisoned >> token & 1u) sum = __uint_as_float(0x7fc00000u);  // a dense product meets 0 * Inf
     const int64_t index = static_cast<int64_t>(token) * p.rows + first_row + local;
     if (cut.splits > 1) {
@@ -124,61 +148,74 @@ __device__ void finish_strips(const Product& p, const Cut& cut, const float* par
 }
 
 template <class Tile, class T, int kTiles, int kStages, int kResident>
-__global__ __launch_bounds__(most_warps(kTiles) * kLanes, kResident) void strip_linear_kernel(StripWeight w, Product p, Cut cut,
-                                                                                     float* workspace) {
+__global__ __launch_bounds__(kMostWarps * kLanes, kResident) void strip_linear_kernel(StripWeight w, Product p, Cut cut,
+                                                                                      float* workspace) {
   extern __shared__ __align__(16) char shared[];
-  __shared__ unsigned long long poisoned;
+  __shared__ unsigned poisoned;
   char* staged = shared + cut.warps * kStages * cut.stage_bytes;
+  char* partial = staged + p.tokens * staged_stride(cut.staged);
   const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes;
-  const int strip = blockIdx.x * cut.strips + warp % cut.strips, member = warp / cut.strips;
-  const int team = cut.warps / cut.strips;
+  const int member = warp / cut.strips, team = cut.warps / cut.strips;
   const int strips = (p.rows + kStripRows - 1) / kStripRows, columns = (p.cols + kBlockCols - 1) / kBlockCols;
-  const int begin = blockIdx.y * cut.blocks;
-  const int end = min(columns, begin + cut.blocks), own_end = strip < strips ? end : begin;
+  const int begin = blockIdx.y * cut.blocks, end = min(columns, begin + cut.blocks);
   if (threadIdx.x == 0) poisoned = 0;  // the barrier before the first staging makes it visible
+  const int strip = blockIdx.x * cut.strips + warp % cut.strips, strip_step = gridDim.x * cut.strips;
+  const int each = max(0, (end - begin - member + team - 1) / team);
+  const int visits = max(0, (strips - strip + strip_step - 1) / strip_step);
   Ring<kStages> ring(w, shared + warp * kStages * cut.stage_bytes, cut.stage_bytes,
-                     static_cast<int64_t>(strip) * columns, begin + member, team, own_end);
-  float sums[kTiles][4] = {};
+                     {strip * columns + begin + member, team, each, strip_step * columns, each * visits});
 #pragma unroll
   for (int i = 0; i < kStages - 1; ++i) ring.prefetch(i);
+  wait_for_inputs();
   const char* inputs = staged + lane / 4 * staged_stride(cut.staged) + lane % 4 * 32;
+  const bool once = cut.staged >= end - begin;  // all inputs of the part fit at once
   int i = 0;
-  for (int first = begin; first < end; first += cut.staged) {
-    __syncthreads();  // nobody reads the columns before any more
-    stage_inputs<Tile, T>(p, cut, first, staged, &poisoned);
-    __syncthreads();  // the new ones are complete
-    const int stop = min(own_end, first + cut.staged);
-    for (int block = first + member; block < stop; block += team, ++i) {
-      ring.prefetch(i + kStages - 1);
-      const char* slot = ring.wait(i);
-      Tile::template multiply<T, kTiles>(slot, inputs + (block - first) * (kBlockCols * 2),
-                                         8 * staged_stride(cut.staged), p.tokens - lane / 4, sums);
-      __syncwarp();  // all lanes have read the slot before it is filled again
+  for (int group = blockIdx.x; group * cut.strips < strips; group += gridDim.x) {
+    const int own_end = group * cut.strips + warp % cut.strips < strips ? end : begin;
+    float sums[kTiles][4] = {};
+    for (int first = begin; first < end; first += cut.staged) {
+      if (group == static_cast<int>(blockIdx.x) || !once) {
+        __syncthreads();  // nobody reads the columns before any more
+        stage_inputs<Tile, T>(p, cut, first, staged, &poisoned);
+        __syncthreads();  // the new ones are complete
+      }
+      const int stop = min(own_end, first + cut.staged);
+      for (int block = first + member; block < stop; block += team, ++i) {
+        ring.prefetch(i + kStages - 1);
+        const char* slot = ring.wait(i);
+        Tile::template multiply<T, kTiles>(slot, inputs + (block - first) * (kBlockCols * 2),
+                                           8 * staged_stride(cut.staged), p.tokens - lane / 4, sums);
+        __syncwarp();  // all lanes have read the slot before it is filled again
+      }
     }
+    // Two buffers take turns: who writes one has passed the barrier after its last reading.
+    const int side = static_cast<int>(group / gridDim.x % 2);
+    auto* sums_of_warps = reinterpret_cast<float*>(partial + side * partial_bytes(cut.warps, p.tokens));
+    hand_over(sums_of_warps, p.tokens, sums);
+    __syncthreads();  // all warps' sums are there
+    finish_strips<T>(p, cut, group, sums_of_warps, workspace, poisoned);
   }
-  wait_copies<0>();
-  __syncthreads();  // rings and columns are free: their memory takes the partial sums
-  auto* partial = reinterpret_cast<float*>(shared);
-#pragma unroll
-  for (int t = 0; t < kTiles; ++t)
-#pragma unroll
-    for (int s = 0; s < 4; ++s) partial[(warp * kTiles * 4 + t * 4 + s) * kLanes + lane] = sums[t][s];
-  __syncthreads();  // all warps' sums are there
-  finish_strips<T, kTiles>(p, cut, partial, workspace, poisoned);
 }
 
-// Decompression: one warp per block writes its part of the rows.
+constexpr int kUnpackWarps = 8;
+
+// Decompression: one warp per block brings it to shared memory and writes its part of the rows.
 template <class Tile>
-__global__ __launch_bounds__(256) void strip_unpack_kernel(StripWeight w, Rows r) {
-  const int lane = threadIdx.x % kLanes;
+__global__ __launch_bounds__(kUnpackWarps * kLanes) void strip_unpack_kernel(StripWeight w, Rows r) {
+  __shared__ uint4 slots[kUnpackWarps][(kHeaderBytes + 2 * kStripRows * kBlockCols) / kUnitBytes];
+  const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes;
   const int columns = (r.cols + kBlockCols - 1) / kBlockCols;
-  const int64_t local = static_cast<int64_t>(blockIdx.x) * (blockDim.x / kLanes) + threadIdx.x / kLanes;
-  if (local >= static_cast<int64_t>((r.rows + kStripRows - 1) / kStripRows) * columns) return;
+  const int64_t local = static_cast<int64_t>(blockIdx.x) * kUnpackWarps + warp;
+  if (local >= static_cast<int64_t>((r.rows + kStripRows - 1) / kStripRows) * columns) return;  // the whole warp leaves
   const int strip = static_cast<int>(local / columns), block = static_cast<int>(local % columns);
   const int64_t index = static_cast<int64_t>(r.first_row / kStripRows + strip) * columns + block;
-  const uint8_t* data = w.stream + (w.offsets ? static_cast<int64_t>(w.offsets[index]) * kUnitBytes
-                                              : index * kPairBlockBytes);
-  Tile::write(reinterpret_cast<const char*>(data), lane, r, strip * kStripRows, block * kBlockCols);
+  constexpr int kPairUnits = kPairBlockBytes / kUnitBytes;
+  const int64_t begin = w.offsets ? w.offsets[index] : index * kPairUnits;
+  const int units = w.offsets ? static_cast<int>(w.offsets[index + 1] - begin) : kPairUnits;
+  const auto* source = reinterpret_cast<const uint4*>(w.stream) + begin;
+  for (int u = lane; u < units; u += kLanes) slots[warp][u] = __ldcs(source + u);
+  __syncwarp();  // the block is complete
+  Tile::write(reinterpret_cast<const char*>(slots[warp]), lane, r, strip * kStripRows, block * kBlockCols);
 }
 
 }  // namespace pysparse::cuda

@@ -14,7 +14,8 @@ struct StripLaunch {
   Product product;
   Cut cut;
   float* workspace;
-  int shared, tiles;
+  int grid, shared, tiles;
+  Device card;
   cudaStream_t stream;
 };
 
@@ -28,10 +29,8 @@ cudaError_t launch_instance(const StripLaunch& l) {
   auto* kernel = strip_linear_kernel<Tile, T, kTiles, strip_stages(kTiles), kTiles <= 2 ? 2 : 1>;
   const cudaError_t error = allow_shared(kernel, l.shared);
   if (error) return error;
-  const auto strips = static_cast<unsigned>(ceil_div(l.product.rows, kStripRows * l.cut.strips));
-  const dim3 grid(strips, static_cast<unsigned>(l.cut.splits));
-  kernel<<<grid, l.cut.warps * kLanes, l.shared, l.stream>>>(l.weight, l.product, l.cut, l.workspace);
-  return cudaGetLastError();
+  const dim3 grid(static_cast<unsigned>(l.grid), static_cast<unsigned>(l.cut.splits));
+  return launch_early(kernel, grid, l.cut.warps * kLanes, l.shared, l.card, l.stream, l.weight, l.product, l.cut, l.workspace);
 }
 
 template <class Tile, class T>
@@ -39,8 +38,7 @@ cudaError_t launch_tiles(const StripLaunch& l) {
   switch (l.tiles) {
     case 1: return launch_instance<Tile, T, 1>(l);
     case 2: return launch_instance<Tile, T, 2>(l);
-    case 4: return launch_instance<Tile, T, 4>(l);
-    default: return launch_instance<Tile, T, 8>(l);
+    default: return launch_instance<Tile, T, 4>(l);
   }
 }
 
@@ -51,9 +49,8 @@ cudaError_t launch_tile(const StripLaunch& l) {
 
 template <class Tile>
 cudaError_t unpack_tile(const StripWeight& weight, const Rows& rows, cudaStream_t stream) {
-  constexpr int kWarps = 8;
   const int64_t blocks = ceil_div(rows.rows, kStripRows) * ceil_div(rows.cols, kBlockCols);
-  strip_unpack_kernel<Tile><<<static_cast<unsigned>(ceil_div(blocks, kWarps)), kWarps * kLanes, 0, stream>>>(weight, rows);
+  strip_unpack_kernel<Tile><<<static_cast<unsigned>(ceil_div(blocks, kUnpackWarps)), kUnpackWarps * kLanes, 0, stream>>>(weight, rows);
   return cudaGetLastError();
 }
 

@@ -73,7 +73,7 @@ int64_t delta_unpack(const uint16_t* values, const uint32_t* deltas, const int32
                      int64_t cols, uint16_t* target, uint8_t* bitmask, int64_t* row_offsets) {
   const int64_t bytes = mask_bytes(cols);
   if (!target) std::fill(bitmask, bitmask + rows * bytes, uint8_t{0});
-  parallel_for_checked(rows, rows * cols, [&](int64_t r) {
+  parallel_for(rows, rows * cols, [&](int64_t r) {
     int64_t column = -1, count = 0;
     for (int64_t e = int64_t{row_groups[r]} * kGroupEntries; e < int64_t{row_groups[r + 1]} * kGroupEntries; ++e) {
       column += (deltas[e / kGroupEntries] >> (4 * (e % kGroupEntries)) & 15u) + 1;

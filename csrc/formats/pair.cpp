@@ -28,7 +28,7 @@ Choice choose(unsigned kept) {
 void pair_pack(const uint16_t* source, const BitmapView& map, int64_t nnz, uint8_t* stream) {
   bitmap_validate(map, nnz);
   const int64_t strips = ceil_div(map.rows, kStripRows), blocks = ceil_div(map.cols, kBlockCols);
-  parallel_for_checked(strips, map.rows * map.cols, [&](int64_t strip) {
+  parallel_for(strips, map.rows * map.cols, [&](int64_t strip) {
     StripReader reader(source, map, strip);
     for (int64_t block = 0; block < blocks; ++block) {
       reader.load(block);

@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <array>
 #include <cstring>
-#include <exception>
 
 #include "bits.h"
 #include "pysparse/device_layout.h"
@@ -22,21 +21,6 @@ inline int64_t exclusive_sum(int64_t* counts, int64_t size) {
     total += count;
   }
   return total;
-}
-
-// parallel_for for bodies that check what they read: the first complaint of any thread is thrown at the end.
-template <class Body>
-void parallel_for_checked(int64_t count, int64_t bytes, const Body& body) {
-  std::exception_ptr complaint;
-  parallel_for(count, bytes, [&](int64_t index) {
-    try {
-      body(index);
-    } catch (...) {
-#pragma omp critical(pysparse_complaint)
-      if (!complaint) complaint = std::current_exception();
-    }
-  });
-  if (complaint) std::rethrow_exception(complaint);
 }
 
 // The 16 rows of a strip of a row-major bitmap, read 64 columns at a time.
@@ -118,7 +102,7 @@ template <class Read>
 int64_t unpack_strips(int64_t rows, int64_t cols, uint16_t* target, uint8_t* bitmask, int64_t* row_offsets,
                       const Read& read) {
   const int64_t strips = layout::ceil_div(rows, layout::kStripRows), blocks = layout::ceil_div(cols, layout::kBlockCols);
-  parallel_for_checked(strips, rows * cols, [&](int64_t strip) {
+  parallel_for(strips, rows * cols, [&](int64_t strip) {
     StripWriter writer(strip, rows, cols, target, bitmask, row_offsets);
     for (int64_t block = 0; block < blocks; ++block) {
       read(strip, block, writer);

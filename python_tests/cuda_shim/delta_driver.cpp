@@ -35,5 +35,5 @@ extern "C" void unpack_delta(const void* values, const uint32_t* deltas, const i
                              const int32_t* chunk_cols, void* dense, int first_row, int part_rows, int rows, int cols) {
   const DeltaWeight w{values, deltas, row_groups, chunk_cols};
   const Rows r{dense, first_row, part_rows, rows, cols};
-  shim::launch(static_cast<int>(ceil_div(part_rows, 8)), 1, 256, [&] { delta_unpack_kernel<__half>(w, r); });
+  shim::launch(part_rows, 1, kUnpackThreads, [&] { delta_unpack_kernel(w, r); });
 }

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstdlib>
+#include <exception>
 
 #include "pysparse/error.h"
 
@@ -35,12 +36,24 @@ inline int threads_for(int64_t bytes) {
   return static_cast<int>(std::clamp<int64_t>(bytes / kBytesPerThread, 1, num_threads()));
 }
 
-// Calls body(thread, threads) once on each of `threads` threads.
+// Calls body(thread, threads) once on each of `threads` threads. No exception may leave an OpenMP region, so what
+// bodies throw is carried out of it: of several threads' exceptions that of the lowest, as one thread would throw.
 template <class Body>
 void parallel(int threads, const Body& body) {
   if (threads <= 1) return body(0, 1);
+  std::exception_ptr thrown;
+  int thrower = threads;
 #pragma omp parallel num_threads(threads)
-  body(omp_get_thread_num(), omp_get_num_threads());
+  {
+    const int thread = omp_get_thread_num();
+    try {
+      body(thread, omp_get_num_threads());
+    } catch (...) {
+#pragma omp critical(pysparse_thrown)
+      if (thread < thrower) thrower = thread, thrown = std::current_exception();
+    }
+  }
+  if (thrown) std::rethrow_exception(thrown);
 }
 
 struct Range {
