@@ -8,7 +8,9 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-BENCHMARKS = ("linear", "overhead", "checkpoint", "encoder", "end_to_end")
+BENCHMARKS = (
+    "linear", "overhead", "checkpoint", "encoder", "end_to_end", "prefill", "dispatch", "int8_nm"
+)  # fmt: skip
 
 
 def main(arguments: list[str] | None = None) -> None:

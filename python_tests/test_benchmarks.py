@@ -101,6 +101,17 @@ def test_encoder(quick):
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("name", ["prefill", "dispatch", "int8_nm"])
+def test_the_others(quick, name):
+    _, printed = quick(name)
+    assert printed.strip()
+
+
+def test_run_all_knows_every_benchmark(script):
+    scripts = {path.stem.removeprefix("bench_") for path in FOLDER.glob("bench_*.py")}
+    assert set(script("run_all").BENCHMARKS) == scripts - {"cuda"}  # which needs a GPU and is run by hand
+
+
 def test_a_wrong_answer_is_never_timed(script):
     linear, rivals = script("bench_linear"), script("rivals")
     case = linear.Case("128x96", "fp32", 0.5, "random", 1)
@@ -138,7 +149,7 @@ def test_disturbed_samples_are_left_out(script):
 def test_runs_are_added_to_a_file(script, tmp_path):
     main, path = script("bench_linear").main, tmp_path / "all.json"
     for count in (1, 2):
-        main(["--quick", "--dtype", "fp32", "--output", str(path), "--append"])
+        main(["--quick", "--dtype", "fp32", "--threads", "1", "--output", str(path), "--append"])
         assert len(json.loads(path.read_text())["runs"]) == count
 
 

@@ -1,7 +1,7 @@
 #include "bind.h"
-#include "pysparse/error.h"
 #include "pysparse/device_formats.h"
 #include "pysparse/device_layout.h"
+#include "pysparse/error.h"
 #include "pysparse/formats.h"
 
 namespace pysparse {
@@ -142,8 +142,10 @@ void bind_formats(pybind11::module_& module) {
 void bind_device_formats(pybind11::module_& module) {
   module.def(
       "delta_count",
-      [](uintptr_t bitmask, int64_t rows, int64_t cols, uintptr_t row_offsets, int64_t nnz, uintptr_t row_groups) {
-        return delta_count(view(rows, cols, bitmask, row_offsets), nnz, pointer<int32_t>(row_groups));
+      [](uintptr_t bitmask, int64_t rows, int64_t cols, uintptr_t row_offsets, int64_t nnz,
+         uintptr_t row_groups) {
+        return delta_count(view(rows, cols, bitmask, row_offsets), nnz,
+                           pointer<int32_t>(row_groups));
       },
       ReleaseGil());
   module.def("delta_chunk_slots", layout::chunk_slots);
@@ -152,23 +154,26 @@ void bind_device_formats(pybind11::module_& module) {
       [](uintptr_t source, int64_t rows, int64_t cols, uintptr_t bitmask, uintptr_t row_offsets,
          uintptr_t row_groups, uintptr_t values, uintptr_t deltas, uintptr_t chunk_cols) {
         delta_pack(pointer<const uint16_t>(source), view(rows, cols, bitmask, row_offsets),
-                   pointer<const int32_t>(row_groups), pointer<uint16_t>(values), pointer<uint32_t>(deltas),
-                   pointer<int32_t>(chunk_cols));
+                   pointer<const int32_t>(row_groups), pointer<uint16_t>(values),
+                   pointer<uint32_t>(deltas), pointer<int32_t>(chunk_cols));
       },
       ReleaseGil());
   module.def(
       "delta_unpack",
-      [](uintptr_t values, uintptr_t deltas, uintptr_t row_groups, int64_t rows, int64_t cols, uintptr_t target,
-         uintptr_t bitmask, uintptr_t row_offsets) {
+      [](uintptr_t values, uintptr_t deltas, uintptr_t row_groups, int64_t rows, int64_t cols,
+         uintptr_t target, uintptr_t bitmask, uintptr_t row_offsets) {
         return delta_unpack(pointer<const uint16_t>(values), pointer<const uint32_t>(deltas),
-                            pointer<const int32_t>(row_groups), rows, cols, pointer<uint16_t>(target),
-                            pointer<uint8_t>(bitmask), pointer<int64_t>(row_offsets));
+                            pointer<const int32_t>(row_groups), rows, cols,
+                            pointer<uint16_t>(target), pointer<uint8_t>(bitmask),
+                            pointer<int64_t>(row_offsets));
       },
       ReleaseGil());
   module.def(
       "fragment_count",
-      [](uintptr_t bitmask, int64_t rows, int64_t cols, uintptr_t row_offsets, int64_t nnz, uintptr_t offsets) {
-        return fragment_count(view(rows, cols, bitmask, row_offsets), nnz, pointer<int32_t>(offsets));
+      [](uintptr_t bitmask, int64_t rows, int64_t cols, uintptr_t row_offsets, int64_t nnz,
+         uintptr_t offsets) {
+        return fragment_count(view(rows, cols, bitmask, row_offsets), nnz,
+                              pointer<int32_t>(offsets));
       },
       ReleaseGil());
   module.def(
@@ -181,24 +186,26 @@ void bind_device_formats(pybind11::module_& module) {
       ReleaseGil());
   module.def(
       "fragment_unpack",
-      [](uintptr_t stream, uintptr_t offsets, int64_t rows, int64_t cols, uintptr_t target, uintptr_t bitmask,
-         uintptr_t row_offsets) {
-        return fragment_unpack(pointer<const uint8_t>(stream), pointer<const int32_t>(offsets), rows, cols,
-                               pointer<uint16_t>(target), pointer<uint8_t>(bitmask), pointer<int64_t>(row_offsets));
+      [](uintptr_t stream, uintptr_t offsets, int64_t rows, int64_t cols, uintptr_t target,
+         uintptr_t bitmask, uintptr_t row_offsets) {
+        return fragment_unpack(pointer<const uint8_t>(stream), pointer<const int32_t>(offsets),
+                               rows, cols, pointer<uint16_t>(target), pointer<uint8_t>(bitmask),
+                               pointer<int64_t>(row_offsets));
       },
       ReleaseGil());
   module.attr("PAIR_BLOCK_BYTES") = layout::kPairBlockBytes;
   module.def(
       "pair_pack",
-      [](uintptr_t source, int64_t rows, int64_t cols, uintptr_t bitmask, uintptr_t row_offsets, int64_t nnz,
-         uintptr_t stream) {
+      [](uintptr_t source, int64_t rows, int64_t cols, uintptr_t bitmask, uintptr_t row_offsets,
+         int64_t nnz, uintptr_t stream) {
         pair_pack(pointer<const uint16_t>(source), view(rows, cols, bitmask, row_offsets), nnz,
                   pointer<uint8_t>(stream));
       },
       ReleaseGil());
   module.def(
       "pair_unpack",
-      [](uintptr_t stream, int64_t rows, int64_t cols, uintptr_t target, uintptr_t bitmask, uintptr_t row_offsets) {
+      [](uintptr_t stream, int64_t rows, int64_t cols, uintptr_t target, uintptr_t bitmask,
+         uintptr_t row_offsets) {
         return pair_unpack(pointer<const uint8_t>(stream), rows, cols, pointer<uint16_t>(target),
                            pointer<uint8_t>(bitmask), pointer<int64_t>(row_offsets));
       },
@@ -209,9 +216,12 @@ void bind_device_formats(pybind11::module_& module) {
   });
   module.def("pair_place", [](int m, int lane, int i, int position) {
     const int group = layout::pair_group(lane, i);
-    return pybind11::make_tuple(layout::operand_row(lane, i), layout::pair_group_col(m, group) + position);
+    return pybind11::make_tuple(layout::operand_row(lane, i),
+                                layout::pair_group_col(m, group) + position);
   });
-  module.def("input_word", [](bool pair, int w) { return pair ? layout::pair_input_word(w) : layout::fragment_input_word(w); });
+  module.def("input_word", [](bool pair, int w) {
+    return pair ? layout::pair_input_word(w) : layout::fragment_input_word(w);
+  });
 }
 
 }  // namespace pysparse

@@ -1,7 +1,7 @@
-// Host side of the strip kernels: how a product is cut, which instance runs, and the second pass over split sums.
-#include "strip.h"
-
+// Host side of the strip kernels: how a product is cut, which instance runs, and the second pass
+// over split sums.
 #include "strip.cuh"
+#include "strip.h"
 
 namespace pysparse::cuda {
 namespace {
@@ -23,7 +23,8 @@ struct Plan {
   int grid, shared, tiles, resident;  // grid: thread blocks per part
 };
 
-// Fills in what follows from a number of parts: how many columns are staged at a time, and the thread blocks.
+// Fills in what follows from a number of parts: how many columns are staged at a time, and the
+// thread blocks.
 void split(Plan& plan, const Product& p, int splits, int room, int slots) {
   Cut& cut = plan.cut;
   const int team = cut.warps / cut.strips, columns = static_cast<int>(ceil_div(p.cols, kBlockCols));
@@ -37,13 +38,15 @@ void split(Plan& plan, const Product& p, int splits, int room, int slots) {
   plan.grid = max(1, min(groups, slots / cut.splits));
 }
 
-// Steps of the slowest warp: blocks, the sums at a strip's end, inputs, and a second pass over the parts.
+// Steps of the slowest warp: blocks, the sums at a strip's end, inputs, and a second pass over the
+// parts.
 int64_t cost(const Plan& plan, const Product& p) {
   const Cut& cut = plan.cut;
   const int64_t turns = ceil_div(ceil_div(ceil_div(p.rows, kStripRows), cut.strips), plan.grid);
-  const int64_t staging = 1 + p.tokens * cut.staged / 256, rounds = ceil_div(cut.blocks, cut.staged);
-  return turns * (cut.blocks * cut.strips / cut.warps + 1) + (rounds == 1 ? 1 : turns * rounds) * staging +
-         (cut.splits > 1 ? 6 : 0);
+  const int64_t staging = 1 + p.tokens * cut.staged / 256,
+                rounds = ceil_div(cut.blocks, cut.staged);
+  return turns * (cut.blocks * cut.strips / cut.warps + 1) +
+         (rounds == 1 ? 1 : turns * rounds) * staging + (cut.splits > 1 ? 6 : 0);
 }
 
 Plan plan(const StripWeight& w, const Product& p, const Device& card) {
@@ -59,7 +62,9 @@ Plan plan(const StripWeight& w, const Product& p, const Device& card) {
   // As many warps on a strip as find some blocks of it each.
   cut.warps = kMostWarps, cut.strips = 1;
   while (cut.strips < cut.warps && columns * cut.strips < 2 * cut.warps) cut.strips *= 2;
-  const auto room = [&] { return (budget - cut.warps * ring - 2 * partial_bytes(cut.warps, p.tokens)) / p.tokens - 16; };
+  const auto room = [&] {
+    return (budget - cut.warps * ring - 2 * partial_bytes(cut.warps, p.tokens)) / p.tokens - 16;
+  };
   while (cut.warps > 1 && room() < cut.warps / cut.strips * kBlockCols * 2) {
     cut.warps /= 2;
     cut.strips = min(cut.strips, cut.warps);
@@ -70,14 +75,17 @@ Plan plan(const StripWeight& w, const Product& p, const Device& card) {
     split(next, p, splits, room(), card.multiprocessors * plan.resident);
     if (!best.grid || cost(next, p) < cost(best, p)) best = next;
   }
-  best.shared = cut.warps * ring + p.tokens * staged_stride(best.cut.staged) + 2 * partial_bytes(cut.warps, p.tokens);
+  best.shared = cut.warps * ring + p.tokens * staged_stride(best.cut.staged) +
+                2 * partial_bytes(cut.warps, p.tokens);
   return best;
 }
 
 template <class T>
-cudaError_t add_parts(const float* parts, const Product& p, int splits, const Device& card, cudaStream_t stream) {
+cudaError_t add_parts(const float* parts, const Product& p, int splits, const Device& card,
+                      cudaStream_t stream) {
   const int64_t size = static_cast<int64_t>(p.tokens) * p.rows;
-  return launch_early(add_parts_kernel<T>, dim3(static_cast<unsigned>(ceil_div(size, 256))), 256, 0, card, stream, parts, p, splits);
+  return launch_early(add_parts_kernel<T>, dim3(static_cast<unsigned>(ceil_div(size, 256))), 256, 0,
+                      card, stream, parts, p, splits);
 }
 
 }  // namespace
@@ -97,19 +105,31 @@ int strip_linear(const StripWeight& w, const Product& p, float* workspace, const
   if (p.rows == 0 || p.tokens == 0) return cudaSuccess;
   if (p.tokens > kMostTokens) return cudaErrorInvalidValue;
   const Plan choice = plan(w, p, card);
-  if (choice.shared > card.shared_block || (choice.cut.splits > 1 && !workspace)) return cudaErrorInvalidValue;
-  const StripLaunch launch{w, p, choice.cut, workspace, choice.grid, choice.shared, choice.tiles, card, stream_of(target)};
-  const cudaError_t error = w.packing == Packing::kFragment ? launch_fragment(launch) : launch_pair(launch);
+  if (choice.shared > card.shared_block || (choice.cut.splits > 1 && !workspace))
+    return cudaErrorInvalidValue;
+  const StripLaunch launch{w,
+                           p,
+                           choice.cut,
+                           workspace,
+                           choice.grid,
+                           choice.shared,
+                           choice.tiles,
+                           card,
+                           stream_of(target)};
+  const cudaError_t error =
+      w.packing == Packing::kFragment ? launch_fragment(launch) : launch_pair(launch);
   if (error || choice.cut.splits == 1) return error;
-  return p.dtype == DType::kBFloat16 ? add_parts<__nv_bfloat16>(workspace, p, choice.cut.splits, card, launch.stream)
-                                     : add_parts<__half>(workspace, p, choice.cut.splits, card, launch.stream);
+  return p.dtype == DType::kBFloat16
+             ? add_parts<__nv_bfloat16>(workspace, p, choice.cut.splits, card, launch.stream)
+             : add_parts<__half>(workspace, p, choice.cut.splits, card, launch.stream);
 }
 
 int strip_unpack(const StripWeight& w, const Rows& r, const Target& target) {
   const DeviceGuard guard(target.device);
   if (guard.error()) return guard.error();
   if (r.rows == 0 || r.cols == 0) return cudaSuccess;
-  return w.packing == Packing::kFragment ? unpack_fragment(w, r, stream_of(target)) : unpack_pair(w, r, stream_of(target));
+  return w.packing == Packing::kFragment ? unpack_fragment(w, r, stream_of(target))
+                                         : unpack_pair(w, r, stream_of(target));
 }
 
 int device_count() {
