@@ -63,6 +63,9 @@ wheel: $(BIN)/python ## build a wheel and try it in a clean environment
 	cd dist && ../$(VENV)-wheel/bin/pysparse doctor
 	cd dist && ../$(VENV)-wheel/bin/pysparse demo --no-speed --windows 2 --output demo_output
 
+cuda-check: $(VENV)/dev ## compile the CUDA sources for sm_80 and sm_90 (no spills, expected instructions); run them on host threads
+	$(BIN)/python -m pytest --slow python_tests/test_cuda_host.py python_tests/test_cuda_shim.py
+
 # A second environment over the first one's packages, so that the instrumented module shadows the plain one.
 sanitize: $(VENV)/dev ## kernel and format tests under the address and undefined-behaviour sanitizers
 	rm -rf $(VENV)-sanitize
@@ -72,7 +75,8 @@ sanitize: $(VENV)/dev ## kernel and format tests under the address and undefined
 		-C build-dir=build/sanitize -C cmake.define.PYSPARSE_SANITIZE=ON
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
 		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONMALLOC=malloc \
-		$(VENV)-sanitize/bin/python -P -m pytest -s -q -p no:cacheprovider python_tests/test_kernels.py python_tests/test_formats.py
+		$(VENV)-sanitize/bin/python -P -m pytest -s -q -p no:cacheprovider \
+		python_tests/test_kernels.py python_tests/test_formats.py python_tests/test_int8.py python_tests/test_nm.py
 
 clean: ## remove everything that was built
 	rm -rf $(VENV) $(VENV)-wheel $(VENV)-sanitize build dist demo_output

@@ -25,6 +25,7 @@ from harness import (
 from rich.table import Table
 from rivals import ENGINES, PYSPARSE_DENSE, PYSPARSE_SPARSE, READ_PROBE, TORCH, TORCH_TUNED, Engine, Storage
 from torch import Tensor
+from wanda_masks import tiled_mask
 
 from pysparse.measure.results import make_table, to_jsonable
 from pysparse.measure.rounds import torch_threads
@@ -53,9 +54,7 @@ def make_weight(case: Case, seed: int = 0) -> Tensor:
     if case.mask == "random":
         zero_rows_at_random_(weight, case.sparsity, generator)
         return weight
-    from wanda_masks import tiled_mask
-
-    return weight.mul_(tiled_mask(case.shape, case.sparsity))
+    return weight.mul_(tiled_mask(case.shape, (rows, cols), case.sparsity))
 
 
 def make_copies(weight: Tensor, working_set: int) -> Copies:
@@ -84,12 +83,12 @@ def check(engine: Engine, call: Call, weight: Tensor, x: Tensor) -> float | None
     return error
 
 
-def measure(case: Case, weight: Tensor, copies: Copies, rounds: int) -> dict[str, Any]:
+def measure(case: Case, weight: Tensor, copies: Copies, options: argparse.Namespace) -> dict[str, Any]:
     """Check and time every engine on one case; a JSON-ready row."""
     x = torch.randn(case.tokens, weight.shape[1], generator=torch.Generator().manual_seed(1)).to(weight.dtype)
     calls = {name: make_call(engine, copies[engine.storage], x) for name, engine in ENGINES.items()}
     errors = {name: check(ENGINES[name], call, weight, x) for name, call in calls.items()}
-    timings = time_calls(calls, rounds)
+    timings = time_calls(calls, options.rounds, options.sample_seconds)
     ours = timings[PYSPARSE_SPARSE.name]
     dense = timings[PYSPARSE_DENSE.name]
     engines = {name: _figures(ENGINES[name], copies, one, errors[name]) for name, one in timings.items()}
@@ -137,7 +136,7 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
             copies: Copies = {}  # frees the last weight's before the next are made
             weight = make_weight(case)
             copies = make_copies(weight, working_set)
-        rows.append(measure(case, weight, copies, options.rounds))
+        rows.append(measure(case, weight, copies, options))
     return rows
 
 
@@ -177,10 +176,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--mask", choices=("random", "wanda"), default="random", help="where the zeros are")
     parser.add_argument("--hot", action="store_true", help="one copy a weight: cached where it fits")
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--sample-seconds", type=float, default=0.008, help="calls of one sample fill this")
     options = parser.parse_args(arguments)
     if options.quick:
         options.shape, options.sparsity = [shapes.QUICK_SHAPE], [0.5, 0.9]
-        options.tokens, options.rounds = [1, 4], 3
+        options.tokens, options.rounds, options.sample_seconds = [1, 4], 3, 0.0003
     return options
 
 
@@ -193,6 +193,7 @@ def main(arguments: list[str] | None = None) -> None:
         protocol = {
             "threads": threads_of(options),
             "rounds": options.rounds,
+            "sample_seconds": options.sample_seconds,
             "order": "round robin, turned every round",
             "figure": "microseconds a call: median, p10, p90 over samples of some calls; speed-ups round by round",
             "weights": "hot: one copy" if options.hot else cold,

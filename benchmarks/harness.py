@@ -16,6 +16,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from rich.console import Console
 from rich.table import Table
+from transformers.utils.logging import disable_progress_bar
 
 from pysparse.measure.machine import last_level_cache_bytes, machine_card
 from pysparse.measure.results import to_jsonable, write_text
@@ -160,6 +161,7 @@ class Run:
 
     @classmethod
     def start(cls, name: str, options: argparse.Namespace) -> Run:
+        disable_progress_bar()  # of transformers, one for each model loaded
         return cls(name, options, machine_card())
 
     def save(self, protocol: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> Path | None:

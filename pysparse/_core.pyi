@@ -1,4 +1,4 @@
-"""Compiled kernels. Every argument that stands for an array is the address of its first element."""
+"""Compiled kernels. An argument for an array is the address of its first element; a pair adds their number."""
 
 def kernels() -> list[tuple[str, str, str, str, bool]]: ...
 def isa_levels() -> list[tuple[str, bool]]: ...
@@ -38,6 +38,73 @@ def tile_unpack(
     values: int,
     bitmask: int,
     row_offsets: int,
+) -> None: ...
+def pairs_plan(
+    tiled: int,
+    word: int,
+    rows: int,
+    cols: int,
+    masks: int,
+    tile_offsets: int,
+    nnz: int,
+    row_order: int,
+    counts: int,
+    block_offsets: int,
+) -> int: ...
+def pairs_fill(
+    tiled: int,
+    word: int,
+    rows: int,
+    cols: int,
+    masks: int,
+    tile_offsets: int,
+    row_order: int,
+    counts: int,
+    block_offsets: int,
+    values: int,
+    indices: int,
+) -> None: ...
+def pairs_mask(
+    values: int,
+    word: int,
+    rows: int,
+    cols: int,
+    indices: int,
+    row_order: int,
+    counts: int,
+    block_offsets: int,
+    bitmask: int,
+    row_offsets: int,
+) -> int: ...
+def pairs_values(
+    values: int,
+    word: int,
+    rows: int,
+    cols: int,
+    indices: int,
+    row_order: int,
+    counts: int,
+    block_offsets: int,
+    row_offsets: int,
+    target: int,
+) -> None: ...
+def pairs_linear(
+    dtype: int,
+    x: int,
+    tokens: int,
+    cols: int,
+    values: int,
+    entries: int,
+    indices: int,
+    row_order: int,
+    order_count: int,
+    counts: int,
+    count_count: int,
+    block_offsets: int,
+    offset_count: int,
+    bias: int,
+    y: int,
+    rows: int,
 ) -> None: ...
 def csr_indices(bitmask: int, rows: int, cols: int, row_offsets: int, nnz: int, col_indices: int) -> None: ...
 def bitmap_linear(
@@ -110,3 +177,199 @@ def pair_unpack(stream: int, rows: int, cols: int, target: int, bitmask: int, ro
 def fragment_place(lane: int, q: int, i: int) -> tuple[int, int]: ...
 def pair_place(m: int, lane: int, i: int, position: int) -> tuple[int, int]: ...
 def input_word(pair: bool, w: int) -> int: ...
+def int8_quantize(
+    values: int,
+    rows: int,
+    cols: int,
+    bitmask: int,
+    row_offsets: int,
+    nnz: int,
+    group_cols: int,
+    quantized: int,
+    scales: int,
+) -> None: ...
+def int8_dequantize(
+    quantized: int,
+    scales: int,
+    rows: int,
+    cols: int,
+    bitmask: int,
+    row_offsets: int,
+    nnz: int,
+    group_cols: int,
+    values: int,
+) -> None: ...
+def int8_tile_pack(
+    values: int,
+    rows: int,
+    cols: int,
+    bitmask: int,
+    row_offsets: int,
+    nnz: int,
+    group_cols: int,
+    tiled: int,
+    masks: int,
+    tile_offsets: int,
+    row_sums: int,
+) -> None: ...
+def int8_tile_unpack(
+    tiled: int,
+    rows: int,
+    cols: int,
+    masks: int,
+    tile_offsets: int,
+    nnz: int,
+    values: int,
+    bitmask: int,
+    row_offsets: int,
+) -> None: ...
+def int8_linear(
+    dtype: int,
+    x: int,
+    tokens: int,
+    cols: int,
+    parts: int,
+    values: tuple[int, int],
+    masks: tuple[int, int],
+    tile_offsets: tuple[int, int],
+    scales: tuple[int, int],
+    row_sums: tuple[int, int],
+    group_cols: int,
+    bias: int,
+    y: int,
+    rows: int,
+) -> None: ...
+def int8_unpack(
+    dtype: int,
+    values: tuple[int, int],
+    masks: tuple[int, int],
+    tile_offsets: tuple[int, int],
+    scales: tuple[int, int],
+    row_sums: tuple[int, int],
+    group_cols: int,
+    all_rows: int,
+    cols: int,
+    first_tile: int,
+    rows: int,
+    dense: int,
+) -> None: ...
+def nm_sizes(
+    n: int,
+    m: int,
+    rows: int,
+    cols: int,
+    word: int,
+) -> tuple[int, int]: ...
+def nm_block_cols(n: int, m: int, word: int) -> int: ...
+def nm_has_vector_kernel(n: int, m: int) -> bool: ...
+def nm_pack(
+    values: int,
+    word: int,
+    n: int,
+    m: int,
+    rows: int,
+    cols: int,
+    bitmask: int,
+    row_offsets: int,
+    nnz: int,
+    packed: int,
+    indices: int,
+) -> None: ...
+def nm_validate(
+    values: tuple[int, int],
+    indices: tuple[int, int],
+    word: int,
+    n: int,
+    m: int,
+    rows: int,
+    cols: int,
+) -> None: ...
+def nm_unpack_mask(
+    values: tuple[int, int],
+    indices: tuple[int, int],
+    word: int,
+    n: int,
+    m: int,
+    rows: int,
+    cols: int,
+    bitmask: int,
+    row_offsets: int,
+) -> int: ...
+def nm_unpack_values(
+    values: tuple[int, int],
+    indices: tuple[int, int],
+    word: int,
+    n: int,
+    m: int,
+    rows: int,
+    cols: int,
+    row_offsets: int,
+    target: int,
+) -> None: ...
+def nm_row_sums(
+    values: tuple[int, int],
+    indices: tuple[int, int],
+    n: int,
+    m: int,
+    rows: int,
+    cols: int,
+    group_cols: int,
+    row_sums: int,
+) -> None: ...
+def nm_linear(
+    dtype: int,
+    x: int,
+    tokens: int,
+    cols: int,
+    values: tuple[int, int],
+    indices: tuple[int, int],
+    n: int,
+    m: int,
+    bias: int,
+    y: int,
+    rows: int,
+) -> None: ...
+def nm_unpack(
+    dtype: int,
+    values: tuple[int, int],
+    indices: tuple[int, int],
+    n: int,
+    m: int,
+    all_rows: int,
+    cols: int,
+    first_tile: int,
+    rows: int,
+    dense: int,
+) -> None: ...
+def nm_int8_linear(
+    dtype: int,
+    x: int,
+    tokens: int,
+    cols: int,
+    parts: int,
+    values: tuple[int, int],
+    indices: tuple[int, int],
+    n: int,
+    m: int,
+    scales: tuple[int, int],
+    row_sums: tuple[int, int],
+    group_cols: int,
+    bias: int,
+    y: int,
+    rows: int,
+) -> None: ...
+def nm_int8_unpack(
+    dtype: int,
+    values: tuple[int, int],
+    indices: tuple[int, int],
+    n: int,
+    m: int,
+    scales: tuple[int, int],
+    row_sums: tuple[int, int],
+    group_cols: int,
+    all_rows: int,
+    cols: int,
+    first_tile: int,
+    rows: int,
+    dense: int,
+) -> None: ...

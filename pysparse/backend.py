@@ -7,9 +7,11 @@ and ``torch.set_num_threads`` rules both.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
+import platform
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -35,9 +37,9 @@ class KernelKey:
     """One compiled kernel: what it computes, on which packing and values, for which instruction set."""
 
     op: str  # "linear", "unpack"
-    format: str  # "bitmap", "dense"
+    format: str  # "bitmap", "bitmap-int8", "nm", "nm-int8", "dense"
     dtype: str  # "float32", "bfloat16"
-    isa: str  # "generic" | "avx2" | "avx512" | "avx512bf16"
+    isa: str  # a name of isa_levels()
     supported: bool = True  # by this CPU
 
     def __str__(self) -> str:
@@ -140,11 +142,38 @@ def isa() -> str:
 def force_isa(name: str) -> Iterator[None]:
     """Take kernels of ISA level ``name`` or below inside the block; ValueError if the CPU lacks it."""
     before = core().forced_isa()
-    core().force_isa(name)
+    _set_isa(name)
     try:
         yield
     finally:
-        core().force_isa(before)
+        _set_isa(before)
+
+
+_isa_epoch = 0
+
+
+def _set_isa(name: str) -> None:
+    global _isa_epoch
+    core().force_isa(name)
+    _isa_epoch += 1
+
+
+def isa_epoch() -> int:
+    """Return a number that changes when :func:`force_isa` does: what was decided before is stale."""
+    return _isa_epoch
+
+
+def cpu_signature() -> str:
+    """Return what tells this processor from others: name, family, model and stepping where Linux says them."""
+    fields = {}
+    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as lines:
+        for line in lines:
+            name, _, value = line.partition(":")
+            if not line.strip():
+                break  # the first core speaks for all
+            fields[name.strip()] = value.strip()
+    names = ("model name", "cpu family", "model", "stepping", "CPU implementer", "CPU part")
+    return " ".join(fields[name] for name in names if name in fields) or platform.machine()
 
 
 def num_threads() -> int:

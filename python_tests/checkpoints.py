@@ -56,18 +56,23 @@ def make_two_of_four_(model):
     return model
 
 
-def write_legacy(model, folder, format="sparse-bitmask", key="quantization_config", suffix=""):
+def write_legacy(
+    model, folder, format="sparse-bitmask", key="quantization_config", suffix="", also=(), everything=False
+):
     """Write ``model`` as compressed-tensors did: the layout is written out here once more, in NumPy.
 
-    ``suffix`` ".weight" spells the tensors as its first releases did.
+    Its first releases spelled the tensors with a ``suffix`` ".weight", and packed ``everything``, vectors and
+    embeddings included; ``also`` names further parameters to pack.
     """
     tensors, config = {}, model.config.to_dict()
     linear = {p for p, m in model.named_modules() if isinstance(m, torch.nn.Linear) and "lm_head" not in p}
     for name, tensor in model.state_dict().items():
         path = name.removesuffix(".weight")
-        if path in linear and name != path:
+        if name == "lm_head.weight" and model.config.tie_word_embeddings:
+            continue
+        if (path in linear and name != path) or everything or name.endswith(also or "?"):
             tensors.update({f"{path}{suffix}.{part}": t for part, t in _legacy_parts(tensor, format).items()})
-        elif not (name == "lm_head.weight" and model.config.tie_word_embeddings):
+        else:
             tensors[name] = tensor.contiguous()
     structure = "2:4" if "24" in format else "unstructured"
     sparsity = {
@@ -88,12 +93,13 @@ def write_legacy(model, folder, format="sparse-bitmask", key="quantization_confi
 def _legacy_parts(weight, format):
     two_of_four = format == "sparse-24-bitmask"
     keep = (_largest_two_of_four(weight) if two_of_four else weight != 0).numpy()
-    bits = torch.from_numpy(np.packbits(keep, axis=1, bitorder="little"))
+    bits = torch.from_numpy(np.packbits(keep, axis=-1, bitorder="little"))
     values, shape = weight[torch.from_numpy(keep)], torch.tensor(weight.shape)
     if two_of_four:
         return {"compressed": values.view(len(weight), -1), "bitmask": bits, "shape": shape[:, None].clone()}
-    counts = keep.sum(axis=1)
-    offsets = torch.from_numpy(np.concatenate([[0], np.cumsum(counts)[:-1]]))
+    counts = torch.from_numpy(np.asarray(keep.sum(axis=-1)))
+    # Along the first dimension, whatever the rank: of no use for more than two, but that is what they wrote.
+    offsets = counts.cumsum(0) - counts if counts.dim() else torch.zeros((), dtype=torch.int64)
     return {"compressed": values, "bitmask": bits, "shape": shape, "row_offsets": offsets}
 
 

@@ -104,7 +104,9 @@ def run(library, name, packed, x, bias, card=H200, team=1):
 
 CASES = [
     ("fragment", 33, 130, 1), ("fragment", 40, 136, 3), ("fragment", 17, 700, 9), ("fragment", 150, 64, 20),
-    ("fragment", 16, 257, 32), ("fragment", 80, 1100, 2), ("pair", 100, 2100, 3), ("pair", 33, 130, 1), ("pair", 40, 136, 5), ("pair", 20, 700, 16), ("pair", 16, 72, 29),
+    ("fragment", 16, 257, 32), ("fragment", 80, 1100, 2),
+    ("pair", 100, 2100, 3), ("pair", 33, 130, 1), ("pair", 40, 136, 5),
+    ("pair", 20, 700, 16), ("pair", 16, 72, 29),
     ("delta", 20, 130, 1), ("delta", 13, 3000, 2), ("delta", 7, 700, 3), ("delta", 9, 1100, 8),
 ]  # fmt: skip
 

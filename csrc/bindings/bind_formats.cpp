@@ -1,6 +1,7 @@
 #include "bind.h"
 #include "pysparse/device_formats.h"
 #include "pysparse/device_layout.h"
+#include "pysparse/error.h"
 #include "pysparse/formats.h"
 
 namespace pysparse {
@@ -8,6 +9,73 @@ namespace {
 
 BitmapView view(int64_t rows, int64_t cols, uintptr_t bitmask, uintptr_t row_offsets) {
   return {pointer<const uint8_t>(bitmask), pointer<const int64_t>(row_offsets), rows, cols};
+}
+
+TiledBitmapView tiled_view(uintptr_t values, int64_t word, int64_t rows, int64_t cols,
+                           uintptr_t masks, uintptr_t tile_offsets) {
+  check(word == 2 || word == 4, "values have 2 or 4 bytes, got ", word);
+  return {pointer<const void>(values),
+          pointer<const uint32_t>(masks),
+          pointer<const int64_t>(tile_offsets),
+          rows,
+          cols,
+          word == 4 ? DType::kFloat32 : DType::kBFloat16};
+}
+
+PairsView pairs_view(uintptr_t values, int64_t word, int64_t rows, int64_t cols, uintptr_t indices,
+                     uintptr_t row_order, uintptr_t counts, uintptr_t block_offsets) {
+  check(word == 2 || word == 4, "values have 2 or 4 bytes, got ", word);
+  return {pointer<const void>(values),
+          pointer<const uint8_t>(indices),
+          pointer<const uint8_t>(row_order),
+          pointer<const uint8_t>(counts),
+          pointer<const int64_t>(block_offsets),
+          rows,
+          cols,
+          word == 4 ? DType::kFloat32 : DType::kBFloat16};
+}
+
+void bind_pairs(pybind11::module_& module) {
+  module.def(
+      "pairs_plan",
+      [](uintptr_t tiled, int64_t word, int64_t rows, int64_t cols, uintptr_t masks,
+         uintptr_t tile_offsets, int64_t nnz, uintptr_t row_order, uintptr_t counts,
+         uintptr_t block_offsets) {
+        return pairs_plan(tiled_view(tiled, word, rows, cols, masks, tile_offsets), nnz,
+                          pointer<uint8_t>(row_order), pointer<uint8_t>(counts),
+                          pointer<int64_t>(block_offsets));
+      },
+      ReleaseGil());
+  module.def(
+      "pairs_fill",
+      [](uintptr_t tiled, int64_t word, int64_t rows, int64_t cols, uintptr_t masks,
+         uintptr_t tile_offsets, uintptr_t row_order, uintptr_t counts, uintptr_t block_offsets,
+         uintptr_t values, uintptr_t indices) {
+        pairs_fill(tiled_view(tiled, word, rows, cols, masks, tile_offsets),
+                   pairs_view(0, word, rows, cols, 0, row_order, counts, block_offsets),
+                   pointer<void>(values), pointer<uint8_t>(indices));
+      },
+      ReleaseGil());
+  module.def(
+      "pairs_mask",
+      [](uintptr_t values, int64_t word, int64_t rows, int64_t cols, uintptr_t indices,
+         uintptr_t row_order, uintptr_t counts, uintptr_t block_offsets, uintptr_t bitmask,
+         uintptr_t row_offsets) {
+        return pairs_mask(
+            pairs_view(values, word, rows, cols, indices, row_order, counts, block_offsets),
+            pointer<uint8_t>(bitmask), pointer<int64_t>(row_offsets));
+      },
+      ReleaseGil());
+  module.def(
+      "pairs_values",
+      [](uintptr_t values, int64_t word, int64_t rows, int64_t cols, uintptr_t indices,
+         uintptr_t row_order, uintptr_t counts, uintptr_t block_offsets, uintptr_t row_offsets,
+         uintptr_t target) {
+        pairs_values(
+            pairs_view(values, word, rows, cols, indices, row_order, counts, block_offsets),
+            pointer<const int64_t>(row_offsets), pointer<void>(target));
+      },
+      ReleaseGil());
 }
 
 }  // namespace
@@ -68,13 +136,16 @@ void bind_formats(pybind11::module_& module) {
         csr_indices(view(rows, cols, bitmask, row_offsets), nnz, pointer<int32_t>(col_indices));
       },
       ReleaseGil());
+  bind_pairs(module);
 }
 
 void bind_device_formats(pybind11::module_& module) {
   module.def(
       "delta_count",
-      [](uintptr_t bitmask, int64_t rows, int64_t cols, uintptr_t row_offsets, int64_t nnz, uintptr_t row_groups) {
-        return delta_count(view(rows, cols, bitmask, row_offsets), nnz, pointer<int32_t>(row_groups));
+      [](uintptr_t bitmask, int64_t rows, int64_t cols, uintptr_t row_offsets, int64_t nnz,
+         uintptr_t row_groups) {
+        return delta_count(view(rows, cols, bitmask, row_offsets), nnz,
+                           pointer<int32_t>(row_groups));
       },
       ReleaseGil());
   module.def("delta_chunk_slots", layout::chunk_slots);
@@ -83,23 +154,26 @@ void bind_device_formats(pybind11::module_& module) {
       [](uintptr_t source, int64_t rows, int64_t cols, uintptr_t bitmask, uintptr_t row_offsets,
          uintptr_t row_groups, uintptr_t values, uintptr_t deltas, uintptr_t chunk_cols) {
         delta_pack(pointer<const uint16_t>(source), view(rows, cols, bitmask, row_offsets),
-                   pointer<const int32_t>(row_groups), pointer<uint16_t>(values), pointer<uint32_t>(deltas),
-                   pointer<int32_t>(chunk_cols));
+                   pointer<const int32_t>(row_groups), pointer<uint16_t>(values),
+                   pointer<uint32_t>(deltas), pointer<int32_t>(chunk_cols));
       },
       ReleaseGil());
   module.def(
       "delta_unpack",
-      [](uintptr_t values, uintptr_t deltas, uintptr_t row_groups, int64_t rows, int64_t cols, uintptr_t target,
-         uintptr_t bitmask, uintptr_t row_offsets) {
+      [](uintptr_t values, uintptr_t deltas, uintptr_t row_groups, int64_t rows, int64_t cols,
+         uintptr_t target, uintptr_t bitmask, uintptr_t row_offsets) {
         return delta_unpack(pointer<const uint16_t>(values), pointer<const uint32_t>(deltas),
-                            pointer<const int32_t>(row_groups), rows, cols, pointer<uint16_t>(target),
-                            pointer<uint8_t>(bitmask), pointer<int64_t>(row_offsets));
+                            pointer<const int32_t>(row_groups), rows, cols,
+                            pointer<uint16_t>(target), pointer<uint8_t>(bitmask),
+                            pointer<int64_t>(row_offsets));
       },
       ReleaseGil());
   module.def(
       "fragment_count",
-      [](uintptr_t bitmask, int64_t rows, int64_t cols, uintptr_t row_offsets, int64_t nnz, uintptr_t offsets) {
-        return fragment_count(view(rows, cols, bitmask, row_offsets), nnz, pointer<int32_t>(offsets));
+      [](uintptr_t bitmask, int64_t rows, int64_t cols, uintptr_t row_offsets, int64_t nnz,
+         uintptr_t offsets) {
+        return fragment_count(view(rows, cols, bitmask, row_offsets), nnz,
+                              pointer<int32_t>(offsets));
       },
       ReleaseGil());
   module.def(
@@ -112,24 +186,26 @@ void bind_device_formats(pybind11::module_& module) {
       ReleaseGil());
   module.def(
       "fragment_unpack",
-      [](uintptr_t stream, uintptr_t offsets, int64_t rows, int64_t cols, uintptr_t target, uintptr_t bitmask,
-         uintptr_t row_offsets) {
-        return fragment_unpack(pointer<const uint8_t>(stream), pointer<const int32_t>(offsets), rows, cols,
-                               pointer<uint16_t>(target), pointer<uint8_t>(bitmask), pointer<int64_t>(row_offsets));
+      [](uintptr_t stream, uintptr_t offsets, int64_t rows, int64_t cols, uintptr_t target,
+         uintptr_t bitmask, uintptr_t row_offsets) {
+        return fragment_unpack(pointer<const uint8_t>(stream), pointer<const int32_t>(offsets),
+                               rows, cols, pointer<uint16_t>(target), pointer<uint8_t>(bitmask),
+                               pointer<int64_t>(row_offsets));
       },
       ReleaseGil());
   module.attr("PAIR_BLOCK_BYTES") = layout::kPairBlockBytes;
   module.def(
       "pair_pack",
-      [](uintptr_t source, int64_t rows, int64_t cols, uintptr_t bitmask, uintptr_t row_offsets, int64_t nnz,
-         uintptr_t stream) {
+      [](uintptr_t source, int64_t rows, int64_t cols, uintptr_t bitmask, uintptr_t row_offsets,
+         int64_t nnz, uintptr_t stream) {
         pair_pack(pointer<const uint16_t>(source), view(rows, cols, bitmask, row_offsets), nnz,
                   pointer<uint8_t>(stream));
       },
       ReleaseGil());
   module.def(
       "pair_unpack",
-      [](uintptr_t stream, int64_t rows, int64_t cols, uintptr_t target, uintptr_t bitmask, uintptr_t row_offsets) {
+      [](uintptr_t stream, int64_t rows, int64_t cols, uintptr_t target, uintptr_t bitmask,
+         uintptr_t row_offsets) {
         return pair_unpack(pointer<const uint8_t>(stream), rows, cols, pointer<uint16_t>(target),
                            pointer<uint8_t>(bitmask), pointer<int64_t>(row_offsets));
       },
@@ -140,9 +216,12 @@ void bind_device_formats(pybind11::module_& module) {
   });
   module.def("pair_place", [](int m, int lane, int i, int position) {
     const int group = layout::pair_group(lane, i);
-    return pybind11::make_tuple(layout::operand_row(lane, i), layout::pair_group_col(m, group) + position);
+    return pybind11::make_tuple(layout::operand_row(lane, i),
+                                layout::pair_group_col(m, group) + position);
   });
-  module.def("input_word", [](bool pair, int w) { return pair ? layout::pair_input_word(w) : layout::fragment_input_word(w); });
+  module.def("input_word", [](bool pair, int w) {
+    return pair ? layout::pair_input_word(w) : layout::fragment_input_word(w);
+  });
 }
 
 }  // namespace pysparse

@@ -1,14 +1,8 @@
 #include "bind.h"
-#include "pysparse/error.h"
 #include "pysparse/linear.h"
 
 namespace pysparse {
 namespace {
-
-DType dtype_of(int code) {
-  check(code >= 0 && code < kDTypes, "unknown dtype code ", code);
-  return static_cast<DType>(code);
-}
 
 void call_bitmap_linear(int dtype, uintptr_t x, int64_t tokens, int64_t cols, uintptr_t values,
                         int64_t value_count, uintptr_t masks, int64_t mask_count,
@@ -44,11 +38,29 @@ void call_dense_linear(int dtype, uintptr_t x, int64_t tokens, int64_t cols, uin
                {pointer<void>(y), pointer<const void>(bias), rows, type});
 }
 
+void call_pairs_linear(int dtype, uintptr_t x, int64_t tokens, int64_t cols, uintptr_t values,
+                       int64_t entries, uintptr_t indices, uintptr_t row_order, int64_t order_count,
+                       uintptr_t counts, int64_t count_count, uintptr_t block_offsets,
+                       int64_t offset_count, uintptr_t bias, uintptr_t y, int64_t rows) {
+  const DType type = dtype_of(dtype);
+  const PairsView weight{pointer<const void>(values),
+                         pointer<const uint8_t>(indices),
+                         pointer<const uint8_t>(row_order),
+                         pointer<const uint8_t>(counts),
+                         pointer<const int64_t>(block_offsets),
+                         rows,
+                         cols,
+                         type};
+  pairs_linear(weight, {entries, order_count, count_count, offset_count}, pointer<const void>(x),
+               tokens, {pointer<void>(y), pointer<const void>(bias), rows, type});
+}
+
 }  // namespace
 
 void bind_linear(pybind11::module_& module) {
   module.def("bitmap_linear", &call_bitmap_linear, ReleaseGil());
   module.def("bitmap_unpack", &call_bitmap_unpack, ReleaseGil());
+  module.def("pairs_linear", &call_pairs_linear, ReleaseGil());
   module.def("dense_linear", &call_dense_linear, ReleaseGil());
 }
 

@@ -6,6 +6,7 @@
 #include "simd/token_table.h"
 
 PYSPARSE_TARGET_BEGIN(PYSPARSE_AVX512)
+#include "simd/add_columns_avx512.h"
 namespace pysparse {
 namespace {
 
@@ -20,14 +21,6 @@ inline __m512 expand(__mmask16 mask, const float* source) {
 }
 
 inline __m512 broadcast(const double* pair) { return _mm512_castpd_ps(_mm512_set1_pd(*pair)); }
-
-// Lanes (r, even), (r, odd) of rows 0-7 in `low` and 8-15 in `high` become 16 row sums.
-inline __m512 add_columns(__m512 low, __m512 high) {
-  const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
-  const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
-  return _mm512_add_ps(_mm512_permutex2var_ps(low, even, high),
-                       _mm512_permutex2var_ps(low, odd, high));
-}
 
 template <int kTokens>
 void run_tokens(const TiledBitmapView& weight, int64_t tile, const void* input,

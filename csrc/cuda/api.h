@@ -1,6 +1,7 @@
 #pragma once
-// What the CUDA half offers: plain pointers and sizes, a stream, a cudaError_t back. No allocation, no
-// synchronisation, so every call can be captured in a graph. Pointers are device memory, aligned to 16 bytes.
+// What the CUDA half offers: plain pointers and sizes, a stream, a cudaError_t back. No allocation,
+// no synchronisation, so every call can be captured in a graph. Pointers are device memory, aligned
+// to 16 bytes.
 #include <cstdint>
 
 namespace pysparse::cuda {
@@ -36,7 +37,8 @@ struct StripWeight {
   Packing packing;
 };
 
-// Part of a matrix to write out densely: `rows` rows from `first_row` on (a multiple of 16 for strips).
+// Part of a matrix to write out densely: `rows` rows from `first_row` on (a multiple of 16 for
+// strips).
 struct Rows {
   void* dense;
   int first_row, rows, total_rows, cols;
@@ -47,7 +49,8 @@ int delta_unpack(const DeltaWeight& weight, const Rows& rows, const Target& targ
 
 // Floats that strip_linear needs as workspace, 0 for none.
 int64_t strip_workspace(const StripWeight& weight, const Product& product, int device);
-int strip_linear(const StripWeight& weight, const Product& product, float* workspace, const Target& target);
+int strip_linear(const StripWeight& weight, const Product& product, float* workspace,
+                 const Target& target);
 int strip_unpack(const StripWeight& weight, const Rows& rows, const Target& target);
 
 int device_count();

@@ -6,9 +6,12 @@ namespace pysparse::cuda {
 
 __device__ __forceinline__ void copy_unit(void* shared, const void* global) {
   const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;\n" ::"r"(address), "l"(global) : "memory");
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;\n" ::"r"(address), "l"(global)
+               : "memory");
 }
-__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;\n" ::: "memory"); }
+__device__ __forceinline__ void commit_copies() {
+  asm volatile("cp.async.commit_group;\n" ::: "memory");
+}
 // Waits until at most kPending of the thread's committed groups are still under way.
 template <int kPending>
 __device__ __forceinline__ void wait_copies() {
@@ -19,33 +22,42 @@ __device__ __forceinline__ void wait_copies() {
 template <class T>
 __device__ __forceinline__ void mma(float (&d)[4], const uint32_t* a, uint32_t b0, uint32_t b1);
 template <>
-__device__ __forceinline__ void mma<__nv_bfloat16>(float (&d)[4], const uint32_t* a, uint32_t b0, uint32_t b1) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};\n"
+__device__ __forceinline__ void mma<__nv_bfloat16>(float (&d)[4], const uint32_t* a, uint32_t b0,
+                                                   uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+      "{%0,%1,%2,%3};\n"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 template <>
-__device__ __forceinline__ void mma<__half>(float (&d)[4], const uint32_t* a, uint32_t b0, uint32_t b1) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};\n"
+__device__ __forceinline__ void mma<__half>(float (&d)[4], const uint32_t* a, uint32_t b0,
+                                            uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+      "{%0,%1,%2,%3};\n"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// d += a b for a two-of-four sparse 16 x 32 times 32 x 8. Lanes 0, 1 (kHalf 0) or 2, 3 (kHalf 1) of each quad
-// supply the metadata.
-#define PYSPARSE_MMA_SP(TYPE, HALF)                                                                                \
-  asm("mma.sp::ordered_metadata.sync.aligned.m16n8k32.row.col.f32." TYPE "." TYPE                                  \
-      ".f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9,%10,%11}, {%0,%1,%2,%3}, %12, " HALF ";\n"                        \
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                                             \
-      : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b.x), "r"(b.y), "r"(b.z), "r"(b.w), "r"(metadata))
+// d += a b for a two-of-four sparse 16 x 32 times 32 x 8. Lanes 0, 1 (kHalf 0) or 2, 3 (kHalf 1) of
+// each quad supply the metadata.
+#define PYSPARSE_MMA_SP(TYPE, HALF)                                                         \
+  asm("mma.sp::ordered_metadata.sync.aligned.m16n8k32.row.col.f32." TYPE "." TYPE           \
+      ".f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9,%10,%11}, {%0,%1,%2,%3}, %12, " HALF ";\n" \
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                      \
+      : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b.x), "r"(b.y), "r"(b.z), "r"(b.w),     \
+        "r"(metadata))
 template <class T, int kHalf>
 __device__ __forceinline__ void mma_sparse(float (&d)[4], uint4 a, uint4 b, uint32_t metadata) {
   if constexpr (std::is_same_v<T, __nv_bfloat16>) {
-    if constexpr (kHalf == 0) PYSPARSE_MMA_SP("bf16", "0x0");
-    else PYSPARSE_MMA_SP("bf16", "0x1");
+    if constexpr (kHalf == 0)
+      PYSPARSE_MMA_SP("bf16", "0x0");
+    else
+      PYSPARSE_MMA_SP("bf16", "0x1");
   } else {
-    if constexpr (kHalf == 0) PYSPARSE_MMA_SP("f16", "0x0");
-    else PYSPARSE_MMA_SP("f16", "0x1");
+    if constexpr (kHalf == 0)
+      PYSPARSE_MMA_SP("f16", "0x0");
+    else
+      PYSPARSE_MMA_SP("f16", "0x1");
   }
 }
 #undef PYSPARSE_MMA_SP

@@ -1,7 +1,7 @@
-// Host side of the strip kernels: how a product is cut, which instance runs, and the second pass over split sums.
-#include "strip.h"
-
+// Host side of the strip kernels: how a product is cut, which instance runs, and the second pass
+// over split sums.
 #include "strip.cuh"
+#include "strip.h"
 
 namespace pysparse::cuda {
 namespace {
@@ -23,11 +23,12 @@ struct Plan {
   int grid, shared, tiles, resident;  // grid: thread blocks per part
 };
 
-// Bytes of x that one thread block stages in the time of one step, when all of them do: a step takes 32 warps some
-// 1200 ns, in which the second-level cache brings a multiprocessor some 140 KB.
+// Bytes of x that one thread block stages in the time of one step, when all of them do: a step
+// takes 32 warps some 1200 ns, in which the second-level cache brings a multiprocessor some 140 KB.
 constexpr int kStepBytes = 70 << 10;
 
-// Cuts columns into `splits` parts and rows into groups of `strips` strips; `room`: bytes of shared memory for x.
+// Cuts columns into `splits` parts and rows into groups of `strips` strips; `room`: bytes of shared
+// memory for x.
 void cut_up(Plan& plan, const Product& p, int strips, int splits, int room, int slots) {
   Cut& cut = plan.cut;
   cut.strips = strips;
@@ -38,17 +39,18 @@ void cut_up(Plan& plan, const Product& p, int strips, int splits, int room, int 
   const int most = max(team, (room / p.tokens - 16) / (kBlockCols * 2) / team * team);
   const int64_t rounds = ceil_div(cut.blocks, most);
   cut.staged = static_cast<int>(ceil_div(ceil_div(cut.blocks, rounds), team)) * team;
-  plan.grid = max(1, min(static_cast<int>(ceil_div(ceil_div(p.rows, kStripRows), strips)), slots / cut.splits));
+  plan.grid = max(
+      1, min(static_cast<int>(ceil_div(ceil_div(p.rows, kStripRows), strips)), slots / cut.splits));
 }
 
-// Hundredths of a step that the slowest thread block takes: blocks, sums at a group's end, inputs (once, or for each
-// group where they do not all fit), and a second pass over the parts.
+// Hundredths of a step that the slowest thread block takes: blocks, sums at a group's end, inputs
+// (once, or for each group where they do not all fit), and a second pass over the parts.
 int64_t cost(const Plan& plan, const Product& p) {
   const Cut& cut = plan.cut;
   const int64_t turns = ceil_div(ceil_div(ceil_div(p.rows, kStripRows), cut.strips), plan.grid);
   const int64_t inputs = int64_t{100} * p.tokens * cut.blocks * kBlockCols * 2 / kStepBytes;
-  return turns * (100 * cut.blocks * cut.strips / cut.warps + 40) + (cut.staged < cut.blocks ? turns : 1) * inputs +
-         (cut.splits > 1 ? 150 : 0);
+  return turns * (100 * cut.blocks * cut.strips / cut.warps + 40) +
+         (cut.staged < cut.blocks ? turns : 1) * inputs + (cut.splits > 1 ? 150 : 0);
 }
 
 Plan plan(const StripWeight& w, const Product& p, const Device& card) {
@@ -57,12 +59,14 @@ Plan plan(const StripWeight& w, const Product& p, const Device& card) {
   plan.resident = plan.tiles <= 2 ? 2 : 1;
   Cut& cut = plan.cut;
   cut.stage_bytes = static_cast<int>(ceil_div(w.largest_block, kUnitBytes)) * kUnitBytes;
-  const int columns = static_cast<int>(ceil_div(p.cols, kBlockCols)), slots = card.multiprocessors * plan.resident;
+  const int columns = static_cast<int>(ceil_div(p.cols, kBlockCols)),
+            slots = card.multiprocessors * plan.resident;
   // 1 KB per thread block is the system's, and the kernel has some static words.
   const int budget = min(card.shared_block, card.shared_total / plan.resident) - 2048;
   cut.warps = kMostWarps;
   const auto own = [&] {
-    return cut.warps * strip_stages(plan.tiles) * cut.stage_bytes + partial_buffers(plan.tiles) * partial_bytes(cut.warps, p.tokens);
+    return cut.warps * strip_stages(plan.tiles) * cut.stage_bytes +
+           partial_buffers(plan.tiles) * partial_bytes(cut.warps, p.tokens);
   };
   while (cut.warps > 1 && own() + p.tokens * staged_stride(1) > budget) cut.warps /= 2;
   const int room = budget - own();
@@ -79,9 +83,11 @@ Plan plan(const StripWeight& w, const Product& p, const Device& card) {
 }
 
 template <class T>
-cudaError_t add_parts(const float* parts, const Product& p, int splits, const Device& card, cudaStream_t stream) {
+cudaError_t add_parts(const float* parts, const Product& p, int splits, const Device& card,
+                      cudaStream_t stream) {
   const int64_t size = static_cast<int64_t>(p.tokens) * p.rows;
-  return launch_early(add_parts_kernel<T>, dim3(static_cast<unsigned>(ceil_div(size, 256))), 256, 0, card, stream, parts, p, splits);
+  return launch_early(add_parts_kernel<T>, dim3(static_cast<unsigned>(ceil_div(size, 256))), 256, 0,
+                      card, stream, parts, p, splits);
 }
 
 }  // namespace
@@ -101,19 +107,31 @@ int strip_linear(const StripWeight& w, const Product& p, float* workspace, const
   if (p.rows == 0 || p.tokens == 0) return cudaSuccess;
   if (p.tokens > kMostTokens) return cudaErrorInvalidValue;
   const Plan choice = plan(w, p, card);
-  if (choice.shared > card.shared_block || (choice.cut.splits > 1 && !workspace)) return cudaErrorInvalidValue;
-  const StripLaunch launch{w, p, choice.cut, workspace, choice.grid, choice.shared, choice.tiles, card, stream_of(target)};
-  const cudaError_t error = w.packing == Packing::kFragment ? launch_fragment(launch) : launch_pair(launch);
+  if (choice.shared > card.shared_block || (choice.cut.splits > 1 && !workspace))
+    return cudaErrorInvalidValue;
+  const StripLaunch launch{w,
+                           p,
+                           choice.cut,
+                           workspace,
+                           choice.grid,
+                           choice.shared,
+                           choice.tiles,
+                           card,
+                           stream_of(target)};
+  const cudaError_t error =
+      w.packing == Packing::kFragment ? launch_fragment(launch) : launch_pair(launch);
   if (error || choice.cut.splits == 1) return error;
-  return p.dtype == DType::kBFloat16 ? add_parts<__nv_bfloat16>(workspace, p, choice.cut.splits, card, launch.stream)
-                                     : add_parts<__half>(workspace, p, choice.cut.splits, card, launch.stream);
+  return p.dtype == DType::kBFloat16
+             ? add_parts<__nv_bfloat16>(workspace, p, choice.cut.splits, card, launch.stream)
+             : add_parts<__half>(workspace, p, choice.cut.splits, card, launch.stream);
 }
 
 int strip_unpack(const StripWeight& w, const Rows& r, const Target& target) {
   const DeviceGuard guard(target.device);
   if (guard.error()) return guard.error();
   if (r.rows == 0 || r.cols == 0) return cudaSuccess;
-  return w.packing == Packing::kFragment ? unpack_fragment(w, r, stream_of(target)) : unpack_pair(w, r, stream_of(target));
+  return w.packing == Packing::kFragment ? unpack_fragment(w, r, stream_of(target))
+                                         : unpack_pair(w, r, stream_of(target));
 }
 
 int device_count() {

@@ -1,8 +1,8 @@
 #pragma once
-// y = x W^T for weights in blocks of 16 rows x 64 columns, on the tensor cores, for 1 to 32 tokens. Thread blocks
-// stay and take strip after strip. Each warp streams its blocks through its own ring in shared memory, without a
-// break from strip to strip; the warps of a strip share its columns and add up at its end. What a block looks like
-// is the tile object's business: FragmentTile, PairTile.
+// y = x W^T for weights in blocks of 16 rows x 64 columns, on the tensor cores, for 1 to 32 tokens.
+// Thread blocks stay and take strip after strip. Each warp streams its blocks through its own ring
+// in shared memory, without a break from strip to strip; the warps of a strip share its columns and
+// add up at its end. What a block looks like is the tile object's business: FragmentTile, PairTile.
 #include <type_traits>
 
 #include "launch.cuh"
@@ -10,8 +10,9 @@
 
 namespace pysparse::cuda {
 
-constexpr int kMostWarps = 16;     // per thread block
-constexpr int kMostTokens = 32;    // beyond, the tensor cores set the pace: unpacking and a dense product do better
+constexpr int kMostWarps = 16;  // per thread block
+constexpr int kMostTokens =
+    32;  // beyond, the tensor cores set the pace: unpacking and a dense product do better
 constexpr int kPartialStride = 20;  // floats of a warp's 16 sums per token; the 4 turn the banks
 
 // How a launch is cut: the host decides, the kernel follows.
@@ -23,30 +24,41 @@ struct Cut {
   int stage_bytes;    // one slot of a warp's ring
 };
 
-PYSPARSE_HD constexpr int staged_stride(int staged) { return staged * kBlockCols * 2 + 16; }  // bytes; the 16 turn the banks
-// Two buffers take turns where they are small: who writes one has passed the barrier after its last reading.
+PYSPARSE_HD constexpr int staged_stride(int staged) {
+  return staged * kBlockCols * 2 + 16;
+}  // bytes; the 16 turn the banks
+// Two buffers take turns where they are small: who writes one has passed the barrier after its last
+// reading.
 PYSPARSE_HD constexpr int partial_buffers(int tiles) { return tiles == 1 ? 2 : 1; }
-PYSPARSE_HD constexpr int partial_bytes(int warps, int tokens) { return warps * tokens * kPartialStride * 4; }
+PYSPARSE_HD constexpr int partial_bytes(int warps, int tokens) {
+  return warps * tokens * kPartialStride * 4;
+}
 
-// The blocks that a warp takes: `each` of every strip it visits, `step` apart, `count` in all. Blocks count by strips;
-// the first of one strip and of the next strip are strip_step apart.
+// The blocks that a warp takes: `each` of every strip it visits, `step` apart, `count` in all.
+// Blocks count by strips; the first of one strip and of the next strip are strip_step apart.
 struct Walk {
   int first, step, each, strip_step, count;
 };
 
-// Brings a warp's blocks to shared memory, some ahead of their use. `walk` is in shared memory: it is looked at once
-// in 32 blocks, and registers are scarce.
+// Brings a warp's blocks to shared memory, some ahead of their use. `walk` is in shared memory: it
+// is looked at once in 32 blocks, and registers are scarce.
 template <int kStages>
 class Ring {
  public:
   __device__ Ring(const StripWeight& w, char* slots, int slot_bytes, const Walk* walk)
-      : stream_(w.stream), offsets_(w.offsets), slots_(slots), slot_bytes_(slot_bytes), walk_(walk) {}
+      : stream_(w.stream),
+        offsets_(w.offsets),
+        slots_(slots),
+        slot_bytes_(slot_bytes),
+        walk_(walk) {}
 
-  // Starts the copy of the i-th block; calls must be in order. Always commits a group, so waits can count.
+  // Starts the copy of the i-th block; calls must be in order. Always commits a group, so waits can
+  // count.
   __device__ __forceinline__ void prefetch(int i) {
     const int lane = static_cast<int>(threadIdx.x) % kLanes;
     if (i % kLanes == 0) look_up(i + lane);
-    const int begin = __shfl_sync(kFullWarp, begin_, i % kLanes), units = __shfl_sync(kFullWarp, units_, i % kLanes);
+    const int begin = __shfl_sync(kFullWarp, begin_, i % kLanes),
+              units = __shfl_sync(kFullWarp, units_, i % kLanes);
     const uint8_t* source = stream_ + (static_cast<int64_t>(begin) + lane) * kUnitBytes;
     char* slot = slots_ + i % kStages * slot_bytes_ + lane * kUnitBytes;
 #pragma unroll 1
@@ -68,7 +80,8 @@ class Ring {
     begin_ = units_ = 0;
     if (i >= walk_->count) return;
     const int turn = i / walk_->each;
-    const int64_t block = walk_->first + static_cast<int64_t>(turn) * walk_->strip_step + (i - turn * walk_->each) * walk_->step;
+    const int64_t block = walk_->first + static_cast<int64_t>(turn) * walk_->strip_step +
+                          (i - turn * walk_->each) * walk_->step;
     if (offsets_) {
       begin_ = __ldg(offsets_ + block);
       units_ = __ldg(offsets_ + block + 1) - begin_;
@@ -86,14 +99,17 @@ class Ring {
   int begin_ = 0, units_ = 0;
 };
 
-// Copies columns [64 first, 64 (first + staged)) of all tokens to shared memory, in the tile's order of words and
-// with zeros past the last column. Marks tokens that hold Inf or NaN where the tile asks for it.
+// Copies columns [64 first, 64 (first + staged)) of all tokens to shared memory, in the tile's
+// order of words and with zeros past the last column. Marks tokens that hold Inf or NaN where the
+// tile asks for it.
 template <class Tile, class T>
-__device__ void stage_inputs(const Product& p, const Cut& cut, int first, char* staged, unsigned* poisoned) {
+__device__ void stage_inputs(const Product& p, const Cut& cut, int first, char* staged,
+                             unsigned* poisoned) {
   const int vectors = cut.staged * (kBlockCols / 8), stride = staged_stride(cut.staged);
   for (int i = threadIdx.x; i < vectors * p.tokens; i += blockDim.x) {
     const int token = i / vectors, v = i % vectors, col = first * kBlockCols + 8 * v;
-    const auto* source = static_cast<const uint16_t*>(p.x) + static_cast<int64_t>(token) * p.cols + col;
+    const auto* source =
+        static_cast<const uint16_t*>(p.x) + static_cast<int64_t>(token) * p.cols + col;
     uint32_t words[4] = {};
     if (p.cols % 8 == 0) {
       if (col < p.cols) {
@@ -107,18 +123,21 @@ __device__ void stage_inputs(const Product& p, const Cut& cut, int first, char* 
     }
     char* target = staged + token * stride + v / 8 * (kBlockCols * 2);
 #pragma unroll
-    for (int h = 0; h < 4; ++h) *reinterpret_cast<uint32_t*>(target + 4 * Tile::input_word(v % 8 * 4 + h)) = words[h];
+    for (int h = 0; h < 4; ++h)
+      *reinterpret_cast<uint32_t*>(target + 4 * Tile::input_word(v % 8 * 4 + h)) = words[h];
     if constexpr (Tile::kSkipsZeros)
-      if (any_not_finite<T>(words[0]) || any_not_finite<T>(words[1]) || any_not_finite<T>(words[2]) ||
-          any_not_finite<T>(words[3]))
+      if (any_not_finite<T>(words[0]) || any_not_finite<T>(words[1]) ||
+          any_not_finite<T>(words[2]) || any_not_finite<T>(words[3]))
         atomicOr(poisoned, 1u << token);
   }
 }
 
 // Puts a warp's sums of its strip where finish_strips looks for them.
 template <int kTiles>
-__device__ __forceinline__ void hand_over(float* partial, int tokens, const float (&sums)[kTiles][4]) {
-  const int lane = static_cast<int>(threadIdx.x) % kLanes, warp = static_cast<int>(threadIdx.x) / kLanes;
+__device__ __forceinline__ void hand_over(float* partial, int tokens,
+                                          const float (&sums)[kTiles][4]) {
+  const int lane = static_cast<int>(threadIdx.x) % kLanes,
+            warp = static_cast<int>(threadIdx.x) / kLanes;
 #pragma unroll
   for (int t = 0; t < kTiles; ++t)
 #pragma unroll
@@ -128,18 +147,21 @@ __device__ __forceinline__ void hand_over(float* partial, int tokens, const floa
     }
 }
 
-// Adds up the warps of each strip in a fixed order and writes results, or this part's sums to the workspace.
+// Adds up the warps of each strip in a fixed order and writes results, or this part's sums to the
+// workspace.
 template <class T>
-__device__ void finish_strips(const Product& p, const Cut& cut, int group, const float* partial, float* workspace,
-                              unsigned poisoned) {
+__device__ void finish_strips(const Product& p, const Cut& cut, int group, const float* partial,
+                              float* workspace, unsigned poisoned) {
   const int rows = cut.strips * kStripRows, first_row = group * rows;
   for (int i = threadIdx.x; i < rows * p.tokens; i += blockDim.x) {
-    const int local = i % rows, token = i / rows, strip = local / kStripRows, r = local % kStripRows;
+    const int local = i % rows, token = i / rows, strip = local / kStripRows,
+              r = local % kStripRows;
     if (first_row + local >= p.rows) continue;
     float sum = 0.f;
     for (int warp = strip; warp < cut.warps; warp += cut.strips)
       sum += partial[(warp * p.tokens + token) * kPartialStride + r];
-    if (poisoned >> token & 1u) sum = __uint_as_float(0x7fc00000u);  // a dense product meets 0 * Inf
+    if (poisoned >> token & 1u)
+      sum = __uint_as_float(0x7fc00000u);  // a dense product meets 0 * Inf
     const int64_t index = static_cast<int64_t>(token) * p.rows + first_row + local;
     if (cut.splits > 1) {
       workspace[blockIdx.y * static_cast<int64_t>(p.tokens) * p.rows + index] = sum;
@@ -151,8 +173,9 @@ __device__ void finish_strips(const Product& p, const Cut& cut, int group, const
 }
 
 template <class Tile, class T, int kTiles, int kStages, int kResident>
-__global__ __launch_bounds__(kMostWarps * kLanes, kResident) void strip_linear_kernel(StripWeight w, Product p, Cut cut,
-                                                                                      float* workspace) {
+__global__ __launch_bounds__(kMostWarps* kLanes,
+                             kResident) void strip_linear_kernel(StripWeight w, Product p, Cut cut,
+                                                                 float* workspace) {
   extern __shared__ __align__(16) char shared[];
   __shared__ unsigned poisoned;
   __shared__ Walk walks[kMostWarps];
@@ -160,13 +183,17 @@ __global__ __launch_bounds__(kMostWarps * kLanes, kResident) void strip_linear_k
   char* partial = staged + p.tokens * staged_stride(cut.staged);
   const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes;
   const int member = warp / cut.strips, team = cut.warps / cut.strips;
-  const int strips = (p.rows + kStripRows - 1) / kStripRows, columns = (p.cols + kBlockCols - 1) / kBlockCols;
+  const int strips = (p.rows + kStripRows - 1) / kStripRows,
+            columns = (p.cols + kBlockCols - 1) / kBlockCols;
   const int begin = blockIdx.y * cut.blocks, end = min(columns, begin + cut.blocks);
   if (threadIdx.x == 0) poisoned = 0;  // the barrier before the first staging makes it visible
-  const int strip = blockIdx.x * cut.strips + warp % cut.strips, strip_step = gridDim.x * cut.strips;
+  const int strip = blockIdx.x * cut.strips + warp % cut.strips,
+            strip_step = gridDim.x * cut.strips;
   const int each = max(0, (end - begin - member + team - 1) / team);
   const int visits = max(0, (strips - strip + strip_step - 1) / strip_step);
-  if (lane == 0) walks[warp] = {strip * columns + begin + member, team, each, strip_step * columns, each * visits};
+  if (lane == 0)
+    walks[warp] = {strip * columns + begin + member, team, each, strip_step * columns,
+                   each * visits};
   __syncwarp();  // all lanes see it
   Ring<kStages> ring(w, shared + warp * kStages * cut.stage_bytes, cut.stage_bytes, walks + warp);
 #pragma unroll
@@ -175,7 +202,8 @@ __global__ __launch_bounds__(kMostWarps * kLanes, kResident) void strip_linear_k
   const char* inputs = staged + lane % 4 * 32;
   int tokens[kTiles];  // missing ones of the last tile repeat the last one
 #pragma unroll
-  for (int t = 0; t < kTiles; ++t) tokens[t] = min(8 * t + lane / 4, p.tokens - 1) * staged_stride(cut.staged);
+  for (int t = 0; t < kTiles; ++t)
+    tokens[t] = min(8 * t + lane / 4, p.tokens - 1) * staged_stride(cut.staged);
   const bool once = cut.staged >= end - begin;  // all inputs of the part fit at once
   int i = 0;
   for (int group = blockIdx.x; group * cut.strips < strips; group += gridDim.x) {
@@ -191,16 +219,19 @@ __global__ __launch_bounds__(kMostWarps * kLanes, kResident) void strip_linear_k
       for (int block = first + member; block < stop; block += team, ++i) {
         ring.prefetch(i + kStages - 1);
         const char* slot = ring.wait(i);
-        Tile::template multiply<T, kTiles>(slot, inputs + (block - first) * (kBlockCols * 2), tokens, sums);
+        Tile::template multiply<T, kTiles>(slot, inputs + (block - first) * (kBlockCols * 2),
+                                           tokens, sums);
         __syncwarp();  // all lanes have read the slot before it is filled again
       }
     }
     const int side = static_cast<int>(group / gridDim.x) % partial_buffers(kTiles);
-    auto* sums_of_warps = reinterpret_cast<float*>(partial + side * partial_bytes(cut.warps, p.tokens));
+    auto* sums_of_warps =
+        reinterpret_cast<float*>(partial + side * partial_bytes(cut.warps, p.tokens));
     hand_over(sums_of_warps, p.tokens, sums);
     __syncthreads();  // all warps' sums are there
     finish_strips<T>(p, cut, group, sums_of_warps, workspace, poisoned);
-    if constexpr (partial_buffers(kTiles) == 1) __syncthreads();  // and read, before the next ones overwrite them
+    if constexpr (partial_buffers(kTiles) == 1)
+      __syncthreads();  // and read, before the next ones overwrite them
   }
 }
 
@@ -208,12 +239,13 @@ constexpr int kUnpackWarps = 8;
 
 // Decompression: one warp per block brings it to shared memory and writes its part of the rows.
 template <class Tile>
-__global__ __launch_bounds__(kUnpackWarps * kLanes) void strip_unpack_kernel(StripWeight w, Rows r) {
+__global__ __launch_bounds__(kUnpackWarps* kLanes) void strip_unpack_kernel(StripWeight w, Rows r) {
   __shared__ uint4 slots[kUnpackWarps][(kHeaderBytes + 2 * kStripRows * kBlockCols) / kUnitBytes];
   const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes;
   const int columns = (r.cols + kBlockCols - 1) / kBlockCols;
   const int64_t local = static_cast<int64_t>(blockIdx.x) * kUnpackWarps + warp;
-  if (local >= static_cast<int64_t>((r.rows + kStripRows - 1) / kStripRows) * columns) return;  // the whole warp leaves
+  if (local >= static_cast<int64_t>((r.rows + kStripRows - 1) / kStripRows) * columns)
+    return;  // the whole warp leaves
   const int strip = static_cast<int>(local / columns), block = static_cast<int>(local % columns);
   const int64_t index = static_cast<int64_t>(r.first_row / kStripRows + strip) * columns + block;
   constexpr int kPairUnits = kPairBlockBytes / kUnitBytes;
@@ -222,7 +254,8 @@ __global__ __launch_bounds__(kUnpackWarps * kLanes) void strip_unpack_kernel(Str
   const auto* source = reinterpret_cast<const uint4*>(w.stream) + begin;
   for (int u = lane; u < units; u += kLanes) slots[warp][u] = __ldcs(source + u);
   __syncwarp();  // the block is complete
-  Tile::write(reinterpret_cast<const char*>(slots[warp]), lane, r, strip * kStripRows, block * kBlockCols);
+  Tile::write(reinterpret_cast<const char*>(slots[warp]), lane, r, strip * kStripRows,
+              block * kBlockCols);
 }
 
 }  // namespace pysparse::cuda

@@ -1,13 +1,16 @@
 #pragma once
-// What a block of 16 x 64 weights looks like in memory, and how a warp multiplies by it or writes it out.
+// What a block of 16 x 64 weights looks like in memory, and how a warp multiplies by it or writes
+// it out.
 #include "pipe.cuh"
 
 namespace pysparse::cuda {
 
-// A bitmap in the order of tensor-core operands (device_layout.h): 32 mask words, then the values by product,
-// lane, element. Lane ranks come from byte-wide counters, four scans in one register, and no population count.
+// A bitmap in the order of tensor-core operands (device_layout.h): 32 mask words, then the values
+// by product, lane, element. Lane ranks come from byte-wide counters, four scans in one register,
+// and no population count.
 struct FragmentTile {
-  static constexpr bool kSkipsZeros = false;  // zeros are multiplied, so Inf and NaN spread as in a dense product
+  static constexpr bool kSkipsZeros =
+      false;  // zeros are multiplied, so Inf and NaN spread as in a dense product
   __device__ static constexpr int input_word(int w) { return fragment_input_word(w); }
 
   // A lane's mask and the rank of its first value for each of the four products.
@@ -22,7 +25,8 @@ struct FragmentTile {
     uint32_t count = r.mask - (r.mask >> 1 & 0x55555555u);
     count = (count & 0x33333333u) + (count >> 2 & 0x33333333u);
     count = (count + (count >> 4)) & 0x0f0f0f0fu;
-    // Exclusive scan of four counters at once: 31 lanes hold at most 248, so no byte carries into the next.
+    // Exclusive scan of four counters at once: 31 lanes hold at most 248, so no byte carries into
+    // the next.
     uint32_t before = __shfl_up_sync(kFullWarp, count, 1);
     if (lane == 0) before = 0;
 #pragma unroll
@@ -36,13 +40,15 @@ struct FragmentTile {
 #pragma unroll
     for (int q = 0; q < 4; ++q) {
       r.first[q] = total + static_cast<int>(before >> 8 * q & 255u);
-      total += static_cast<int>(last >> 8 * q & 255u) + static_cast<int>(last_count >> 8 * q & 255u);
+      total +=
+          static_cast<int>(last >> 8 * q & 255u) + static_cast<int>(last_count >> 8 * q & 255u);
     }
     return r;
   }
 
   // The A operand of product q: present values in order, zeros between them.
-  __device__ static __forceinline__ void expand(const char* block, const Ranks& r, int q, uint32_t (&a)[4]) {
+  __device__ static __forceinline__ void expand(const char* block, const Ranks& r, int q,
+                                                uint32_t (&a)[4]) {
     const auto* next = reinterpret_cast<const uint16_t*>(block + kHeaderBytes) + r.first[q];
 #pragma unroll
     for (int pair = 0; pair < 4; ++pair) {
@@ -53,10 +59,12 @@ struct FragmentTile {
     }
   }
 
-  // inputs + tokens[t]: the lane's 32 bytes of one token of the t-th tile of 8. What lies there for a tile's missing
-  // tokens does not matter: a token's inputs reach its own sums only, and those are not written.
+  // inputs + tokens[t]: the lane's 32 bytes of one token of the t-th tile of 8. What lies there for
+  // a tile's missing tokens does not matter: a token's inputs reach its own sums only, and those
+  // are not written.
   template <class T, int kTiles>
-  __device__ static __forceinline__ void multiply(const char* block, const char* inputs, const int (&tokens)[kTiles],
+  __device__ static __forceinline__ void multiply(const char* block, const char* inputs,
+                                                  const int (&tokens)[kTiles],
                                                   float (&sums)[kTiles][4]) {
     const Ranks r = ranks(block, static_cast<int>(threadIdx.x) % kLanes);
 #pragma unroll
@@ -73,7 +81,8 @@ struct FragmentTile {
     }
   }
 
-  __device__ static __forceinline__ void write(const char* block, int lane, const Rows& rows, int first_row, int first_col) {
+  __device__ static __forceinline__ void write(const char* block, int lane, const Rows& rows,
+                                               int first_row, int first_col) {
     const Ranks r = ranks(block, lane);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -92,12 +101,15 @@ struct FragmentTile {
 
   // Writes 2 * kWords neighbouring values of a row, in one store where the row's pitch allows it.
   template <int kWords>
-  __device__ static __forceinline__ void write_columns(const Rows& rows, int row, int col, const uint32_t (&words)[kWords]) {
+  __device__ static __forceinline__ void write_columns(const Rows& rows, int row, int col,
+                                                       const uint32_t (&words)[kWords]) {
     auto* target = static_cast<uint16_t*>(rows.dense) + static_cast<int64_t>(row) * rows.cols + col;
     if (rows.cols % 8 == 0) {
       if (col >= rows.cols) return;
-      if constexpr (kWords == 4) *reinterpret_cast<uint4*>(target) = make_uint4(words[0], words[1], words[2], words[3]);
-      else *reinterpret_cast<uint2*>(target) = make_uint2(words[0], words[1]);
+      if constexpr (kWords == 4)
+        *reinterpret_cast<uint4*>(target) = make_uint4(words[0], words[1], words[2], words[3]);
+      else
+        *reinterpret_cast<uint2*>(target) = make_uint2(words[0], words[1]);
       return;
     }
 #pragma unroll
@@ -106,9 +118,11 @@ struct FragmentTile {
   }
 };
 
-// Two of four: 32 metadata words, then the compressed A operands of two mma.sp.m16n8k32. Nothing to decode.
+// Two of four: 32 metadata words, then the compressed A operands of two mma.sp.m16n8k32. Nothing to
+// decode.
 struct PairTile {
-  static constexpr bool kSkipsZeros = true;  // the hardware never reads inputs under a zero: Inf must be looked for
+  static constexpr bool kSkipsZeros =
+      true;  // the hardware never reads inputs under a zero: Inf must be looked for
   __device__ static constexpr int input_word(int w) { return pair_input_word(w); }
 
   __device__ static __forceinline__ uint4 operand(const char* block, int m, int lane) {
@@ -116,7 +130,8 @@ struct PairTile {
   }
 
   template <class T, int kTiles>
-  __device__ static __forceinline__ void multiply(const char* block, const char* inputs, const int (&tokens)[kTiles],
+  __device__ static __forceinline__ void multiply(const char* block, const char* inputs,
+                                                  const int (&tokens)[kTiles],
                                                   float (&sums)[kTiles][4]) {
     const int lane = static_cast<int>(threadIdx.x) % kLanes;
     const uint32_t metadata = reinterpret_cast<const uint32_t*>(block)[lane];
@@ -130,7 +145,8 @@ struct PairTile {
     }
   }
 
-  __device__ static __forceinline__ void write(const char* block, int lane, const Rows& rows, int first_row, int first_col) {
+  __device__ static __forceinline__ void write(const char* block, int lane, const Rows& rows,
+                                               int first_row, int first_col) {
     const auto* metadata = reinterpret_cast<const uint32_t*>(block);
 #pragma unroll
     for (int m = 0; m < 2; ++m) {
@@ -149,7 +165,8 @@ struct PairTile {
           words[1] |= at < 2 ? 0u : value << 16 * (at & 1u);
         }
         if (first_row + row < rows.rows)
-          FragmentTile::write_columns<2>(rows, first_row + row, first_col + pair_group_col(m, group), words);
+          FragmentTile::write_columns<2>(rows, first_row + row,
+                                         first_col + pair_group_col(m, group), words);
       }
     }
   }

@@ -30,15 +30,17 @@ inline int64_t count_bits(const uint8_t* row, int64_t bytes) {
   return count;
 }
 
-// Calls body with a typed zero of the word's size, so that values move as raw 16- or 32-bit words.
+// Calls body with a typed zero of the word's size, so that values move as raw words.
 template <class Body>
 void with_word(int64_t bytes, const Body& body) {
-  if (bytes == 2)
+  if (bytes == 1)
+    body(uint8_t{});
+  else if (bytes == 2)
     body(uint16_t{});
   else if (bytes == 4)
     body(uint32_t{});
   else
-    fail("values have 2 or 4 bytes, got ", bytes);
+    fail("values have 1, 2 or 4 bytes, got ", bytes);
 }
 
 }  // namespace pysparse

@@ -19,7 +19,8 @@ template <class Emit>
 void for_each_entry(const uint8_t* row, int64_t bytes, const Emit& emit) {
   int64_t column = -1, entries = 0;
   for_each_bit(row, bytes, [&](int64_t next) {
-    for (; next - column > kLongestStep; column += kLongestStep, ++entries) emit(kLongestStep, true);
+    for (; next - column > kLongestStep; column += kLongestStep, ++entries)
+      emit(kLongestStep, true);
     emit(static_cast<int>(next - column), false);
     column = next;
     ++entries;
@@ -48,8 +49,8 @@ int64_t delta_count(const BitmapView& map, int64_t nnz, int32_t* row_groups) {
   return total;
 }
 
-void delta_pack(const uint16_t* source, const BitmapView& map, const int32_t* row_groups, uint16_t* values,
-                uint32_t* deltas, int32_t* chunk_cols) {
+void delta_pack(const uint16_t* source, const BitmapView& map, const int32_t* row_groups,
+                uint16_t* values, uint32_t* deltas, int32_t* chunk_cols) {
   const int64_t bytes = mask_bytes(map.cols);
   std::fill(chunk_cols, chunk_cols + chunk_slots(map.rows, row_groups[map.rows]), 0);
   parallel_for(map.rows, map.rows * map.cols, [&](int64_t r) {
@@ -69,18 +70,22 @@ void delta_pack(const uint16_t* source, const BitmapView& map, const int32_t* ro
   });
 }
 
-int64_t delta_unpack(const uint16_t* values, const uint32_t* deltas, const int32_t* row_groups, int64_t rows,
-                     int64_t cols, uint16_t* target, uint8_t* bitmask, int64_t* row_offsets) {
+int64_t delta_unpack(const uint16_t* values, const uint32_t* deltas, const int32_t* row_groups,
+                     int64_t rows, int64_t cols, uint16_t* target, uint8_t* bitmask,
+                     int64_t* row_offsets) {
   const int64_t bytes = mask_bytes(cols);
   if (!target) std::fill(bitmask, bitmask + rows * bytes, uint8_t{0});
   parallel_for(rows, rows * cols, [&](int64_t r) {
     int64_t column = -1, count = 0;
-    for (int64_t e = int64_t{row_groups[r]} * kGroupEntries; e < int64_t{row_groups[r + 1]} * kGroupEntries; ++e) {
+    for (int64_t e = int64_t{row_groups[r]} * kGroupEntries;
+         e < int64_t{row_groups[r + 1]} * kGroupEntries; ++e) {
       column += (deltas[e / kGroupEntries] >> (4 * (e % kGroupEntries)) & 15u) + 1;
       if (values[e] == kFiller) continue;
       check(column < cols, "row ", r, " holds column ", column, " of a matrix with ", cols);
-      if (target) target[row_offsets[r] + count] = values[e];
-      else bitmask[r * bytes + column / 8] |= static_cast<uint8_t>(1u << (column % 8));
+      if (target)
+        target[row_offsets[r] + count] = values[e];
+      else
+        bitmask[r * bytes + column / 8] |= static_cast<uint8_t>(1u << (column % 8));
       ++count;
     }
     if (!target) row_offsets[r] = count;

@@ -10,7 +10,9 @@
 
 namespace pysparse {
 
-inline uint16_t unsigned_zero(uint16_t value) { return value == layout::kFiller ? uint16_t{0} : value; }
+inline uint16_t unsigned_zero(uint16_t value) {
+  return value == layout::kFiller ? uint16_t{0} : value;
+}
 
 // Replaces counts by their exclusive running sum; returns the total.
 inline int64_t exclusive_sum(int64_t* counts, int64_t size) {
@@ -37,7 +39,8 @@ class StripReader {
     const int64_t bytes = mask_bytes(map_.cols);
     for (int r = 0; r < layout::kStripRows; ++r) {
       next_[r] += __builtin_popcountll(words_[r]);
-      words_[r] = first_ + r < map_.rows ? mask_word(map_.bitmask + (first_ + r) * bytes, bytes, block) : 0;
+      words_[r] =
+          first_ + r < map_.rows ? mask_word(map_.bitmask + (first_ + r) * bytes, bytes, block) : 0;
     }
   }
   bool keeps(layout::Place at) const { return words_[at.row] >> at.col & 1u; }
@@ -63,8 +66,13 @@ class StripReader {
 // Collects the weights of one 16 x 64 block and appends them to rows of a row-major bitmap.
 class StripWriter {
  public:
-  StripWriter(int64_t strip, int64_t rows, int64_t cols, uint16_t* target, uint8_t* bitmask, int64_t* row_offsets)
-      : first_(strip * layout::kStripRows), rows_(rows), cols_(cols), target_(target), bitmask_(bitmask) {
+  StripWriter(int64_t strip, int64_t rows, int64_t cols, uint16_t* target, uint8_t* bitmask,
+              int64_t* row_offsets)
+      : first_(strip * layout::kStripRows),
+        rows_(rows),
+        cols_(cols),
+        target_(target),
+        bitmask_(bitmask) {
     for (int r = 0; r < layout::kStripRows && first_ + r < rows; ++r) {
       next_[r] = target ? row_offsets[first_ + r] : 0;
     }
@@ -78,10 +86,12 @@ class StripWriter {
     for (int r = 0; r < layout::kStripRows; ++r) {
       const uint64_t word = words_[r];
       words_[r] = 0;
-      check(!word || (first_ + r < rows_ && (left >= 64 || word >> left == 0)), "block ", block, " of row ",
-            first_ + r, " holds weights outside the ", rows_, " x ", cols_, " matrix");
+      check(!word || (first_ + r < rows_ && (left >= 64 || word >> left == 0)), "block ", block,
+            " of row ", first_ + r, " holds weights outside the ", rows_, " x ", cols_, " matrix");
       if (first_ + r >= rows_) continue;
-      if (!target_) std::memcpy(bitmask_ + (first_ + r) * bytes + 8 * block, &word, std::min<int64_t>(8, bytes - 8 * block));
+      if (!target_)
+        std::memcpy(bitmask_ + (first_ + r) * bytes + 8 * block, &word,
+                    std::min<int64_t>(8, bytes - 8 * block));
       for (uint64_t bits = word; bits; bits &= bits - 1, ++next_[r])
         if (target_) target_[next_[r]] = values_[r][__builtin_ctzll(bits)];
     }
@@ -97,18 +107,21 @@ class StripWriter {
   std::array<std::array<uint16_t, layout::kBlockCols>, layout::kStripRows> values_{};
 };
 
-// Runs read(strip, block, writer) over all blocks. Without target: fills bitmask and row_offsets, returns nnz.
+// Runs read(strip, block, writer) over all blocks. Without target: fills bitmask and row_offsets,
+// returns nnz.
 template <class Read>
-int64_t unpack_strips(int64_t rows, int64_t cols, uint16_t* target, uint8_t* bitmask, int64_t* row_offsets,
-                      const Read& read) {
-  const int64_t strips = layout::ceil_div(rows, layout::kStripRows), blocks = layout::ceil_div(cols, layout::kBlockCols);
+int64_t unpack_strips(int64_t rows, int64_t cols, uint16_t* target, uint8_t* bitmask,
+                      int64_t* row_offsets, const Read& read) {
+  const int64_t strips = layout::ceil_div(rows, layout::kStripRows),
+                blocks = layout::ceil_div(cols, layout::kBlockCols);
   parallel_for(strips, rows * cols, [&](int64_t strip) {
     StripWriter writer(strip, rows, cols, target, bitmask, row_offsets);
     for (int64_t block = 0; block < blocks; ++block) {
       read(strip, block, writer);
       writer.flush(block);
     }
-    for (int64_t r = 0; !target && r < layout::kStripRows && strip * layout::kStripRows + r < rows; ++r)
+    for (int64_t r = 0; !target && r < layout::kStripRows && strip * layout::kStripRows + r < rows;
+         ++r)
       row_offsets[strip * layout::kStripRows + r] = writer.count(static_cast<int>(r));
   });
   return target ? 0 : exclusive_sum(row_offsets, rows);

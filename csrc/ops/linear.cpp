@@ -9,6 +9,8 @@
 #include "pysparse/error.h"
 #include "pysparse/kernel_table.h"
 #include "pysparse/parallel.h"
+#include "pysparse/scratch.h"
+#include "pysparse/share.h"
 
 namespace pysparse {
 namespace {
@@ -23,19 +25,6 @@ void check_sizes(const TiledBitmapView& weight, const BufferSizes& sizes) {
   check(total >= 0 && total + kValuePadding <= sizes.values, "tile_offsets end at ", total,
         ", but only ", sizes.values, " values are there, ", kValuePadding, " of them padding");
 }
-
-// 64-byte aligned scratch of the calling thread; it grows and stays.
-class Scratch {
- public:
-  void* reserve(size_t bytes) {
-    if (storage_.size() < bytes + 64) storage_.resize(bytes + 64);
-    const auto address = reinterpret_cast<uintptr_t>(storage_.data());
-    return reinterpret_cast<void*>((address + 63) & ~uintptr_t{63});
-  }
-
- private:
-  std::vector<unsigned char> storage_;
-};
 
 template <class In, class Out>
 void widen(const In* source, int64_t count, Out* target) {
@@ -146,20 +135,7 @@ Range byte_share(const TiledBitmapView& weight, int thread, int threads) {
   const auto bytes_before = [&](int64_t tile) {
     return weight.tile_offsets[tile] * size_of(weight.dtype) + tile * weight.pairs() * 4;
   };
-  const auto first_tile_at = [&](int part) {
-    const int64_t wanted = bytes_before(weight.tiles()) / threads * part;
-    int64_t low = 0, high = weight.tiles();
-    while (low < high) {
-      const int64_t middle = low + (high - low) / 2;
-      if (bytes_before(middle) < wanted)
-        low = middle + 1;
-      else
-        high = middle;
-    }
-    return low;
-  };
-  return {thread == 0 ? 0 : first_tile_at(thread),
-          thread + 1 == threads ? weight.tiles() : first_tile_at(thread + 1)};
+  return share_by_bytes(weight.tiles(), bytes_before, thread, threads);
 }
 
 }  // namespace

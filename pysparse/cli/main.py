@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.console import Group
 
 import pysparse
 from pysparse.cli.output import EXIT_FAILED, console, emit, guarded, say
@@ -238,10 +239,31 @@ def report(model: Model, json: Json = None, plot: Plot = None, debug: Debug = Fa
 def kernels(json: Json = None, debug: Debug = False) -> None:
     """List the compiled kernels and which of them this CPU runs."""
     with guarded(debug):
-        from pysparse.measure.kernels import kernel_table, show_kernels
+        from pysparse.measure.kernels import choice_table, kernel_table, show_choices, show_kernels
 
-        entries = kernel_table()
-        emit(show_kernels(entries), json, entries)
+        entries, choices = kernel_table(), choice_table()
+        emit(
+            Group(show_kernels(entries), show_choices(choices)),
+            json,
+            {"kernels": entries, "choices": choices},
+        )
+
+
+@app.command()
+def tune(
+    dtype: Annotated[Dtype | None, typer.Option(help="Dtype to measure. [default: bf16 and fp32]")] = None,
+    threads: Threads = None,
+    json: Json = None,
+    debug: Debug = False,
+) -> None:
+    """Measure this machine's kernels now and keep the costs by which layers choose. Some seconds."""
+    with guarded(debug):
+        from pysparse.measure.kernels import show_choices, tune_kernels
+
+        dtypes = [_torch_dtype(one) for one in ([dtype] if dtype else (Dtype.bf16, Dtype.fp32))]
+        rows, files = tune_kernels(dtypes, threads)
+        emit(show_choices(rows), json, {"choices": rows, "files": files})
+        say(f"kept in {', '.join(files)}")
 
 
 @app.command()

@@ -3,6 +3,9 @@
 from pysparse.formats.bitmap import BitmapTensor
 from pysparse.formats.csr import CsrTensor
 from pysparse.formats.device import PACKINGS, DeltaRows, FragmentBitmap, PairBlocks
+from pysparse.formats.int8 import Int8Bitmap, TiledInt8
+from pysparse.formats.nm import NMInt8, NMTensor
+from pysparse.formats.pairs import ColumnPairs
 from pysparse.formats.tiled import TiledBitmap
 
 FORMATS: dict[str, type[BitmapTensor] | type[CsrTensor]] = {
@@ -14,9 +17,14 @@ __all__ = [
     "FORMATS",
     "PACKINGS",
     "BitmapTensor",
+    "ColumnPairs",
     "CsrTensor",
     "DeltaRows",
     "FragmentBitmap",
+    "Int8Bitmap",
+    "NMInt8",
+    "NMTensor",
     "PairBlocks",
     "TiledBitmap",
+    "TiledInt8",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 import transformers
 from huggingface_hub import snapshot_download
 from torch import nn
-from transformers import AutoConfig, AutoModel, PreTrainedModel
+from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 
 from pysparse.huggingface.layout import CheckpointError
 from pysparse.huggingface.quantizer import ALLOW_OTHER_SHAPES
@@ -44,8 +45,9 @@ def from_pretrained(
     if format not in _LOAD_FORMATS:
         raise ValueError(f'format is one of {list(_LOAD_FORMATS)}, got "{format}"')
     source = Source.open(_local_folder(path, kwargs))
-    kwargs.setdefault("trust_remote_code", False)  # None would stop and ask
-    config, kwargs = _read_config(source, kwargs)
+    trusted = bool(kwargs.pop("trust_remote_code", False))  # transformers' None would stop and ask
+    config, kwargs = _read_config(source, kwargs, trusted)
+    kwargs["trust_remote_code"] = trusted
     if dtype is not None:
         kwargs["dtype"] = dtype
     if not _is_cpu(device_map):
@@ -101,17 +103,20 @@ def _local_folder(path: str | Path, kwargs: dict[str, Any]) -> Path:
     return folder / subfolder if subfolder else folder
 
 
-def _read_config(source: Source, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+def _read_config(source: Source, kwargs: dict[str, Any], trusted: bool) -> tuple[Any, dict[str, Any]]:
     """Return transformers' config, with our layout in it, and the arguments it did not take."""
     given = kwargs.pop("config", None)
-    try:
-        config, unused = AutoConfig.from_pretrained(
-            given or source.folder, return_unused_kwargs=True, **kwargs
-        ) if not hasattr(given, "to_dict") else (given, kwargs)  # fmt: skip
-    except Exception as error:
-        raise CheckpointError(
-            f"{source.folder / 'config.json'}: transformers cannot read it: {_first_line(error)}"
-        ) from error
+    if isinstance(given, PreTrainedConfig):
+        config, unused = copy.deepcopy(given), kwargs
+    else:
+        try:
+            config, unused = AutoConfig.from_pretrained(
+                given or source.folder, return_unused_kwargs=True, trust_remote_code=trusted, **kwargs
+            )
+        except Exception as error:
+            raise CheckpointError(
+                f"{source.folder / 'config.json'}: transformers cannot read it: {_first_line(error)}"
+            ) from error
     if source.layout is not None:
         config.quantization_config = source.layout.to_dict()
     if source.legacy and hasattr(config, "compression_config"):
@@ -124,7 +129,7 @@ def _build(source: Source, config: Any, kwargs: dict[str, Any]) -> Any:
     model_class = _model_class(source, config, remote_code=bool(kwargs.get("trust_remote_code")))
     try:
         model, info = model_class.from_pretrained(
-            source.folder, config=config, output_loading_info=True, **kwargs
+            str(source.folder), config=config, output_loading_info=True, **kwargs
         )
         _check_complete(source, info)
         return model

@@ -50,6 +50,10 @@ class PysparseConfig(QuantizationConfigMixin):
         """Return what config.json holds."""
         return self.layout.to_dict()
 
+    def get(self, name: str, default: Any = None) -> Any:
+        """Return an entry of config.json: transformers asks so when it is handed the config of a loaded model."""
+        return self.to_dict().get(name, default)
+
     def __iter__(self) -> Any:
         yield from self.to_dict().items()
 
@@ -120,13 +124,14 @@ class PysparseQuantizer(HfQuantizer):
             model.set_submodule(layer.path, Placeholder(model.get_submodule(layer.path)))
         expected = model.state_dict()
         ours = {tensor.name for tensor in self._tensors}
+        tied = {name for name, source in model.all_tied_weights_keys.items() if source in ours}
         fit.check_dense(
             {n: t for n, t in expected.items() if n not in ours}, shapes=not ALLOW_OTHER_SHAPES.get()
         )
         self._expected = {name: (tensor.shape, tensor.dtype) for name, tensor in expected.items()}
         stored = [layer.stored for layer in self._layers] + [tensor.stored for tensor in self._tensors]
         _ignore(model, "_keys_to_ignore_on_load_unexpected", stored, rf"\.(?:{'|'.join(_NAMES)})")
-        _ignore(model, "_keys_to_ignore_on_load_missing", ours, "")
+        _ignore(model, "_keys_to_ignore_on_load_missing", ours | tied, "")
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
@@ -140,6 +145,8 @@ class PysparseQuantizer(HfQuantizer):
         for tensor in self._tensors:
             weight = checkpoint.read(tensor.stored, layout, tensor.shape).to_dense().view(tensor.shape)
             model.get_parameter(tensor.name).data.copy_(weight)
+        if self._tensors:
+            model.tie_weights()  # transformers unties what it finds in no file
         for path, module in list(model.named_modules()):
             if path and type(module) is nn.Linear:
                 model.set_submodule(path, DenseLinear.from_linear(module))
@@ -196,7 +203,8 @@ def _settle(model: Any, expected: Mapping[str, tuple[torch.Size, torch.dtype]]) 
         shape, dtype = expected.get(name, (tensor.shape, tensor.dtype))
         if tensor.shape != shape:
             raise CheckpointError(
-                f"tensor '{name}' was loaded as {tuple(tensor.shape)}, the model takes {tuple(shape)}"
+                f"tensor '{name}' was loaded as {tuple(tensor.shape)}, the model takes {tuple(shape)}; "
+                "transformers 5.0 cannot start such a tensor anew in a packed model, later releases can"
             )
         kept = any(re.search(pattern.replace("*", ".*"), name) for pattern in patterns)
         if tensor.dtype != dtype and dtype.is_floating_point and not kept:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +10,10 @@ from rich.table import Table
 
 from pysparse import backend, ops
 from pysparse.measure.results import make_table
+from pysparse.measure.rounds import torch_threads
+from pysparse.nn.dispatch import DECODE_TOKENS, Dispatch
+from pysparse.ops import cost_cache
+from pysparse.ops.costs import HELD, SECOND
 
 _FORMATS = ("bitmap", "dense")
 
@@ -29,10 +34,12 @@ def kernel_info(
     shape: tuple[int, int] = (4096, 4096),
     dtype: torch.dtype = torch.bfloat16,
     tokens: int = 1,
+    sparsity: float = 0.7,
 ) -> KernelInfo:
     """Tell which kernel multiplies ``tokens`` rows by a ``shape`` = (out, in) weight of ``format``.
 
-    ``format`` is "bitmap" (packed sparse) or "dense". Raises ValueError for anything else, or for a size
+    ``format`` is "bitmap" (packed sparse) or "dense"; ``sparsity`` matters
+    where measured costs decide. Raises ValueError for anything else, or for a size
     below 1.
     """
     if format not in _FORMATS:
@@ -45,6 +52,8 @@ def kernel_info(
     if not ops.is_kernel_dtype(dtype):
         known = ", ".join(_name(one) for one in ops.KERNEL_DTYPES)
         return KernelInfo(slow, f"no kernel for {_name(dtype)}; there are kernels for {known}")
+    if format == "bitmap" and tokens > DECODE_TOKENS:
+        return _many(shape, dtype, tokens, sparsity)
     limit = ops.DECODE_TOKENS if format == "bitmap" else ops.DENSE_TOKENS
     if tokens > limit:
         return KernelInfo(slow, f"{tokens} tokens are more than {limit}: torch's product wins there")
@@ -52,6 +61,16 @@ def kernel_info(
     if key is None:
         return KernelInfo(slow, f"the kernel table has no entry for {format} {_name(dtype)}")
     return KernelInfo(str(key), _why(key))
+
+
+def _many(shape: tuple[int, int], dtype: torch.dtype, tokens: int, sparsity: float) -> KernelInfo:
+    """Describe the way of more tokens than the decode kernel takes at once."""
+    nnz = round(shape[0] * shape[1] * (1.0 - sparsity))
+    choice = Dispatch().choice(shape, nnz, dtype, tokens, may_measure=False)
+    if choice.way in ("bitmap", "pairs"):
+        return KernelInfo(str(chosen_kernel("linear", choice.way, _name(dtype))), choice.reason)
+    names = {"unpack": "unpack + torch", "dense": "a dense copy + torch"}
+    return KernelInfo(names[choice.way], choice.reason)
 
 
 def chosen_kernel(op: str, format: str, dtype: str) -> backend.KernelKey | None:
@@ -95,6 +114,59 @@ def kernel_table() -> list[dict[str, object]]:
         row = {"op": key.op, "format": key.format, "dtype": key.dtype, "isa": key.isa}
         rows.append({**row, "supported": key.supported, "taken": taken})
     return rows
+
+
+_TOKENS = (1, 16, 32, 64, 256, 1024)
+_SPARSITIES = (0.5, 0.7, 0.9)
+_WAYS = (*HELD, *SECOND)
+
+
+def choice_table(shape: tuple[int, int] = (4096, 4096)) -> list[dict[str, object]]:
+    """Return, JSON-ready, which way a sparse layer of ``shape`` takes by dtype, sparsity and tokens, and why.
+
+    Times are those that the measured costs predict, in milliseconds; where nothing was measured for the present
+    threads and instruction set, ``reason`` says so. Measures nothing.
+    """
+    rows: list[dict[str, object]] = []
+    dispatch = Dispatch()
+    for dtype in ops.KERNEL_DTYPES if backend.available() else ():
+        for sparsity in _SPARSITIES:
+            for tokens in _TOKENS:
+                nnz = round(shape[0] * shape[1] * (1.0 - sparsity))
+                choice = dispatch.choice(shape, nnz, dtype, tokens, may_measure=False)
+                row = {"dtype": _name(dtype), "sparsity": sparsity, "tokens": tokens, "way": choice.way}
+                times = {way: 1e3 * seconds for way, seconds in choice.seconds.items()}
+                rows.append({**row, "reason": choice.reason, "milliseconds": times})
+    return rows
+
+
+def show_choices(rows: list[dict[str, object]]) -> Table:
+    """Return :func:`choice_table` as a rich table."""
+    cells = []
+    for row in rows:
+        times = row["milliseconds"]
+        assert isinstance(times, dict)
+        head = f"{row['dtype']}, {row['sparsity']:.0%} zeros", str(row["tokens"]), str(row["way"])
+        cells.append([*head, *(times.get(way) for way in _WAYS), str(row["reason"])])
+    columns = ["4096 x 4096 layer", "tokens", "way", *(f"{way} ms" for way in _WAYS), "why"]
+    return make_table("ways of a sparse layer", columns, cells)
+
+
+def tune_kernels(
+    dtypes: Sequence[torch.dtype], threads: int | None = None
+) -> tuple[list[dict[str, object]], list[str]]:
+    """Measure the costs for ``dtypes`` now; return :func:`choice_table`'s rows and the files that keep them.
+
+    Raises RuntimeError without the compiled core.
+    """
+    backend.core()
+    with torch_threads(threads):
+        files = []
+        for dtype in dtypes:
+            cost_cache.tune(dtype)
+            files.append(str(cost_cache.cost_file(dtype)))
+        rows = choice_table()
+    return [row for row in rows if row["dtype"] in {_name(dtype) for dtype in dtypes}], files
 
 
 def show_kernels(rows: list[dict[str, object]]) -> Table:

@@ -242,7 +242,8 @@ def _forward_call(model: nn.Module, tokens: Tensor, repeats: int) -> Callable[[]
 
 def bytes_per_step(model: nn.Module) -> int:
     """Bytes of weights that one decode step reads: all but an embedding that is not tied to the head."""
-    total = model_bytes(model).total
+    held = model_bytes(model)
+    total = held.parameters + held.buffers
     embeddings = getattr(model, "get_input_embeddings", lambda: None)()
     head = getattr(model, "get_output_embeddings", lambda: None)()
     if embeddings is None or head is None or head.weight is embeddings.weight:

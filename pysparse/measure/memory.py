@@ -22,11 +22,12 @@ class ModelBytes:
 
     parameters: int
     buffers: int
+    second_packings: int = 0  # that sparse layers made for many tokens; one token does not read them
 
     @property
     def total(self) -> int:
-        """Parameters and buffers."""
-        return self.parameters + self.buffers
+        """All of them."""
+        return self.parameters + self.buffers + self.second_packings
 
 
 @dataclass(slots=True)
@@ -45,11 +46,13 @@ class PeakMemory:
 
 
 def model_bytes(model: nn.Module) -> ModelBytes:
-    """Return the bytes of ``model``'s parameters and buffers (packed weights are buffers)."""
+    """Return the bytes of ``model``'s parameters, buffers (packed weights are buffers) and second packings."""
     parameters = {p.data_ptr() or id(p): p.numel() * p.element_size() for p in model.parameters()}
     buffers = {b.data_ptr() or id(b): b.numel() * b.element_size() for b in model.buffers()}
     return ModelBytes(
-        sum(parameters.values()), sum(size for key, size in buffers.items() if key not in parameters)
+        sum(parameters.values()),
+        sum(size for key, size in buffers.items() if key not in parameters),
+        sum(getattr(module, "second_packing_nbytes", 0) for module in model.modules()),
     )
 
 

@@ -15,7 +15,7 @@ from torch import nn
 from pysparse.measure.memory import model_bytes
 from pysparse.measure.results import Chart, dumps, make_table, megabytes, save_plot, to_jsonable, write_json
 from pysparse.measure.twins import linear_layers
-from pysparse.nn import DenseLinear, SparseLinear
+from pysparse.nn import CompactLinear, DenseLinear, SparseLinear
 
 _LONG = 64  # layers above which the table shows one line per kind of layer
 
@@ -118,7 +118,7 @@ def report(model: nn.Module) -> Report:
 
 
 def _describe(path: str, module: nn.Module) -> LayerReport:
-    if isinstance(module, SparseLinear):
+    if isinstance(module, SparseLinear | CompactLinear):
         shape = (module.out_features, module.in_features)
         dense = shape[0] * shape[1] * module.dtype.itemsize
         return LayerReport(

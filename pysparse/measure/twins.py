@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from pysparse.nn import DenseLinear, SparseLinear, densify_, sparsify_
+from pysparse.nn import CompactLinear, DenseLinear, SparseLinear, densify_, sparsify_
 
 
 def shared_copy(model: nn.Module) -> nn.Module:
@@ -20,7 +20,7 @@ def shared_copy(model: nn.Module) -> nn.Module:
 
 def is_packed(model: nn.Module) -> bool:
     """Tell whether any layer holds a packed sparse weight."""
-    return any(isinstance(module, SparseLinear) for module in model.modules())
+    return any(isinstance(module, SparseLinear | CompactLinear) for module in model.modules())
 
 
 def dense_twin(model: nn.Module) -> nn.Module:
@@ -79,5 +79,5 @@ def zero_rows_at_random_(weight: Tensor, sparsity: float, generator: torch.Gener
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
     """Return every linear layer by path: ``nn.Linear`` and its kinds, packed layers, GPT-2's Conv1D."""
-    kinds = (nn.Linear, DenseLinear, SparseLinear)
+    kinds = (nn.Linear, CompactLinear, DenseLinear, SparseLinear)
     return {p: m for p, m in model.named_modules() if isinstance(m, kinds) or type(m).__name__ == "Conv1D"}

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from pysparse.nn import SparseLinear
+from pysparse.nn import CompactLinear, SparseLinear
 from pysparse.nn.match import class_names, matches
 from pysparse.pruning import BlockLayout, PrunableLayer
 
@@ -105,7 +105,10 @@ def _size(module: nn.Module) -> int:
 
 
 def _require_linears(model: nn.Module, linears: dict[str, nn.Module]) -> None:
-    packed = next((path for path, module in model.named_modules() if isinstance(module, SparseLinear)), None)
+    packed = next(
+        (path for path, module in model.named_modules() if isinstance(module, SparseLinear | CompactLinear)),
+        None,
+    )
     if packed is not None:
         raise ValueError(f"{packed} is packed already: call pysparse.densify_(model) before pruning it again")
     if not linears:

@@ -1,6 +1,7 @@
 """Floor 4: layers that hold packed weights, and the conversions of a whole model."""
 
+from pysparse.nn.compact import CompactLinear
 from pysparse.nn.convert import ConversionReport, densify_, sparsify_
 from pysparse.nn.linear import DenseLinear, SparseLinear
 
-__all__ = ["ConversionReport", "DenseLinear", "SparseLinear", "densify_", "sparsify_"]
+__all__ = ["CompactLinear", "ConversionReport", "DenseLinear", "SparseLinear", "densify_", "sparsify_"]

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from pysparse.nn.compact import CompactLinear
 from pysparse.nn.linear import DenseLinear, SparseLinear
 from pysparse.nn.match import matches
 
@@ -34,12 +35,18 @@ def sparsify_(
     targets: Sequence[str] = ("Linear",),
     ignore: Sequence[str] = ("lm_head",),
     dense_kernels: bool = True,
+    values: str | None = None,
+    pattern: str | None = None,
+    group_size: int | None = None,
+    activation_bits: int = 8,
 ) -> ConversionReport:
     """Replace, in place, each ``nn.Linear`` with enough zeros by a :class:`SparseLinear`; prunes nothing.
 
     ``targets`` and ``ignore`` hold class names, module paths or "re:" expressions; ``filter_fn(module, path)``
     decides in their stead. Layers under ``min_sparsity`` stay dense, with the cause in the report;
     with ``dense_kernels`` they run as :class:`DenseLinear` on the compiled dense kernel.
+    ``values="int8"`` and ``pattern="n:m"`` (n kept of m, checked) make :class:`CompactLinear` layers instead, with
+    ``group_size`` inputs a scale and tokens quantised to ``activation_bits``.
     Raises ValueError when ``min_sparsity`` is not in [0, 1].
     """
     if not 0.0 <= min_sparsity <= 1.0:
@@ -51,7 +58,13 @@ def sparsify_(
         )  # fmt: skip
         sparsity = 1.0 - int(torch.count_nonzero(linear.weight)) / max(1, linear.weight.numel())
         if chosen and sparsity >= min_sparsity:
-            replacement: nn.Module = SparseLinear.from_dense(linear).train(linear.training)
+            replacement: nn.Module = (
+                SparseLinear.from_dense(linear)
+                if values is None and pattern is None
+                else CompactLinear.from_dense(
+                    linear, values, pattern, group_size=group_size, activation_bits=activation_bits
+                )
+            ).train(linear.training)
             report.sparse[path] = sparsity
         else:
             cause = (
@@ -66,9 +79,9 @@ def sparsify_(
 def densify_(model: nn.Module) -> nn.Module:
     """Put plain ``nn.Linear`` layers back in place of every sparse and dense kernel layer; return ``model``."""
     for path, module in [
-        (p, m) for p, m in model.named_modules() if isinstance(m, SparseLinear | DenseLinear)
+        (p, m) for p, m in model.named_modules() if isinstance(m, SparseLinear | CompactLinear | DenseLinear)
     ]:
-        if isinstance(module, SparseLinear):
+        if isinstance(module, SparseLinear | CompactLinear):
             _replace(model, path, module.to_dense())
         else:
             linear = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")

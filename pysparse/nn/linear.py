@@ -12,6 +12,8 @@ from torch.nn import functional
 from pysparse import backend, ops
 from pysparse.formats import BitmapTensor, TiledBitmap
 from pysparse.nn.device import DeviceWeight
+from pysparse.nn.dispatch import DECODE_TOKENS, Dispatch
+from pysparse.ops.costs import Choice
 
 _CANONICAL = ("compressed", "bitmask", "row_offsets", "shape")
 
@@ -23,6 +25,9 @@ class SparseLinear(nn.Module):
     ``shape``, exactly the tensors of the file (a loader fills them in). *Packed*: buffers ``values``,
     ``masks``, ``tile_offsets``, which the kernels read; the canonical ones are dropped so that the weight
     is in memory once. ``state_dict()`` always speaks canonical, whichever state the layer is in.
+
+    From 17 tokens on the way is chosen by measured costs. Where a second packing of the weight pays, it is made
+    at the first such call and counted in ``nbytes``; ``layer.prefill`` ("auto" | "packed" | "unpack") rules that.
     Moved to a CUDA device, the layer packs itself for that device's kernels (see :mod:`pysparse.nn.device`).
     """
 
@@ -49,6 +54,7 @@ class SparseLinear(nn.Module):
             raise ValueError(f"nnz={nnz} is outside [0, {in_features * out_features}]")
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
+        self._dispatch = Dispatch()
         self._device_weight: DeviceWeight | None = None
         empty = torch.zeros(nnz, dtype=dtype or torch.get_default_dtype(), device=device)
         self.register_buffer("compressed", empty)
@@ -91,6 +97,7 @@ class SparseLinear(nn.Module):
         self.compressed, self.bitmask, self.row_offsets = bitmap.values, bitmap.bitmask, bitmap.row_offsets
         self.shape = torch.tensor([self.out_features, self.in_features], device=bitmap.device)
         self.values = self.masks = self.tile_offsets = None
+        self._dispatch.clear()
         self._drop_device_weight()
 
     def _drop_device_weight(self) -> None:
@@ -158,6 +165,7 @@ class SparseLinear(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseLinear:
         """Move or convert the layer; packings belong to one kind of device, so they are made again there."""
+        self._dispatch.clear()
         before = self._first_buffer()
         after = fn(before.new_empty(0)) if self.is_packed else before
         moved = after.device.type != before.device.type
@@ -195,9 +203,41 @@ class SparseLinear(nn.Module):
             raise ValueError(f"x has {x.size(-1)} features, the layer takes {self.in_features}")
         if x.dtype is not values.dtype and torch.is_autocast_enabled("cpu"):
             x = x.to(values.dtype)  # packed weights keep their dtype: autocast moves the input instead
+        if x.numel() > DECODE_TOKENS * self.in_features and not ops.needs_dispatcher(
+            x, self._parameters["bias"]
+        ):
+            return self._forward_many(x)
         return ops.call_bitmap_linear(
             x, values, masks, tile_offsets, self._parameters["bias"], self.out_features
         )
+
+    def _forward_many(self, x: Tensor) -> Tensor:
+        """Take the way that costs least for this number of tokens."""
+        weight = self._tiled()
+        tokens = x.numel() // self.in_features
+        way = self._dispatch.way(weight.shape, weight.nnz, weight.values.dtype, tokens)
+        return self._dispatch.run(way, x, weight, self._parameters["bias"])
+
+    def _tiled(self) -> TiledBitmap:
+        buffers = self._buffers
+        values, masks, tile_offsets = (buffers[name] for name in ("values", "masks", "tile_offsets"))
+        if values is None or masks is None or tile_offsets is None:
+            raise RuntimeError("this SparseLinear is not packed")
+        return TiledBitmap(values, masks, tile_offsets, (self.out_features, self.in_features))
+
+    def choice(self, tokens: int) -> Choice:
+        """Tell how ``tokens`` rows are computed and why, with the expected times; measures nothing."""
+        weight = self._tiled()
+        return self._dispatch.choice(weight.shape, weight.nnz, weight.values.dtype, tokens, may_measure=False)
+
+    @property
+    def prefill(self) -> str:
+        """What is allowed beside the bitmap for many tokens: "auto", "packed" or "unpack" (see Dispatch)."""
+        return self._dispatch.prefill
+
+    @prefill.setter
+    def prefill(self, mode: str) -> None:
+        self._dispatch = Dispatch(mode)
 
     def _forward_slow(self, x: Tensor) -> Tensor:
         """Pack at first use where there are kernels; where there are none, say so once and multiply densely."""
@@ -238,9 +278,15 @@ class SparseLinear(nn.Module):
         return 1.0 - self.nnz / max(1, self.in_features * self.out_features)
 
     @property
+    def second_packing_nbytes(self) -> int:
+        """Bytes of the packing for many tokens, 0 while there is none."""
+        return self._dispatch.nbytes
+
+    @property
     def nbytes(self) -> int:
-        """Bytes that the weight takes in memory now, bias not counted."""
-        return sum(b.numel() * b.element_size() for b in self._buffers.values() if b is not None)
+        """Bytes that the weight takes in memory now, a second packing counted, the bias not."""
+        held = sum(b.numel() * b.element_size() for b in self._buffers.values() if b is not None)
+        return held + self._dispatch.nbytes
 
     @property
     def dtype(self) -> torch.dtype:
@@ -255,13 +301,18 @@ class SparseLinear(nn.Module):
         if not self.is_packed:
             cause = backend.missing_reason() or f"not packed (dtype {self.dtype})"
             return f"unpack + dense torch: {cause}"
-        return f"linear-bitmap-{str(self.dtype).removeprefix('torch.')}-{backend.isa()}"
+        many = self.choice(256)
+        return (
+            f"linear-bitmap-{str(self.dtype).removeprefix('torch.')}-{backend.isa()}; "
+            f"256 tokens: {many.way}, {many.reason}"
+        )
 
     def extra_repr(self) -> str:
         """Describe shape, sparsity and kernel in ``print(model)``."""
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"nnz={self.nnz}, sparsity={self.sparsity:.3f}, dtype={str(self.dtype).removeprefix('torch.')}"
+            f"nnz={self.nnz}, sparsity={self.sparsity:.3f}, dtype={str(self.dtype).removeprefix('torch.')}, "
+            f"{self._dispatch}"
         )
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:

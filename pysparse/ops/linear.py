@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from pysparse import backend
+from pysparse.formats.pairs import ColumnPairs
 from pysparse.formats.tiled import TiledBitmap
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16)
@@ -59,7 +60,7 @@ def call_bitmap_linear(
     x: Tensor, values: Tensor, masks: Tensor, tile_offsets: Tensor, bias: Tensor | None, out_features: int
 ) -> Tensor:
     """Run the product on the arrays of a :class:`TiledBitmap`; the caller has checked the feature count."""
-    if _needs_dispatcher(x, bias):
+    if needs_dispatcher(x, bias):
         result: Tensor = torch.ops.pysparse.bitmap_linear.default(
             x, values, masks, tile_offsets, bias, out_features
         )
@@ -67,8 +68,8 @@ def call_bitmap_linear(
     return _bitmap_linear_cpu(x, values, masks, tile_offsets, bias, out_features)
 
 
-def _needs_dispatcher(x: Tensor, bias: Tensor | None) -> bool:
-    """Tell whether autograd, a tracer or a tensor subclass must see the call.
+def needs_dispatcher(x: Tensor, bias: Tensor | None) -> bool:
+    """Tell whether autograd, a tracer or a tensor subclass must see the call on ``x``.
 
     Where none does, the dispatcher's three or four microseconds are saved.
     """
@@ -77,13 +78,44 @@ def _needs_dispatcher(x: Tensor, bias: Tensor | None) -> bool:
     return torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
 
 
+def bitmap_linear_chunks(x: Tensor, weight: TiledBitmap, bias: Tensor | None = None) -> Tensor:
+    """Return :func:`bitmap_linear`'s result by the decode kernel, 16 tokens at a time, however many there are."""
+    return _decode(x, weight.values, weight.masks, weight.tile_offsets, bias, weight.shape[0])
+
+
+def unpacked_linear(x: Tensor, weight: TiledBitmap, bias: Tensor | None = None) -> Tensor:
+    """Return :func:`bitmap_linear`'s result by torch's product on rows unpacked into the cache."""
+    return _bitmap_linear_many(x, weight.values, weight.masks, weight.tile_offsets, bias, weight.shape[0])
+
+
+def pairs_linear(x: Tensor, weight: ColumnPairs, bias: Tensor | None = None) -> Tensor:
+    """Return ``x @ W.T + bias`` for a ``weight`` of shape (N, K) in pair blocks: the kernel for many tokens.
+
+    Arguments, result and errors are those of :func:`bitmap_linear`; a token's result does not depend on the
+    tokens beside it. Not differentiable: training goes through the bitmap.
+    """
+    if x.shape[-1:] != weight.shape[1:]:
+        raise ValueError(f"x has {x.shape[-1]} features, the weight takes {weight.shape[1]}")
+    _check_dtypes(x, weight.values, bias)
+    rows, cols = weight.shape
+    x = x.contiguous()
+    y = torch.empty(*x.shape[:-1], rows, dtype=x.dtype)
+    backend.core().pairs_linear(
+        _DTYPE_CODES[x.dtype], x.data_ptr(), math.prod(x.shape[:-1]), cols, weight.values.data_ptr(),
+        weight.values.shape[0], weight.indices.data_ptr(), weight.row_order.data_ptr(), weight.row_order.numel(),
+        weight.counts.data_ptr(), weight.counts.numel(), weight.block_offsets.data_ptr(),
+        weight.block_offsets.numel(), 0 if bias is None else bias.data_ptr(), y.data_ptr(), rows,
+    )  # fmt: skip
+    return y
+
+
 def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Return ``x @ weight.T + bias`` by the compiled dense kernel for few tokens, by torch's for many.
 
     ``x`` [..., K], ``weight`` [N, K], ``bias`` [N] share one dtype. The kernel reads the weight once at
     memory speed, which torch's own CPU path does not reach for a single token.
     """
-    if _needs_dispatcher(x, bias) or (torch.is_grad_enabled() and weight.requires_grad):
+    if needs_dispatcher(x, bias) or (torch.is_grad_enabled() and weight.requires_grad):
         result: Tensor = torch.ops.pysparse.dense_linear.default(x, weight, bias)
         return result
     return _dense_linear_cpu(x, weight, bias)
@@ -131,6 +163,15 @@ def _bitmap_linear_cpu(
     tokens = x.numel() // cols if cols else math.prod(batch)
     if tokens > DECODE_TOKENS:
         return _bitmap_linear_many(x, values, masks, tile_offsets, bias, out_features)
+    return _decode(x, values, masks, tile_offsets, bias, out_features)
+
+
+def _decode(
+    x: Tensor, values: Tensor, masks: Tensor, tile_offsets: Tensor, bias: Tensor | None, out_features: int
+) -> Tensor:
+    code = _DTYPE_CODES[values.dtype]
+    *batch, cols = x.shape
+    tokens = x.numel() // cols if cols else math.prod(batch)
     if not x.is_contiguous():
         x = x.contiguous()
     y = torch.empty(*batch, out_features, dtype=x.dtype)

@@ -2,6 +2,7 @@
 #include "isa/generic.h"
 #if defined(__x86_64__)
 #include "isa/avx512bf16.h"
+#include "isa/avx512vnni.h"
 #endif
 
 namespace pysparse {
@@ -10,6 +11,7 @@ static const RegisterIsa generic{isa::kGeneric};
 static const RegisterIsa avx2{isa::kAvx2};
 static const RegisterIsa avx512{isa::kAvx512};
 static const RegisterIsa avx512vbmi2{isa::kAvx512Vbmi2};
+static const RegisterIsa avx512vnni{isa::kAvx512Vnni};
 static const RegisterIsa avx512bf16{isa::kAvx512Bf16};
 #endif
 }  // namespace pysparse

@@ -48,6 +48,26 @@ struct DenseLinear {
   };
 };
 
+struct PairsLinear {
+  static constexpr const char* op = "linear";
+  static constexpr const char* format = "pairs";
+  // A narrow tile takes up to kNarrow tokens, a wide one up to the kernel's width.
+  static constexpr int kNarrow = 32;
+  static constexpr int kWidest = 64;
+  struct Kernel {
+    DType input;  // of the transposed activations
+    int width;    // tokens a wide tile: 32 or 64
+    // input[col][width] = x[token][col] for the columns of one range, in the order of tokens that
+    // the kernel likes, zero beyond `tokens`; false if any value is not finite.
+    bool (*transpose)(const void* x, int64_t cols, int tokens, int width, int64_t begin,
+                      int64_t end, void* input);
+    // Writes one block of rows for the tokens of one tile; `scratch` holds kScratch bytes.
+    void (*run)(const PairsView& weight, int64_t row_block, const void* input, int tokens,
+                int width, void* scratch, const OutputView& output, int64_t first_token);
+  };
+  static constexpr int64_t kScratch = kPairRows * kWidest * 8;
+};
+
 // Sizes that the caller claims for its buffers; checked against the shape before anything is read.
 struct BufferSizes {
   int64_t values, masks, tile_offsets;
@@ -55,6 +75,11 @@ struct BufferSizes {
 
 void bitmap_linear(const TiledBitmapView& weight, const BufferSizes& sizes, const void* x,
                    int64_t tokens, const OutputView& output);
+struct PairsSizes {
+  int64_t entries, row_order, counts, block_offsets;
+};
+void pairs_linear(const PairsView& weight, const PairsSizes& sizes, const void* x, int64_t tokens,
+                  const OutputView& output);
 void bitmap_unpack(const TiledBitmapView& weight, int64_t value_count, int64_t tile_count,
                    int64_t first_tile, int64_t rows, void* dense);
 void dense_linear(const DenseView& weight, const void* x, int64_t tokens, const OutputView& output);

@@ -36,8 +36,9 @@ inline int threads_for(int64_t bytes) {
   return static_cast<int>(std::clamp<int64_t>(bytes / kBytesPerThread, 1, num_threads()));
 }
 
-// Calls body(thread, threads) once on each of `threads` threads. No exception may leave an OpenMP region, so what
-// bodies throw is carried out of it: of several threads' exceptions that of the lowest, as one thread would throw.
+// Calls body(thread, threads) once on each of `threads` threads. No exception may leave an OpenMP
+// region, so what bodies throw is carried out of it: of several threads' exceptions that of the
+// lowest, as one thread would throw.
 template <class Body>
 void parallel(int threads, const Body& body) {
   if (threads <= 1) return body(0, 1);

@@ -1,0 +1,166 @@
+"""What the project claims, beside what the saved results say; a claim that is missed is shown like any other."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from harness import RESULTS, read_runs, show
+
+from pysparse.measure.results import make_table
+from pysparse.measure.rounds import Spread
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """A figure that a benchmark must reach: at least ``bound``, or at most when ``at_most``."""
+
+    text: str
+    benchmark: str
+    bound: float
+    figure: Callable[[Row], float | None]  # of a row that is meant, else None
+    at_most: bool = False
+
+    def is_met(self, value: float) -> bool:
+        return value <= self.bound if self.at_most else value >= self.bound
+
+
+def _median(spread: Row | None) -> float | None:
+    return None if spread is None else float(spread["median"])
+
+
+def _linear(
+    shape: str, dtype: str, sparsity: float, over: str, group: str = "sparse_speedup_over"
+) -> Callable[[Row], float | None]:
+    def figure(row: Row) -> float | None:
+        key = (row["shape"], row["dtype"], row["sparsity"], row["tokens"], row["mask"])
+        return _median(row[group][over]) if key == (shape, dtype, sparsity, 1, "random") else None
+
+    return figure
+
+
+def _overhead(call: str, mode: str) -> Callable[[Row], float | None]:
+    def figure(row: Row) -> float | None:
+        if (row["call"], row["mode"]) != (call, mode):
+            return None
+        return _median(row["microseconds_beyond_kernel"])
+
+    return figure
+
+
+def _end_to_end(row: Row) -> float | None:
+    return row["decode"].get("sparse 70%", {}).get("speedup", {}).get("median")
+
+
+def _model(field: str) -> Callable[[Row], float | None]:
+    return lambda row: row[field] if (row["what"], row.get("sparsity")) == ("bundled model", 0.7) else None
+
+
+def _identical(row: Row) -> float | None:
+    return None if row["what"] != "bundled model" else float(row["save_load_save"] == "identical")
+
+
+def _logits(dtype: str) -> Callable[[Row], float | None]:
+    def figure(row: Row) -> float | None:
+        if row["what"] != "bundled model":
+            return None
+        difference = row["logit_difference"][dtype]
+        return float(difference["max_difference"] / difference["max_value"])
+
+    return figure
+
+
+def _claims() -> Iterator[Claim]:
+    for shape in ("4096x4096", "11008x4096"):
+        for dtype, sparsity, over, bound in (
+            ("bf16", 0.7, "torch", 4.0),
+            ("bf16", 0.7, "pysparse dense", 2.3),
+            ("bf16", 0.5, "torch", 2.4),
+            ("bf16", 0.5, "pysparse dense", 1.5),
+            ("fp32", 0.7, "torch", 4.0),
+        ):
+            text = f"{shape} {dtype}, 1 token, {sparsity:.0%} zeros: speed over {over}"
+            yield Claim(text, "linear", bound, _linear(shape, dtype, sparsity, over))
+        for dtype in ("bf16", "fp32"):
+            share = _linear(shape, dtype, 0.5, "read probe", "dense_kernel_speedup_over")
+            yield Claim(f"{shape} {dtype}: our dense kernel over the read probe", "linear", 0.85, share)
+    yield Claim(
+        "generate(), Llama-2-7B blocks, bf16, 70 % zeros: tokens/s over torch", "end_to_end", 3.5, _end_to_end
+    )
+    for call in ("ops.bitmap_linear", "SparseLinear"):
+        for mode in ("no_grad", "inference_mode"):
+            text = f"{call}, {mode}: microseconds beyond the kernel"
+            yield Claim(text, "overhead", 5.0, _overhead(call, mode), at_most=True)
+    yield Claim(
+        "bundled model at 70 %: linears over dense bf16", "checkpoint", 0.40, _model("linear_ratio"), True
+    )
+    yield Claim("save, load, save: identical (1 = yes)", "checkpoint", 1.0, _identical)
+    yield Claim(
+        "packed against masked dense, fp32: of the largest logit", "checkpoint", 1e-5, _logits("fp32"), True
+    )
+    yield Claim(
+        "packed against masked dense, bf16: of the largest logit", "checkpoint", 2e-2, _logits("bf16"), True
+    )
+
+
+CLAIMS = tuple(_claims())
+
+
+def figures(claim: Claim, runs: list[tuple[str, Row]]) -> list[float]:
+    """The claim's figure in every run that has it, oldest first."""
+    found = (
+        claim.figure(row)
+        for name, run in runs
+        if name == claim.benchmark and not run["quick"]
+        for row in run["rows"]
+    )
+    return [value for value in found if value is not None]
+
+
+def load(folder: Path) -> list[tuple[str, Row]]:
+    """Every run under ``folder``, with the name of its benchmark."""
+    runs = []
+    for path in sorted(folder.glob("*.json")):
+        name = json.loads(path.read_text(encoding="utf-8")).get("benchmark")
+        runs += [(name, run) for run in read_runs(path)]
+    return runs
+
+
+def lines(runs: list[tuple[str, Row]]) -> Iterator[list[Any]]:
+    for claim in CLAIMS:
+        values = figures(claim, runs)
+        sign = "<=" if claim.at_most else ">="
+        row: list[Any] = [claim.text, f"{sign} {claim.bound:g}"]
+        if not values:
+            yield [*row, None, None, 0, "not measured"]
+            continue
+        middle = Spread.of(values).median
+        verdict = "yes" if claim.is_met(middle) else "NO"
+        met = sum(claim.is_met(value) for value in values)
+        yield [
+            *row,
+            f"{middle:.3g}",
+            f"{min(values):.3g}..{max(values):.3g}",
+            f"{met}/{len(values)}",
+            verdict,
+        ]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="report.py", description=__doc__)
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder with the result files")
+    options = parser.parse_args(arguments)
+    runs = load(options.results)
+    columns = ["claim", "bound", "median of runs", "lowest..highest", "runs that meet it", "met"]
+    machines = sorted({str(run["machine"].get("cpu")) for _, run in runs if not run["quick"]})
+    show(make_table("claims and results", columns, list(lines(runs)), caption=", ".join(machines)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,90 @@
+// Linear layers with int8 weights under a bitmap: check, quantise the activations, split the tiles.
+#include "pysparse/error.h"
+#include "pysparse/share.h"
+#include "quantized_input.h"
+
+namespace pysparse {
+namespace {
+
+void check_sizes(const TiledInt8View& weight, const Int8Sizes& sizes) {
+  check(weight.rows >= 0 && weight.cols >= 0, "negative shape ", weight.rows, " x ", weight.cols);
+  check(sizes.masks == weight.tiles() * weight.quads(), "masks hold ", sizes.masks, " words, a ",
+        weight.rows, " x ", weight.cols, " weight has ", weight.tiles() * weight.quads());
+  check(sizes.tile_offsets == weight.tiles() + 1, "tile_offsets hold ", sizes.tile_offsets,
+        " entries, expected ", weight.tiles() + 1);
+  const int64_t total = weight.tile_offsets[weight.tiles()];
+  check(total >= 0 && total + kBytePadding <= sizes.values, "tile_offsets end at ", total,
+        ", but only ", sizes.values, " values are there, ", kBytePadding, " of them padding");
+  check_scales(weight.scales, weight.cols, weight.tiles(), sizes.scales, sizes.row_sums);
+  check(weight.scales.groups == 1 || weight.scales.group_cols % kQuadCols == 0, "group of ",
+        weight.scales.group_cols, " columns: it must be a multiple of ", kQuadCols);
+}
+
+template <class T>
+void unpack_tile(const TiledInt8View& weight, int64_t tile, int64_t rows, T* dense) {
+  const RowScales& scales = weight.scales;
+  const int8_t* next = weight.values + weight.tile_offsets[tile];
+  std::fill(dense, dense + rows * weight.cols, T{});
+  for (int64_t q = 0; q < weight.quads(); ++q) {
+    for (uint64_t bits = weight.masks[tile * weight.quads() + q]; bits; bits &= bits - 1) {
+      const int bit = __builtin_ctzll(bits);
+      const int64_t row = bit / kQuadCols, col = kQuadCols * q + bit % kQuadCols;
+      const float value = static_cast<float>(*next++);
+      if (row < rows)
+        assign(dense[row * weight.cols + col],
+               value * scales.scale_of(col / scales.group_cols, tile)[row]);
+    }
+  }
+}
+
+}  // namespace
+
+void check_scales(const RowScales& scales, int64_t cols, int64_t tiles, int64_t scale_count,
+                  int64_t sum_count) {
+  check(cols <= kMaxInt8Cols, cols, " columns: beyond ", kMaxInt8Cols,
+        " a 32-bit sum of int8 products could overflow; use bfloat16 values");
+  check(scales.group_cols > 0, "a scale covers at least one column, got ", scales.group_cols);
+  const int64_t groups = std::max<int64_t>(1, (cols + scales.group_cols - 1) / scales.group_cols);
+  check(scales.groups == groups && scales.padded_rows == tiles * kTileRows &&
+            scale_count == groups * scales.padded_rows && sum_count == scale_count,
+        "scales and row_sums hold ", scale_count, " and ", sum_count, " entries, expected ", groups,
+        " x ", tiles * kTileRows);
+}
+
+void int8_linear(const TiledInt8View& weight, const Int8Sizes& sizes, const void* x, int64_t tokens,
+                 int parts, const OutputView& output) {
+  check_sizes(weight, sizes);
+  check(parts == 1 || parts == 2, "activations have 1 or 2 bytes, got ", parts);
+  const auto& kernel = lookup<Int8BitmapLinear>(output.dtype);
+  const BlockLayout layout{weight.cols, weight.cols, kQuadCols, weight.quads(), kQuadCols, 0};
+  const QuantizedInput input(x, output.dtype, tokens, parts, layout, kernel.quantize,
+                             kernel.max_vectors);
+  const auto bytes_before = [&](int64_t tile) {
+    return weight.tile_offsets[tile] + tile * weight.quads() * 8;
+  };
+  const int64_t bytes = bytes_before(weight.tiles()) * input.chunks();
+  with_prepared(input, threads_for(bytes), [&](int thread, int threads) {
+    const Range tiles = share_by_bytes(weight.tiles(), bytes_before, thread, threads);
+    for (int64_t tile = tiles.begin; tile < tiles.end; ++tile)
+      for (int64_t c = 0; c < input.chunks(); ++c)  // the tile's weights stay in cache
+        kernel.run(weight, tile, input.chunk(c), output, input.first_token(c));
+  });
+}
+
+void int8_unpack(const TiledInt8View& weight, const Int8Sizes& sizes, int64_t first_tile,
+                 int64_t rows, DType dtype, void* dense) {
+  check_sizes(weight, sizes);
+  const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
+  check(first_tile >= 0 && rows >= 0 && first_tile + tiles <= weight.tiles(), "tiles [", first_tile,
+        ", +", tiles, ") of a weight with ", weight.tiles());
+  parallel_for(tiles, rows * weight.cols * size_of(dtype), [&](int64_t i) {
+    const int64_t live = std::min(kTileRows, rows - i * kTileRows);
+    const int64_t start = i * kTileRows * weight.cols;
+    if (dtype == DType::kFloat32)
+      unpack_tile(weight, first_tile + i, live, static_cast<float*>(dense) + start);
+    else
+      unpack_tile(weight, first_tile + i, live, static_cast<BFloat16*>(dense) + start);
+  });
+}
+
+}  // namespace pysparse

