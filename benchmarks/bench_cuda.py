@@ -27,9 +27,9 @@ from pysparse.formats import PACKINGS, BitmapTensor
 from pysparse.measure.machine import machine_card
 from pysparse.ops.cuda import Packing, arrays, largest_block
 
-SHAPES = [(4096, 4096), (11008, 4096), (4096, 11008), (14336, 4096), (8192, 28672)]
-SPARSITIES = [0.5, 0.6, 0.7, 0.8, 0.9]
-TOKENS = [1, 2, 4, 8, 16, 32, 64]
+SHAPES = [(1024, 4096), (4096, 4096), (11008, 4096), (4096, 11008), (14336, 4096), (8192, 28672)]
+SPARSITIES = [0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9]
+TOKENS = [1, 2, 4, 8, 16, 32]
 REPLAYS = 15
 CACHES = 4  # the copies of a weight exceed the second-level cache so many times
 SHORTEST_US = 150  # of a graph, so that the two events around it do not count
@@ -193,21 +193,34 @@ def measure(shape: tuple[int, int], ready: list[Candidate], tokens: int) -> list
     return result
 
 
-def prefill(shape: tuple[int, int], sparsity: float, tokens: int) -> dict[str, Any]:
-    """Time the product for many tokens: unpacked in cache-sized parts and multiplied by torch."""
+def prefill(shape: tuple[int, int], sparsity: float | None, tokens: int) -> dict[str, Any]:
+    """Time the product for more tokens: unpacked in cache-sized parts and multiplied by torch, or by the kernel."""
     weight = random_weight(*shape, sparsity, 7)
     bitmap = BitmapTensor.from_dense(weight)
     x = torch.randn(tokens, shape[1], device="cuda").bfloat16()
-    result: dict[str, Any] = {"rows": shape[0], "cols": shape[1], "sparsity": sparsity, "tokens": tokens}
+    result: dict[str, Any] = {
+        "rows": shape[0],
+        "cols": shape[1],
+        "sparsity": sparsity or "2:4",
+        "tokens": tokens,
+    }
     calls: dict[str, Callable[[], Tensor]] = {"cublas": lambda: functional.linear(x, weight)}
-    for name in ("delta", "fragment"):
+    for name in ("delta", "fragment") if sparsity else ("pair",):
         packing = PACKINGS[name].from_bitmap(bitmap)
         calls[name] = lambda packing=packing: ops.packed_linear(x, packing)
         calls[name + "_unpack"] = lambda packing=packing: ops.packed_unpack(packing)
+        calls[name + "_unpacked"] = lambda packing=packing: functional.linear(x, ops.packed_unpack(packing))
     graphs = [capture([call] * 4) for call in calls.values()]
     for name, times in zip(calls, time_interleaved(graphs, [4] * len(graphs)), strict=True):
         result[name] = round(times[len(times) // 2], 2)
     return result
+
+
+def prefills() -> list[dict[str, Any]]:
+    """Time few shapes at few numbers of tokens, unstructured and 2:4."""
+    cases = [((4096, 4096), 0.7, n) for n in (8, 32, 512, 2048, 8192)]
+    cases += [((11008, 4096), 0.5, n) for n in (8, 32, 512)]
+    return [prefill(*case) for case in [*cases, *(((11008, 4096), None, n) for n in (8, 32, 512))]]
 
 
 def ceilings() -> dict[str, float]:
@@ -364,7 +377,7 @@ def main() -> int:
         attempt(f"shape_{text}", report, one_shape)
         torch.cuda.empty_cache()
         save()
-    attempt("prefill", report, lambda: [prefill((4096, 4096), 0.7, n) for n in (128, 512, 2048, 8192)])
+    attempt("prefill", report, prefills)
     save()
     attempt("llama_2_7b_blocks", report, lambda: blocks([0.5, 0.7, 0.9]))
     report["clocks_at_end"] = clocks()

@@ -35,7 +35,7 @@ export -f build
 export archs
 
 TAIL=6 step build 150 bash -c build
-step test 150 python3 -W default -m pytest -q --maxfail=12 -p no:cacheprovider -W default \
+step test 150 python3 -W default -m pytest -q --maxfail=12 --tb=short -rf -p no:cacheprovider -W default \
   python_tests/test_cuda.py python_tests/test_cuda_host.py
 TAIL=60 step bench 230 python3 -W default benchmarks/bench_cuda.py --out "$out/cuda.json" --seconds 150
 if command -v compute-sanitizer >/dev/null; then

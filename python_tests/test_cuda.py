@@ -8,6 +8,7 @@ from torch.nn import functional
 from pysparse import backend, ops
 from pysparse.formats import PACKINGS, BitmapTensor
 from pysparse.nn import SparseLinear, sparsify_
+from pysparse.nn.device import Prediction
 
 reason = backend.missing_reason() or backend.cuda_missing_reason()
 pytestmark = pytest.mark.skipif(bool(reason), reason=f"no CUDA kernels: {reason}")
@@ -264,8 +265,12 @@ def pruned(rows, cols, sparsity, dtype=torch.bfloat16):
     return linear.requires_grad_(False)
 
 
-@pytest.mark.parametrize(("sparsity", "packing"), [(0.0, "dense"), (0.5, "fragment"), (0.8, "delta")])
-def test_a_layer_packs_itself_when_it_moves(sparsity, packing):
+@pytest.mark.parametrize(
+    ("sparsity", "packing"), [(0.0, "dense"), (0.5, "delta"), (0.6, "fragment"), (0.8, "delta")]
+)
+def test_a_layer_packs_itself_when_it_moves(sparsity, packing, monkeypatch):
+    if packing == "fragment":  # which decoding one sequence never asks for
+        monkeypatch.setattr("pysparse.nn.device.predict", lambda *_: Prediction("fragment", 4, "asked for"))
     linear = pruned(300, 400, sparsity)
     layer = SparseLinear.from_dense(linear).to("cuda")
     assert (packing if packing == "dense" else f"linear-{packing}-bfloat16-cuda") in layer.kernel
@@ -281,6 +286,20 @@ def test_a_layer_packs_itself_when_it_moves(sparsity, packing):
     assert "linear-bitmap-bfloat16" in back.kernel
     assert torch.equal(back.to_dense().weight, linear.weight.cpu())
     assert all(torch.equal(state[k].cpu(), v) for k, v in back.state_dict().items())
+
+
+def test_a_dense_copy_takes_over_where_it_was_asked_for():
+    linear = pruned(300, 400, 0.8)
+    layer, dense = SparseLinear.from_dense(linear).to("cuda"), linear.cuda()
+    packed_bytes = layer.nbytes
+    layer.prefill = "packed"
+    assert "a dense copy beyond" in layer.kernel
+    few, many = (torch.randn(n, 400, device="cuda").bfloat16() for n in (1, 100))
+    check(layer(few), few, dense.weight, dense.bias)
+    assert layer.nbytes == packed_bytes
+    assert torch.equal(layer(many), dense(many))
+    assert layer.nbytes == packed_bytes + dense.weight.nbytes
+    assert layer.to("cpu").second_packing_nbytes == 0
 
 
 def test_a_layer_made_on_the_device_and_changed_dtype():

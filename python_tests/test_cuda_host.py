@@ -18,7 +18,8 @@ from pysparse import backend
 from pysparse.formats import PACKINGS, BitmapTensor, DeltaRows, FragmentBitmap, PairBlocks
 from pysparse.formats.device import keeps_pairs
 from pysparse.nn import SparseLinear
-from pysparse.nn.device import predict
+from pysparse.nn.device import TOKENS_VARIABLE, DeviceWeight, expected_tokens, predict
+from pysparse.nn.device_costs import DeviceCosts, device_costs
 
 pytestmark = pytest.mark.skipif(
     not backend.available(), reason=f"no compiled core: {backend.missing_reason()}"
@@ -267,19 +268,95 @@ def test_corrupt_packings_do_not_unpack_outside_the_matrix(name):
 # ---- choice and gate ----------------------------------------------------------------------------------------------
 
 
-def test_the_packing_follows_density_and_pattern(monkeypatch):
-    monkeypatch.setattr("pysparse.ops.max_tokens", lambda packing, cols: 8)
-    for sparsity, expected in [
-        (0.9, "delta"),
-        (0.7, "delta"),
-        (0.5, "fragment"),
-        (0.3, "fragment"),
-        (0.0, "dense"),
-    ]:
-        bitmap = BitmapTensor.from_dense(reference.sparse_matrix(200, 1000, sparsity, torch.bfloat16))
-        assert predict(bitmap)[0] == expected, sparsity
-    pairs = BitmapTensor.from_dense(pairs_only(torch.randn(64, 256).bfloat16()))
-    assert predict(pairs) == ("pair", "two of four, 1.125 bytes an entry for 2")
+@pytest.fixture
+def roomy(monkeypatch):
+    """A device that takes every kernel, and costs like a fast GPU's: delta by the weight, fragment by the entry."""
+    monkeypatch.setattr("pysparse.ops.max_tokens", lambda packing, cols: 8 if packing == "delta" else 32)
+    counts = (1, 2, 4, 8, 16, 32)
+    costs = DeviceCosts(
+        "a GPU",
+        {
+            "cublas": {n: (5.0, 0.24, 0.0) for n in counts},
+            "delta": {n: (2.5, 0.27 + 0.04 * n, 0.015 * n) for n in counts[:4]},
+            "fragment": {n: (4.0, 0.1, 0.3 + 0.01 * n) for n in counts},
+            "pair": {n: (2.5, 0.28 + 0.01 * n, 0.0) for n in counts},
+        },
+    )
+    monkeypatch.setattr("pysparse.nn.device.device_costs", lambda: costs)
+    return costs
+
+
+def test_the_packing_follows_density_and_pattern(roomy):
+    def packing(sparsity, tokens, rows=4096, cols=4096):
+        bitmap = BitmapTensor.from_dense(reference.sparse_matrix(rows, cols, sparsity, torch.bfloat16))
+        return predict(bitmap, tokens).packing
+
+    assert [packing(s, 1) for s in (0.9, 0.7, 0.5, 0.1, 0.0)] == ["delta", "delta", "delta", "dense", "dense"]
+    assert [packing(s, 8) for s in (0.9, 0.5)] == ["delta", "fragment"]
+    assert packing(0.9, 64) == "dense"
+    assert packing(0.0, 1, 16, 64) == "dense"  # saves no memory, whatever the microseconds of a tiny layer
+    pairs = BitmapTensor.from_dense(pairs_only(torch.randn(1024, 1024).bfloat16()))
+    assert predict(pairs, 8).packing == "pair"
+
+
+def test_a_prediction_says_where_it_loses(roomy):
+    bitmap = BitmapTensor.from_dense(reference.sparse_matrix(4096, 4096, 0.5, torch.bfloat16))
+    found = predict(bitmap)
+    dense, delta = (roomy.microseconds(k, 1, bitmap.shape, bitmap.density) for k in ("cublas", "delta"))
+    assert found.why == f"50% sparse, {dense / delta:.2g}x dense expected at 1 token (figures of a GPU)"
+    assert found.pays_to == 4
+    weight = DeviceWeight("delta", bitmap.nnz, 0, 8, found.pays_to, "why")
+    assert weight.describe(torch.bfloat16, "auto") == (
+        "linear-delta-bfloat16-cuda up to 8 tokens (expected slower than dense from 5 on), unpack + torch beyond: why"
+    )
+    assert weight.describe(torch.bfloat16, "packed") == (
+        "linear-delta-bfloat16-cuda up to 4 tokens, a dense copy beyond: why"
+    )
+
+
+def test_costs_between_and_beyond_what_was_measured(roomy):
+    assert roomy.microseconds("delta", 3, (64, 64), 0.5) == roomy.microseconds("delta", 4, (64, 64), 0.5)
+    assert roomy.microseconds("delta", 9, (64, 64), 0.5) == float("inf")
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "two", "1.5"])
+def test_expected_tokens_must_be_a_number(monkeypatch, text):
+    monkeypatch.setenv(TOKENS_VARIABLE, text)
+    with pytest.raises(ValueError, match=f"{TOKENS_VARIABLE}={text} is not a number of tokens from 1"):
+        expected_tokens()
+    monkeypatch.delenv(TOKENS_VARIABLE)
+    assert expected_tokens() == 1
+
+
+def test_the_committed_costs_cover_each_kernel():
+    costs = device_costs()
+    assert costs.lines.keys() == {"cublas", *PACKINGS}
+    for by_tokens in costs.lines.values():
+        assert 1 in by_tokens
+        assert all(c >= 0 for line in by_tokens.values() for c in line)
+    assert costs.microseconds("delta", 1, (4096, 4096), 0.3) < costs.microseconds(
+        "cublas", 1, (4096, 4096), 0.3
+    )
+
+
+def test_a_fit_finds_the_line_behind_its_figures(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import vouch_cuda
+
+    rows = [
+        {
+            "microseconds": 3 + 0.25 * mb + 0.1 * rows * 4096 / 1e6,
+            "bytes": mb * 1e6,
+            "rows": rows,
+            "cols": 4096,
+            "sparsity": mb,
+        }
+        for rows in (1024, 4096, 11008)
+        for mb in (5, 20)
+    ]
+    line, worst = vouch_cuda.fit(rows)
+    assert line == pytest.approx([3, 0.25, 0.1], abs=1e-3)
+    assert worst < 1e-9
 
 
 def test_without_a_device_the_gate_says_why_and_import_works():

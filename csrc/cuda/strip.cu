@@ -43,14 +43,23 @@ void cut_up(Plan& plan, const Product& p, int strips, int splits, int room, int 
       1, min(static_cast<int>(ceil_div(ceil_div(p.rows, kStripRows), strips)), slots / cut.splits));
 }
 
-// Hundredths of a step that the slowest thread block takes: blocks, sums at a group's end, inputs
-// (once, or for each group where they do not all fit), and a second pass over the parts.
-int64_t cost(const Plan& plan, const Product& p) {
+// Hundredths of a step that the slowest thread block takes: blocks, sums at a group's end, rounds
+// of inputs (once, or for each group where they do not all fit), and a second pass over the parts,
+// which reads and writes at some 6 MB a step. Pairs wait for memory, which all thread blocks share;
+// bitmaps for the multiprocessor, which only its own share.
+int64_t cost(const Plan& plan, const StripWeight& w, const Product& p, int multiprocessors) {
   const Cut& cut = plan.cut;
-  const int64_t turns = ceil_div(ceil_div(ceil_div(p.rows, kStripRows), cut.strips), plan.grid);
-  const int64_t inputs = int64_t{100} * p.tokens * cut.blocks * kBlockCols * 2 / kStepBytes;
-  return turns * (100 * cut.blocks * cut.strips / cut.warps + 40) +
-         (cut.staged < cut.blocks ? turns : 1) * inputs + (cut.splits > 1 ? 150 : 0);
+  const int64_t groups = ceil_div(ceil_div(p.rows, kStripRows), cut.strips);
+  const int64_t turns = ceil_div(groups, plan.grid), rounds = ceil_div(cut.blocks, cut.staged);
+  const int blocks = plan.grid * cut.splits;
+  const int64_t load = w.packing == Packing::kPair ? 100 * blocks / multiprocessors
+                                                   : 100 * ceil_div(blocks, multiprocessors);
+  const int64_t step = max(int64_t{40}, load / plan.resident);
+  const int64_t inputs =
+      70 * rounds + int64_t{100} * p.tokens * cut.blocks * kBlockCols * 2 / kStepBytes;
+  const int64_t parts = int64_t{cut.splits} * p.tokens * p.rows * 8 / 60000;
+  return turns * (step * cut.blocks * cut.strips / cut.warps + 40) +
+         (rounds > 1 ? turns : 1) * inputs + (cut.splits > 1 ? 200 + parts : 0);
 }
 
 Plan plan(const StripWeight& w, const Product& p, const Device& card) {
@@ -76,7 +85,9 @@ Plan plan(const StripWeight& w, const Product& p, const Device& card) {
       Plan next = plan;
       cut_up(next, p, strips, splits, room, slots);
       const bool fits = p.tokens * staged_stride(next.cut.staged) <= room;
-      if (fits && (!best.grid || cost(next, p) < cost(best, p))) best = next;
+      if (fits && (!best.grid ||
+                   cost(next, w, p, card.multiprocessors) < cost(best, w, p, card.multiprocessors)))
+        best = next;
     }
   best.shared = own() + p.tokens * staged_stride(best.cut.staged);
   return best;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -12,12 +13,15 @@ from torch.nn import functional
 from pysparse import backend, ops
 from pysparse.formats import PACKINGS, BitmapTensor, DeltaRows, FragmentBitmap, PairBlocks
 from pysparse.formats.device import PACKED_DTYPES, keeps_pairs
+from pysparse.nn.device_costs import bytes_per_entry, device_costs
+from pysparse.nn.dispatch import Dispatch
 
-# Bytes per entry against 2 of the dense weight, at density p: delta 2.5 p, fragment 2 p + 0.141, pair 1.125.
-# Delta's work goes with the weights kept, the others' with the entries; measured in benchmarks/results/cuda_*.json.
-DELTA_DENSITY = 0.35
-# A gain below 5 % in bytes is not worth the unpacking at many tokens: the weight is kept densely.
-DENSE_DENSITY = 0.88
+TOKENS_VARIABLE = (
+    "PYSPARSE_CUDA_TOKENS"  # how many tokens a call is expected to bring; 1 is decoding one sequence
+)
+# A sparse kernel must be expected to be so much faster than the dense product, or the weight is kept densely: fits
+# are some 5 % off, and no layer shall be slower than before.
+GAIN = 1.05
 
 _FIELDS = {
     "delta": ("values", "deltas", "row_groups", "chunk_cols"),
@@ -34,6 +38,8 @@ class DeviceWeight:
     packing: str  # "delta" | "fragment" | "pair" | "dense"
     nnz: int
     largest_block: int  # bytes, of a fragment packing
+    max_tokens: int  # that the kernel takes; with more the weight is unpacked and multiplied by torch
+    pays_to: int  # tokens up to which the kernel is expected to be no slower than the dense product
     why: str
 
     @classmethod
@@ -45,16 +51,18 @@ class DeviceWeight:
         """
         if bitmap.dtype not in PACKED_DTYPES or not backend.available():
             return None, ()
-        name, why = predict(bitmap)
-        if name == "dense":
-            return cls(name, bitmap.nnz, 0, why), (bitmap.to_dense(),)
-        closed = backend.cuda_gate(name)
+        found = predict(bitmap, expected_tokens())
+        if found.packing == "dense":
+            return cls("dense", bitmap.nnz, 0, 0, 0, found.why), (bitmap.to_dense(),)
+        closed = backend.cuda_gate(found.packing)
         if closed:
             backend.warn_once(f"cuda-{closed}", f"sparse layers on CUDA run without sparse kernels: {closed}")
             return None, ()
-        packing = PACKINGS[name].from_bitmap(bitmap)
-        largest = packing.largest_block if isinstance(packing, FragmentBitmap) else 0
-        return cls(name, bitmap.nnz, largest, why), tuple(getattr(packing, field) for field in _FIELDS[name])
+        packed = PACKINGS[found.packing].from_bitmap(bitmap)
+        largest = packed.largest_block if isinstance(packed, FragmentBitmap) else 0
+        limit = ops.max_tokens(found.packing, bitmap.shape[1])
+        weight = cls(found.packing, bitmap.nnz, largest, limit, min(limit, found.pays_to), found.why)
+        return weight, tuple(getattr(packed, field) for field in _FIELDS[found.packing])
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -62,14 +70,27 @@ class DeviceWeight:
         return tuple(f"packed_{field}" for field in _FIELDS[self.packing])
 
     def linear(
-        self, x: Tensor, buffers: Mapping[str, Tensor | None], bias: Tensor | None, rows: int
+        self,
+        x: Tensor,
+        buffers: Mapping[str, Tensor | None],
+        bias: Tensor | None,
+        rows: int,
+        dispatch: Dispatch,
     ) -> Tensor:
-        """Return ``x @ W.T + bias``; ``x`` is [..., cols] on the weight's device."""
+        """Return ``x @ W.T + bias``; ``x`` is [..., cols] on the weight's device.
+
+        ``dispatch.prefill`` "packed" keeps a dense copy for the tokens with which the kernel would lose.
+        """
         arrays = self._arrays(buffers)
         if x.dtype is not arrays[0].dtype and torch.is_autocast_enabled("cuda"):
             x = x.to(arrays[0].dtype)  # packed weights keep their dtype: autocast moves the input instead
         if self.packing == "dense":
             return functional.linear(x, arrays[0], bias)
+        if dispatch.prefill == "packed" and x.numel() > self.pays_to * x.shape[-1]:
+            if not isinstance(dispatch.packing, Tensor):
+                shape = (rows, x.shape[-1])
+                dispatch.packing = ops.packed_unpack(self._packed(arrays, shape))
+            return functional.linear(x, dispatch.packing, bias)
         return ops.call_arrays(self.packing, x, arrays, bias, rows, self.largest_block)
 
     def to_bitmap(self, buffers: Mapping[str, Tensor | None], shape: tuple[int, int]) -> BitmapTensor:
@@ -77,34 +98,66 @@ class DeviceWeight:
         arrays = self._arrays(buffers)
         if self.packing == "dense":
             return BitmapTensor.from_dense(arrays[0])
-        if self.packing == "delta":
-            return DeltaRows(arrays[0], arrays[1], arrays[2], arrays[3], shape).to_bitmap()
-        if self.packing == "fragment":
-            return FragmentBitmap(arrays[0], arrays[1], self.largest_block, shape).to_bitmap()
-        return PairBlocks(arrays[0], shape).to_bitmap()
+        return self._packed(arrays, shape).to_bitmap()
 
-    def describe(self, dtype: torch.dtype) -> str:
-        """Name the kernel for few tokens, what happens with many, and why."""
+    def _packed(
+        self, arrays: tuple[Tensor, ...], shape: tuple[int, int]
+    ) -> DeltaRows | FragmentBitmap | PairBlocks:
+        if self.packing == "delta":
+            return DeltaRows(arrays[0], arrays[1], arrays[2], arrays[3], shape)
+        if self.packing == "fragment":
+            return FragmentBitmap(arrays[0], arrays[1], self.largest_block, shape)
+        return PairBlocks(arrays[0], shape)
+
+    def describe(self, dtype: torch.dtype, prefill: str) -> str:
+        """Name the kernel for few tokens, where it loses to the dense product, what happens with many, and why."""
         if self.packing == "dense":
             return f"dense torch: {self.why}"
-        few = ops.DELTA_TOKENS if self.packing == "delta" else ops.STRIP_TOKENS
-        return (
-            f"linear-{self.packing}-{str(dtype).removeprefix('torch.')}-cuda up to {few} tokens, "
-            f"unpack + torch beyond: {self.why}"
+        kernel = f"linear-{self.packing}-{str(dtype).removeprefix('torch.')}-cuda"
+        if prefill == "packed":
+            return f"{kernel} up to {self.pays_to} tokens, a dense copy beyond: {self.why}"
+        loses = (
+            f" (expected slower than dense from {self.pays_to + 1} on)"
+            if self.pays_to < self.max_tokens
+            else ""
         )
+        return f"{kernel} up to {self.max_tokens} tokens{loses}, unpack + torch beyond: {self.why}"
 
     def _arrays(self, buffers: Mapping[str, Tensor | None]) -> tuple[Tensor, ...]:
         arrays = tuple(buffers[name] for name in self.names)
         return tuple(array for array in arrays if array is not None)
 
 
-def predict(bitmap: BitmapTensor) -> tuple[str, str]:
-    """Return the packing that decodes fastest by its bytes and its work, and why."""
-    p = bitmap.density
-    if p <= DELTA_DENSITY and ops.max_tokens("delta", bitmap.shape[1]) > 0:
-        return "delta", f"{1 - p:.0%} sparse, {2.5 * p:.2f} bytes an entry for 2"
-    if keeps_pairs(bitmap):
-        return "pair", f"two of four, {1.125} bytes an entry for 2"
-    if p <= DENSE_DENSITY:
-        return "fragment", f"{1 - p:.0%} sparse, {2 * p + 0.141:.2f} bytes an entry for 2"
-    return "dense", f"only {1 - p:.0%} sparse: no gain predicted"
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """The packing that a number of tokens is expected to be fastest with."""
+
+    packing: str  # "delta" | "fragment" | "pair" | "dense"
+    pays_to: int  # tokens up to which it is expected to be no slower than the dense product
+    why: str
+
+
+def expected_tokens() -> int:
+    """Return the tokens per call that packings are chosen for: PYSPARSE_CUDA_TOKENS, or 1."""
+    text = os.environ.get(TOKENS_VARIABLE) or "1"
+    if not (text.isdecimal() and 1 <= int(text) <= 1 << 20):
+        raise ValueError(f"{TOKENS_VARIABLE}={text} is not a number of tokens from 1 to {1 << 20}")
+    return int(text)
+
+
+def predict(bitmap: BitmapTensor, tokens: int = 1) -> Prediction:
+    """Return the packing that is expected to be fastest at ``tokens``, by measured costs; dense without a gain."""
+    costs, p, shape = device_costs(), bitmap.density, bitmap.shape
+    names = [name for name in PACKINGS if tokens <= ops.max_tokens(name, shape[1])]
+    if "pair" in names and (p > 0.5 or not keeps_pairs(bitmap)):
+        names.remove("pair")
+    # A packing that saves no memory is none, however few microseconds a tiny layer takes.
+    names = [n for n in names if bytes_per_entry(n, p) * GAIN <= bytes_per_entry("cublas", p)]
+    dense = costs.microseconds("cublas", tokens, shape, p)
+    times = {name: costs.microseconds(name, tokens, shape, p) for name in names}
+    best = min(times, key=times.__getitem__, default="dense")
+    at = f"{tokens} token{'s' if tokens > 1 else ''}"
+    if best == "dense" or times[best] * GAIN > dense:
+        return Prediction("dense", 0, f"{1 - p:.0%} sparse, no gain expected at {at}")
+    why = f"{1 - p:.0%} sparse, {dense / times[best]:.2g}x dense expected at {at} (figures of {costs.gpu})"
+    return Prediction(best, costs.pays_to(best, shape, p), why)

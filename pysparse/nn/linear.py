@@ -28,7 +28,8 @@ class SparseLinear(nn.Module):
 
     From 17 tokens on the way is chosen by measured costs. Where a second packing of the weight pays, it is made
     at the first such call and counted in ``nbytes``; ``layer.prefill`` ("auto" | "packed" | "unpack") rules that.
-    Moved to a CUDA device, the layer packs itself for that device's kernels (see :mod:`pysparse.nn.device`).
+    Moved to a CUDA device, the layer packs itself for that device's kernels, or densely where none is expected to
+    gain (see :mod:`pysparse.nn.device`); there "packed" keeps a dense copy for the tokens with which they lose.
     """
 
     compressed: Tensor | None
@@ -242,7 +243,9 @@ class SparseLinear(nn.Module):
     def _forward_slow(self, x: Tensor) -> Tensor:
         """Pack at first use where there are kernels; where there are none, say so once and multiply densely."""
         if self._device_weight is not None:
-            return self._device_weight.linear(x, self._buffers, self._parameters["bias"], self.out_features)
+            return self._device_weight.linear(
+                x, self._buffers, self._parameters["bias"], self.out_features, self._dispatch
+            )
         if not self.is_packed and self.pack().is_packed:
             return self.forward(x)
         if not backend.available():
@@ -297,7 +300,7 @@ class SparseLinear(nn.Module):
     def kernel(self) -> str:
         """Name the kernel that a forward pass runs now, and why."""
         if self._device_weight is not None:
-            return self._device_weight.describe(self.dtype)
+            return self._device_weight.describe(self.dtype, self.prefill)
         if not self.is_packed:
             cause = backend.missing_reason() or f"not packed (dtype {self.dtype})"
             return f"unpack + dense torch: {cause}"
