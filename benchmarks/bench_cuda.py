@@ -194,7 +194,7 @@ def measure(shape: tuple[int, int], ready: list[Candidate], tokens: int) -> list
 
 
 def prefill(shape: tuple[int, int], sparsity: float | None, tokens: int) -> dict[str, Any]:
-    """Time the product for more tokens: unpacked in cache-sized parts and multiplied by torch, or by the kernel."""
+    """Time the product for more tokens: unpacked and multiplied by torch, or by the kernel."""
     weight = random_weight(*shape, sparsity, 7)
     bitmap = BitmapTensor.from_dense(weight)
     x = torch.randn(tokens, shape[1], device="cuda").bfloat16()

@@ -101,6 +101,16 @@ def test_layers_of_real_models(name, rows, cols):
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_a_weight_that_exceeds_the_scratch_goes_in_parts(name, monkeypatch):
+    monkeypatch.setattr("pysparse.ops.cuda._UNPACK_BYTES", 1 << 20)
+    weight = matrix(name, 1100, 1000, 0.6, torch.bfloat16)
+    x, bias = torch.randn(64, 1000, device="cuda").bfloat16(), torch.randn(1100, device="cuda").bfloat16()
+    exact = x.double() @ weight.double().T + bias.double()
+    y = ops.packed_linear(x, pack(name, weight), bias)
+    assert (y.double() - exact).norm() / exact.norm() < 4e-3
+
+
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("tokens", [1, 4, 16])
 def test_one_full_row_among_empty_ones(name, tokens):
     weight = torch.zeros(200, 5000, device="cuda").bfloat16()

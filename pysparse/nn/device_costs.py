@@ -45,12 +45,12 @@ class DeviceCosts:
         entries = shape[0] * shape[1] / 1e6
         return call + entries * (megabyte * bytes_per_entry(kernel, density) + mega)
 
-    def pays_to(self, kernel: str, shape: tuple[int, int], density: float, tolerance: float = 1.05) -> int:
-        """Return up to how many tokens ``kernel`` is expected to take at most ``tolerance`` times the dense time."""
+    def pays_to(self, kernel: str, shape: tuple[int, int], density: float, gain: float) -> int:
+        """Return up to how many tokens ``kernel`` is expected to be ``gain`` times as fast as the dense product."""
         last = 0
         for tokens in sorted(self.lines["cublas"]):
             dense = self.microseconds("cublas", tokens, shape, density)
-            if self.microseconds(kernel, tokens, shape, density) > tolerance * dense:
+            if self.microseconds(kernel, tokens, shape, density) * gain > dense:
                 break
             last = tokens
         return last
