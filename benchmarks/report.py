@@ -117,10 +117,15 @@ def figures(claim: Claim, runs: list[tuple[str, Row]]) -> list[float]:
     found = (
         claim.figure(row)
         for name, run in runs
-        if name == claim.benchmark and not run["quick"]
+        if name == claim.benchmark and not run["quick"] and not _is_pinned(run)
         for row in run["rows"]
     )
     return [value for value in found if value is not None]
+
+
+def _is_pinned(run: Row) -> bool:
+    """Tell whether threads were bound to cores: a protocol of its own, which most programs do not follow."""
+    return "OMP_PROC_BIND" in (run.get("machine", {}).get("environment") or {})
 
 
 def load(folder: Path) -> list[tuple[str, Row]]:
