@@ -13,7 +13,7 @@ import torch
 
 from pysparse import backend
 from pysparse.nn import SparseLinear
-from pysparse.nn.dispatch import Dispatch, bucket
+from pysparse.nn.dispatch import Dispatch, bucket, pairs_stay_small
 from pysparse.ops import cost_cache, costs
 from pysparse.ops.costs import DENSITIES, TOKENS, Costs
 
@@ -130,10 +130,14 @@ def test_measured_costs_are_whole_and_plausible(monkeypatch):
     }))) == measured  # fmt: skip
 
 
-@pytest.mark.parametrize(("sparsity", "second"), [(0.9, "pairs"), (0.2, "dense")])
+@pytest.mark.parametrize(
+    ("sparsity", "mode", "second"),
+    [(0.9, "auto", "pairs"), (0.9, "packed", "pairs"), (0.2, "packed", "dense")],
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_layer_makes_the_packing_that_pays_and_counts_it(cache, sparsity, second, dtype):
+def test_the_layer_makes_the_packing_that_pays_and_counts_it(cache, sparsity, mode, second, dtype):
     linear, sparse = layer(sparsity, dtype)
+    sparse.prefill = mode
     before = sparse.nbytes
     x = torch.randn(100, SHAPE[1]).to(dtype)
     sparse(x[:16])
@@ -164,15 +168,30 @@ def test_results_agree_whatever_is_decided(cache):
 
 
 def test_auto_wants_a_tenth_and_packed_anything(cache, monkeypatch):
-    close = made_up(bitmap=10.0, unpack=1.05, pairs=10.0, dense=1.0)
+    close = made_up(bitmap=10.0, unpack=1.05, pairs=4.0, dense=10.0)  # at a quarter of the weights: 1.0
     monkeypatch.setattr(cost_cache, "measure", lambda dtype: close)
-    arguments = SHAPE, SHAPE[0] * SHAPE[1] // 2, torch.float32, 256, True
+    arguments = SHAPE, SHAPE[0] * SHAPE[1] // 4, torch.float32, 256, True
     assert Dispatch("auto").choice(*arguments).way == "unpack"
-    assert "within 10% of dense" in Dispatch("auto").choice(*arguments).reason
-    assert Dispatch("packed").choice(*arguments).way == "dense"
+    assert "within 10% of pairs" in Dispatch("auto").choice(*arguments).reason
+    assert Dispatch("packed").choice(*arguments).way == "pairs"
     assert Dispatch("unpack").choice(*arguments).way == "unpack"
     with pytest.raises(ValueError, match="prefill is one of auto, packed, unpack; got 'fast'"):
         Dispatch("fast")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "sparsity", "fits"),
+    [(torch.bfloat16, 0.6, False), (torch.bfloat16, 0.7, True), (torch.float32, 0.5, False),
+     (torch.float32, 0.7, True)],
+)  # fmt: skip
+def test_by_default_a_layer_never_outgrows_its_dense_self(cache, dtype, sparsity, fits):
+    linear, sparse = layer(sparsity, dtype, (1024, 2048))
+    assert pairs_stay_small(linear.weight.numel(), sparse.nnz, dtype) == fits
+    sparse(torch.randn(256, 2048).to(dtype))
+    assert sparse.nbytes <= linear.weight.numel() * linear.weight.element_size()
+    sparse.prefill = "packed"
+    sparse(torch.randn(256, 2048).to(dtype))
+    assert (sparse.nbytes <= linear.weight.numel() * linear.weight.element_size()) == fits
 
 
 def test_a_moved_or_reloaded_weight_drops_its_second_packing(cache):

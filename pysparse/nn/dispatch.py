@@ -16,6 +16,7 @@ PREFILL = ("auto", "packed", "unpack")
 DECODE_TOKENS = 16  # up to here the decode kernel reads the weight once: it is taken unmeasured
 SMALL_WEIGHT = 1 << 18  # entries up to which a layer is not worth measuring, nor a second packing
 _AUTO_MARGIN = 1.1  # how much faster a second packing must be to be worth its memory
+_PAIR_BYTES = {torch.bfloat16: 3.2, torch.float32: 5.3}  # a kept weight in pair blocks, at the most
 
 
 def bucket(tokens: int) -> int:
@@ -23,13 +24,22 @@ def bucket(tokens: int) -> int:
     return tokens if tokens <= 64 else -(-tokens // 64) * 64
 
 
+def pairs_stay_small(entries: int, nnz: int, dtype: torch.dtype) -> bool:
+    """Tell whether the bitmap and pair blocks together take fewer bytes than the dense weight.
+
+    A pruned model must not outgrow its dense self by default: that is from 64 % zeros on in bf16, 58 % in fp32.
+    """
+    bitmap = nnz * dtype.itemsize + entries / 8
+    return bitmap + nnz * _PAIR_BYTES.get(dtype, float("inf")) <= entries * dtype.itemsize
+
+
 @dataclass(slots=True)
 class Dispatch:
     """A layer's decisions, by number of tokens, and its second packing, made when the first one calls for it.
 
-    ``prefill`` "auto" makes one where costs say it is faster by a tenth, "packed" wherever it is faster at
-    all, "unpack" never. One layer makes one second packing at most: pair blocks, or a dense copy where the
-    weight is too dense for the sparse arithmetic to win.
+    ``prefill`` "auto" makes one where costs say it is faster by a tenth and both packings together stay
+    below the dense weight, "packed" wherever it is faster at all, "unpack" never. One layer makes one second
+    packing at most: pair blocks, or ("packed" only) a dense copy where the sparse arithmetic cannot win.
     """
 
     prefill: str = "auto"
@@ -72,9 +82,13 @@ class Dispatch:
                 fixed, {}, "costs not measured yet: they are at the first such call, or by pysparse tune"
             )
         density = nnz / entries
-        ways = HELD if self.prefill == "unpack" else (*HELD, second_packing(costs, shape, density))
-        margin = _AUTO_MARGIN if self.prefill == "auto" else 1.0
-        return choose(costs, shape, density, bucket(tokens), ways, margin)
+        ways: tuple[str, ...] = HELD
+        if self.prefill == "packed":
+            ways = (*HELD, second_packing(costs, shape, density))
+            return choose(costs, shape, density, bucket(tokens), ways, 1.0)
+        if self.prefill == "auto" and pairs_stay_small(entries, nnz, dtype):
+            ways = (*HELD, "pairs")
+        return choose(costs, shape, density, bucket(tokens), ways, _AUTO_MARGIN)
 
     def run(self, way: str, x: Tensor, weight: TiledBitmap, bias: Tensor | None) -> Tensor:
         """Compute ``x @ W.T + bias`` by ``way``, packing first where that has not happened yet."""
