@@ -25,7 +25,7 @@ from pysparse.nn.convert import MIN_SPARSITY
 SIDES = (768, 1024, 2048, 3072, 4096, 5632, 8192, 11008)  # of published models' layers
 TOKENS = (1, 512)  # from, to; as likely below as above their geometric mean
 MOST_ZEROS = 0.95
-WORK = 2**35  # weights times tokens, at most: bounds a case to some tenths of a second
+WORK = 2**33  # weights times tokens, at most: bounds a case to some tenths of a second
 WITHIN = 1.03  # of the better of dense and sparse
 CHOSEN, TORCH, KERNEL = "chosen", "torch dense", "dense kernel"
 
@@ -76,6 +76,8 @@ def measure(case: Case, rounds: int) -> dict[str, Any]:
         "bitmap": Call(lambda: ops.bitmap_linear_chunks(x, tiled)),
         "pairs": Call(lambda: ops.pairs_linear(x, pairs)),
     }
+    if case.tokens > ops.DENSE_TOKENS:
+        del calls[KERNEL]  # is torch's product there
     timings = time_calls(calls, rounds, sample_seconds=0.004)
     # Pairs of neighbours in time: what slows one round slows both, and the better way is known beforehand.
     medians = {name: spread.median for name, timing in timings.items() if (spread := timing.spread())}
