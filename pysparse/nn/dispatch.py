@@ -13,7 +13,7 @@ from pysparse.ops import cost_cache
 from pysparse.ops.costs import HELD, Choice, choose, second_packing
 
 PREFILL = ("auto", "packed", "unpack")
-DECODE_TOKENS = 16  # up to here the decode kernel reads the weight once: it is taken unmeasured
+DECODE_TOKENS = 8  # up to here reading the weight is what costs: the decode kernel is taken unmeasured
 SMALL_WEIGHT = 1 << 18  # entries up to which a layer is not worth measuring, nor a second packing
 _AUTO_MARGIN = 1.1  # how much faster a second packing must be to be worth its memory
 _PAIR_BYTES = {torch.bfloat16: 3.2, torch.float32: 5.3}  # a kept weight in pair blocks, at the most

@@ -26,7 +26,7 @@ class SparseLinear(nn.Module):
     ``masks``, ``tile_offsets``, which the kernels read; the canonical ones are dropped so that the weight
     is in memory once. ``state_dict()`` always speaks canonical, whichever state the layer is in.
 
-    From 17 tokens on the way is chosen by measured costs. Where a second packing of the weight pays, it is made
+    From 9 tokens on the way is chosen by measured costs. Where a second packing of the weight pays, it is made
     at the first such call and counted in ``nbytes``; ``layer.prefill`` ("auto" | "packed" | "unpack") rules that.
     Moved to a CUDA device, the layer packs itself for that device's kernels, or densely where none is expected to
     gain (see :mod:`pysparse.nn.device`); there "packed" keeps a dense copy for the tokens with which they lose.
