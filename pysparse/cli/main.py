@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Group
 
 import pysparse
+from pysparse.cli.options import Debug, Dtype, Json, Model, Plot, Seed, Threads, torch_dtype
 from pysparse.cli.output import EXIT_FAILED, console, emit, guarded, say
+from pysparse.cli.prune import prune
 
 app = typer.Typer(
     name="pysparse",
@@ -19,36 +20,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
-Json = Annotated[
-    str | None,
-    typer.Option(
-        "--json", metavar="FILE", help="Write the result as JSON; '-' prints it instead of a table."
-    ),
-]
-Plot = Annotated[
-    Path | None, typer.Option("--plot", metavar="FILE", help="Draw a PNG (needs the plot extra).")
-]
-Threads = Annotated[
-    int | None, typer.Option("--threads", min=1, help="torch threads [default: torch's own choice].")
-]
-Seed = Annotated[int, typer.Option("--seed", help="Seed of everything that is drawn.")]
-Model = Annotated[str, typer.Argument(help="Folder (or hub name) of a model.", show_default=False)]
-
-
-class Dtype(StrEnum):
-    """Dtypes by the names people type."""
-
-    bf16 = "bf16"
-    fp32 = "fp32"
-    fp16 = "fp16"
-
-
-def _torch_dtype(dtype: Dtype) -> Any:
-    import torch
-
-    return {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}[dtype.value]
 
 
 def _version(wanted: bool) -> None:
@@ -69,75 +40,7 @@ def main(
     """
 
 
-@app.command()
-def prune(
-    model: Model,
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Folder to save the sparse model in.")
-    ] = None,
-    sparsity: Annotated[
-        float | None,
-        typer.Option(help="Fraction of weights to zero. [default: 0.5, or what --pattern implies]"),
-    ] = None,
-    method: Annotated[str, typer.Option(help="wanda, magnitude, ...")] = "wanda",
-    pattern: Annotated[
-        str | None, typer.Option(help="'unstructured' or 'n:m', n KEPT of each m inputs.")
-    ] = None,
-    calib: Annotated[
-        list[Path] | None,
-        typer.Option(
-            "--calib", help="Text, .jsonl or .json file; may be repeated. [default: the bundled text]"
-        ),
-    ] = None,
-    num_samples: Annotated[int, typer.Option(min=1, help="Calibration sequences.")] = 128,
-    max_length: Annotated[
-        int | None,
-        typer.Option(min=1, help="Tokens per calibration sequence. [default: 2048 or the model's limit]"),
-    ] = None,
-    ignore: Annotated[
-        list[str] | None, typer.Option(help="Layers to leave dense; may be repeated. [default: lm_head]")
-    ] = None,
-    allocation: Annotated[str, typer.Option(help="How sparsity is spread over the blocks.")] = "uniform",
-    recipe: Annotated[Path | None, typer.Option(help="YAML recipe, instead of --method.")] = None,
-    save_format: Annotated[
-        str, typer.Option("--format", help="pysparse (packed), dense, or compressed-tensors.")
-    ] = "pysparse",
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the plan and sizes; touch nothing.")
-    ] = False,
-    threads: Threads = None,
-    seed: Seed = 0,
-    json: Json = None,
-    debug: Debug = False,
-) -> None:
-    """Zero the least important weights of a model and save it packed."""
-    with guarded(debug):
-        from pysparse import api
-
-        if output is None and not dry_run:
-            raise ValueError(
-                "nowhere to save the pruned model: pass --output DIR (or --dry-run to see the plan)"
-            )
-        options: dict[str, Any] = {
-            "sparsity": sparsity, "method": method, "pattern": pattern, "recipe": recipe,
-            "ignore": tuple(ignore) if ignore else ("lm_head",), "allocation": allocation,
-        }  # fmt: skip
-        if dry_run:
-            plan = api.plan_prune(model, **options)
-            emit(plan.table(), json, plan)
-            return
-        result = api.prune(
-            model, calibration=_calibration(calib), num_samples=num_samples, max_length=max_length,
-            output_dir=output, save_format=save_format, threads=threads, seed=seed, **options,
-        )  # fmt: skip
-        emit(result.report, json, result.report.to_dict())
-        say(f"saved in {output}; load it with pysparse.from_pretrained('{output}')")
-
-
-def _calibration(files: list[Path] | None) -> list[str] | None:
-    from pysparse import calib
-
-    return [text for file in files for text in calib.load_texts(file)] if files else None
+app.command()(prune)
 
 
 @app.command("eval")
@@ -211,12 +114,12 @@ def bench(
         if shape is not None:
             settings = api.BenchSettings(prompt_len, new_tokens, batch_size, rounds, 1, threads, seed)
             result = api.benchmark_shape(
-                shape, sparsity, _torch_dtype(dtype or Dtype.bf16), blocks, settings, progress=True
+                shape, sparsity, torch_dtype(dtype or Dtype.bf16), blocks, settings, progress=True
             )
         else:
             result = api.benchmark(
                 str(model), dense, prompt_len, new_tokens, batch_size, threads,
-                None if dtype is None else _torch_dtype(dtype), rounds=rounds, seed=seed, progress=True,
+                None if dtype is None else torch_dtype(dtype), rounds=rounds, seed=seed, progress=True,
             )  # fmt: skip
         emit(result, json, result)
         if plot is not None:
@@ -260,7 +163,7 @@ def tune(
     with guarded(debug):
         from pysparse.measure.kernels import show_choices, tune_kernels
 
-        dtypes = [_torch_dtype(one) for one in ([dtype] if dtype else (Dtype.bf16, Dtype.fp32))]
+        dtypes = [torch_dtype(one) for one in ([dtype] if dtype else (Dtype.bf16, Dtype.fp32))]
         rows, files = tune_kernels(dtypes, threads)
         emit(show_choices(rows), json, {"choices": rows, "files": files})
         say(f"kept in {', '.join(files)}")

@@ -1,0 +1,28 @@
+"""Floor 9: the public calls: prune, evaluate, benchmark, report, doctor."""
+
+from pysparse.api.benchmarking import benchmark, benchmark_shape
+from pysparse.api.evaluation import Evaluation, evaluate
+from pysparse.api.loading import load_model
+from pysparse.api.pruning import PruneResult, plan_prune, prune
+from pysparse.measure.comparison import BenchResult, BenchSettings
+from pysparse.measure.doctor import doctor
+from pysparse.measure.kernels import KernelInfo, kernel_info
+from pysparse.measure.report import Report, report
+
+__all__ = [
+    "BenchResult",
+    "BenchSettings",
+    "Evaluation",
+    "KernelInfo",
+    "PruneResult",
+    "Report",
+    "benchmark",
+    "benchmark_shape",
+    "doctor",
+    "evaluate",
+    "kernel_info",
+    "load_model",
+    "plan_prune",
+    "prune",
+    "report",
+]

@@ -1,0 +1,90 @@
+"""Models, tokenizers and texts from what a caller has."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from pysparse import data, huggingface
+from pysparse.calib import Calibration, load_calibration, load_texts
+from pysparse.measure.windows import choose_window, max_positions
+from pysparse.models.sources import check_source, find_tokenizer, load_tokenizer
+
+_LONGEST = 1 << 30  # tokens, of a tokenizer that names no limit
+
+
+Texts = Sequence[str] | Iterable[str] | str | Path
+
+
+def load_model(
+    source: nn.Module | str | Path, dtype: torch.dtype | None = None, format: str = "sparse"
+) -> nn.Module:
+    """Return ``source`` itself if it is a model, else load it from its folder or hub name.
+
+    ``format`` "sparse" keeps packed layers packed, "dense" unpacks them. Raises FileNotFoundError for a folder
+    that holds no model, ValueError when a model object does not have the ``dtype`` asked for.
+    """
+    if not isinstance(source, nn.Module):
+        options = {} if dtype is None else {"dtype": dtype}
+        return huggingface.from_pretrained(check_source(source), format=format, **options)
+    have = getattr(source, "dtype", None)
+    if dtype is not None and have != dtype:
+        raise ValueError(
+            f"the model is {have}, not the dtype={dtype} asked for: convert it with model.to({dtype})"
+        )
+    return source
+
+
+def tokenizer_for(source: nn.Module | str | Path, model: nn.Module, tokenizer: Any) -> Any:
+    """Return the tokenizer for texts; ValueError when none was given and none is saved beside the model."""
+    found = tokenizer_or_none(source, model, tokenizer)
+    if found is None:
+        raise ValueError("texts need a tokenizer and none is saved beside this model; pass tokenizer=...")
+    return found
+
+
+def tokenizer_or_none(source: nn.Module | str | Path, model: nn.Module, tokenizer: Any) -> Any | None:
+    """Return the tokenizer that was given, or is saved beside the model, or None."""
+    if isinstance(tokenizer, str | Path):
+        return load_tokenizer(tokenizer)
+    if tokenizer is not None:
+        return tokenizer
+    if isinstance(source, nn.Module):
+        return find_tokenizer(model)
+    try:
+        return load_tokenizer(source)
+    except FileNotFoundError:
+        return None
+
+
+def texts_of(source: Texts | None) -> list[str]:
+    """Return the texts of ``source``; None is the bundled held-out text."""
+    return load_texts(data.held_out_texts() if source is None else source)
+
+
+def calibration_for(
+    source: Any,
+    model: nn.Module,
+    tokenizer: Any,
+    num_samples: int | None,
+    max_length: int | None,
+    batch_size: int,
+    seed: int,
+) -> Calibration:
+    """Return calibration batches that fit ``model``; ``source`` None is the bundled calibration text."""
+    limits = (choose_window(model, None), int(getattr(tokenizer, "model_max_length", _LONGEST)))
+    found = load_calibration(
+        data.calibration_texts() if source is None else source, tokenizer,
+        num_samples=num_samples, max_length=max_length, batch_size=batch_size, seed=seed,
+        default_length=min(limits),
+    )  # fmt: skip
+    if source is None:
+        found = dataclasses.replace(
+            found, source=f"the bundled text ({found.source}), as no calibration was given"
+        )
+    return found.check_positions(max_positions(model))

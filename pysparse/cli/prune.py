@@ -1,0 +1,81 @@
+"""``pysparse prune``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from pysparse.cli.options import Debug, Json, Model, Seed, Threads
+from pysparse.cli.output import emit, guarded, say
+
+
+def prune(
+    model: Model,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder to save the sparse model in.")
+    ] = None,
+    sparsity: Annotated[
+        float | None,
+        typer.Option(help="Fraction of weights to zero. [default: 0.5, or what --pattern implies]"),
+    ] = None,
+    method: Annotated[str, typer.Option(help="wanda, magnitude, ...")] = "wanda",
+    pattern: Annotated[
+        str | None, typer.Option(help="'unstructured' or 'n:m', n KEPT of each m inputs.")
+    ] = None,
+    calib: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--calib", help="Text, .jsonl or .json file; may be repeated. [default: the bundled text]"
+        ),
+    ] = None,
+    num_samples: Annotated[int, typer.Option(min=1, help="Calibration sequences.")] = 128,
+    max_length: Annotated[
+        int | None,
+        typer.Option(min=1, help="Tokens per calibration sequence. [default: 2048 or the model's limit]"),
+    ] = None,
+    ignore: Annotated[
+        list[str] | None, typer.Option(help="Layers to leave dense; may be repeated. [default: lm_head]")
+    ] = None,
+    allocation: Annotated[str, typer.Option(help="How sparsity is spread over the blocks.")] = "uniform",
+    recipe: Annotated[Path | None, typer.Option(help="YAML recipe, instead of --method.")] = None,
+    save_format: Annotated[
+        str, typer.Option("--format", help="pysparse (packed), dense, or compressed-tensors.")
+    ] = "pysparse",
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the plan and sizes; touch nothing.")
+    ] = False,
+    threads: Threads = None,
+    seed: Seed = 0,
+    json: Json = None,
+    debug: Debug = False,
+) -> None:
+    """Zero the least important weights of a model and save it packed."""
+    with guarded(debug):
+        from pysparse import api
+
+        if output is None and not dry_run:
+            raise ValueError(
+                "nowhere to save the pruned model: pass --output DIR (or --dry-run to see the plan)"
+            )
+        options: dict[str, Any] = {
+            "sparsity": sparsity, "method": method, "pattern": pattern, "recipe": recipe,
+            "ignore": tuple(ignore) if ignore else ("lm_head",), "allocation": allocation,
+        }  # fmt: skip
+        if dry_run:
+            plan = api.plan_prune(model, **options)
+            emit(plan.table(), json, plan)
+            return
+        result = api.prune(
+            model, calibration=_calibration(calib), num_samples=num_samples, max_length=max_length,
+            output_dir=output, save_format=save_format, threads=threads, seed=seed, **options,
+        )  # fmt: skip
+        emit(result.report, json, result.report.to_dict())
+        say(f"saved in {output}; load it with pysparse.from_pretrained('{output}')")
+
+
+def _calibration(files: list[Path] | None) -> list[str] | None:
+    from pysparse import calib
+
+    return [text for file in files for text in calib.load_texts(file)] if files else None
