@@ -13,7 +13,7 @@ export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow bench lint format wheel sanitize cuda-check clean
+.PHONY: help demo test test-slow bench lint format wheel sanitize cuda-check gpu-report clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -77,6 +77,9 @@ sanitize: $(VENV)/dev ## kernel and format tests under the address and undefined
 		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONMALLOC=malloc \
 		$(VENV)-sanitize/bin/python -P -m pytest -s -q -p no:cacheprovider \
 		python_tests/test_kernels.py python_tests/test_formats.py python_tests/test_int8.py python_tests/test_nm.py
+
+gpu-report: ## on a machine with a GPU and nvcc: build, test, measure; writes gpu_report/gpu_report.json
+	GPU_OUT=gpu_report benchmarks/gpu_check.sh
 
 clean: ## remove everything that was built
 	rm -rf $(VENV) $(VENV)-wheel $(VENV)-sanitize build dist demo_output
