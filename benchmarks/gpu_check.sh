@@ -39,7 +39,7 @@ TAIL=6 step build 150 bash -c build
 step test 150 python3 -W default -m pytest -q --maxfail=12 --tb=short -rf -p no:cacheprovider -W default \
   python_tests/test_cuda.py python_tests/test_cuda_host.py python_tests/test_static_decode.py
 TAIL=60 step bench 230 python3 -W default benchmarks/bench_cuda.py --out "$out/cuda.json" --seconds 150
-TAIL=40 step end 170 python3 -W default benchmarks/bench_cuda_end_to_end.py --out "$out/cuda_end_to_end.json"
+TAIL=40 step end 280 python3 -W default benchmarks/bench_cuda_end_to_end.py --out "$out/cuda_end_to_end.json"
 if command -v compute-sanitizer >/dev/null; then
   step sanitize-memory 60 compute-sanitizer --tool memcheck --error-exitcode 9 python3 -W ignore python_tests/cuda_sample.py
   step sanitize-races 60 compute-sanitizer --tool racecheck --error-exitcode 9 python3 -W ignore python_tests/cuda_sample.py

@@ -24,13 +24,15 @@ OnRound = Callable[[str, int, int], None]
 def compile_blocks_(model: nn.Module) -> nn.Module:
     """Let torch.compile take each decoder block of ``model`` when it is first called; in place.
 
-    Block by block, because the blocks share one compilation then, and a deep model compiles in seconds. The blocks are
-    the longest ModuleList; ValueError when there is none.
+    The blocks are the longest ModuleList; ValueError when there is none. Each is compiled for itself, as its place in
+    the KV cache is a constant of it; torch's limit of compilations of one function is raised to their number.
     """
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
     if not lists:
         raise ValueError(f"{type(model).__name__} has no list of blocks to compile")
-    for block in max(lists, key=len):
+    blocks = max(lists, key=len)
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 2 * len(blocks))
+    for block in blocks:
         block.compile(fullgraph=True)
     return model
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,17 +18,11 @@ class StaticDecoder:
     :meth:`step` consumes the last token of each sequence, appends the most likely next one, and advances the
     position, all on the device. On CUDA the step is captured in a graph; elsewhere it just runs.
 
-    ``forward`` may be a compiled form of ``model``; it is called with one token a step. Raises ValueError where
-    the cache of ``max_tokens`` positions (prompt, warm-up and new tokens) is shorter than the prompt needs.
+    Blocks of ``model`` may be compiled (``block.compile()``). Raises ValueError where a cache of ``max_tokens``
+    positions has no room for the prompt, the steps that warm up and one token.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        prompt: Tensor,
-        max_tokens: int,
-        forward: Callable[..., Any] | None = None,
-    ) -> None:
+    def __init__(self, model: nn.Module, prompt: Tensor, max_tokens: int) -> None:
         from transformers import StaticCache
 
         length = prompt.shape[1]
@@ -38,12 +31,13 @@ class StaticDecoder:
                 f"max_tokens={max_tokens} holds no new token after a prompt of {length} and {WARMUP_STEPS} to warm up"
             )
         config: Any = model.config
-        self._forward = forward or model
+        self._model = model
         self._cache: Any = StaticCache(config=config, max_cache_len=max_tokens)
         self._keyword = cache_keyword(model)
         self.capacity = max_tokens
         self.used = length
-        with torch.no_grad():
+        # Eager: a compiled block would specialise on each layer of a cache that is still empty.
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
             logits = model(input_ids=prompt, **{self._keyword: self._cache}, use_cache=True).logits
         self.token = logits[:, -1:].argmax(dim=-1)  # [B, 1], replaced in place by each step
         self.position = torch.full_like(self.token, length)
@@ -52,7 +46,7 @@ class StaticDecoder:
 
     @torch.no_grad()
     def _advance(self) -> None:
-        output = self._forward(
+        output = self._model(
             input_ids=self.token, position_ids=self.position, **{self._keyword: self._cache}, use_cache=True
         )
         self.logits.copy_(output.logits)
