@@ -18,6 +18,7 @@ from pysparse.measure.results import to_jsonable
 from pysparse.measure.rounds import Spread, percentile, ratios
 from pysparse.models.static_decode import WARMUP_STEPS, StaticDecoder
 
+_RECOMPILATIONS = 1 << 12  # of one function: several models of some ten blocks each
 OnRound = Callable[[str, int, int], None]
 
 
@@ -25,13 +26,13 @@ def compile_blocks_(model: nn.Module) -> nn.Module:
     """Let torch.compile take each decoder block of ``model`` when it is first called; in place.
 
     The blocks are the longest ModuleList; ValueError when there is none. Each is compiled for itself, as its place in
-    the KV cache is a constant of it; torch's limit of compilations of one function is raised to their number.
+    the KV cache is a constant of it; torch's limit of compilations of one function is raised for them.
     """
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
     if not lists:
         raise ValueError(f"{type(model).__name__} has no list of blocks to compile")
     blocks = max(lists, key=len)
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 2 * len(blocks))
+    torch._dynamo.config.recompile_limit = _RECOMPILATIONS
     for block in blocks:
         block.compile(fullgraph=True)
     return model
@@ -50,7 +51,7 @@ def compare_on_cuda(
     """Time the models (on one CUDA device, one dtype), interleaved; the first one is the baseline.
 
     Decoding is greedy with a static KV cache, a CUDA graph a step (:class:`StaticDecoder`), timed by events
-    around each step. Prefill is the forward pass without the head. Model bytes are those of parameters and
+    around each step. Prefill, the forward pass without the head, and the first token run eagerly. Model bytes are those of parameters and
     buffers. Raises ValueError when prompt and new tokens are longer than a model takes.
     """
     card = machine_card() | gpu_card()
@@ -173,14 +174,14 @@ def _prefill(
     }
 
 
-@torch.no_grad()
 def _interleaved(
     calls: Mapping[str, Callable[[], object]], settings: BenchSettings
 ) -> dict[str, list[float]]:
     times: dict[str, list[float]] = {name: [] for name in calls}
-    for index, order in enumerate(_turns(list(calls), settings.rounds + settings.warmup)):
-        for name in order:
-            (one,) = _timed([calls[name]])
-            if index >= settings.warmup:
-                times[name].append(one)
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        for index, order in enumerate(_turns(list(calls), settings.rounds + settings.warmup)):
+            for name in order:
+                (one,) = _timed([calls[name]])
+                if index >= settings.warmup:
+                    times[name].append(one)
     return times
