@@ -50,9 +50,9 @@ def compare_on_cuda(
 ) -> BenchResult:
     """Time the models (on one CUDA device, one dtype), interleaved; the first one is the baseline.
 
-    Decoding is greedy with a static KV cache, a CUDA graph a step (:class:`StaticDecoder`), timed by events
-    around each step. Prefill, the forward pass without the head, and the first token run eagerly. Model bytes are those of parameters and
-    buffers. Raises ValueError when prompt and new tokens are longer than a model takes.
+    Decoding is greedy with a static KV cache, a CUDA graph a step (:class:`StaticDecoder`), timed by events around
+    each step. Prefill (the forward pass without the head) and the first token run eagerly. Model bytes are those of
+    parameters and buffers. Raises ValueError when prompt and new tokens are longer than a model takes.
     """
     card = machine_card() | gpu_card()
     with evaluating(*models.values()):
