@@ -18,6 +18,7 @@ from pysparse import data
 from pysparse.calib import (
     Batch,
     Collector,
+    Gram,
     Replay,
     SquaredNorm,
     load_calibration,
@@ -129,6 +130,49 @@ def test_collector_notices_an_input_that_was_changed_in_place():
     q, k = (collector.values(path, 1)["squared_norm"] for path in ("q", "k"))
     torch.testing.assert_close(q, before.square().sum(dim=(0, 1)))
     torch.testing.assert_close(k, 9 * q)
+
+
+def gram(batches, channels):
+    statistic = Gram(channels, torch.device("cpu"))
+    for batch in batches:
+        rows = batch.reshape(-1, channels)
+        statistic.add(statistic.measure(rows), len(rows))
+    return statistic.value(1)
+
+
+def test_gram_is_the_sum_over_tokens_and_does_not_see_batches():
+    hidden = torch.randn(64, 9, 16) * torch.logspace(-2, 2, 16)
+    rows = hidden.reshape(-1, 16).double()
+    size = rows.abs().T @ rows.abs()
+    for split in (1, 17, 64):
+        value = gram(hidden.split(split), 16)
+        assert value.dtype == torch.float32
+        assert (((value - rows.T @ rows).abs() / size) < len(rows) * 2.0**-24).all()
+    assert torch.equal(gram([], 4), torch.eye(4))  # no token: no channel is coupled with another
+
+
+def test_layers_with_the_same_inputs_share_one_gram_until_one_sees_another():
+    module, x = Attention(), torch.randn(2, 3, 4)
+    watched = {path: Watched(layer, 4, torch.device("cpu")) for path, layer in module.named_children()}
+    collector = Collector(watched, ("gram", "squared_norm"))
+    with torch.no_grad(), collector.watching():
+        module(x)
+        module(2 * x)
+    values = {path: collector.values(path, 4) for path in ("q", "k", "v", "o")}
+    assert values["q"]["gram"] is values["k"]["gram"] is values["v"]["gram"]
+    assert values["o"]["gram"] is not values["q"]["gram"]
+    rows = x.reshape(-1, 4)
+    torch.testing.assert_close(values["q"]["gram"], 5 * rows.T @ rows)
+    torch.testing.assert_close(values["q"]["squared_norm"], values["q"]["gram"].diagonal() / 4)
+    collector = Collector(watched, ("gram",))
+    with torch.no_grad(), collector.watching():
+        module(x)
+        module.q(3 * x)  # as an expert that alone is chosen
+        module(x)
+    torch.testing.assert_close(collector.values("q", 1)["gram"], 11 * rows.T @ rows)
+    torch.testing.assert_close(collector.values("k", 1)["gram"], 2 * rows.T @ rows)
+    assert collector.values("k", 1)["gram"] is collector.values("v", 1)["gram"]
+    assert (collector.tokens("q"), collector.tokens("k")) == (18, 12)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

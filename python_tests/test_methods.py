@@ -11,7 +11,9 @@ from pysparse.methods import (
     ALLOCATIONS,
     COMPONENTS,
     METHODS,
+    InverseHessian,
     Magnitude,
+    ObsUpdate,
     Wanda,
     load_recipe,
     parse_recipe,
@@ -86,8 +88,11 @@ def test_methods_by_name():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("wonda",), r"unknown method 'wonda' \(did you mean 'wanda'\?\); known: magnitude, wanda"),
-        (("obs",), "unknown method 'obs'; known: magnitude, wanda"),
+        (
+            ("wonda",),
+            r"unknown method 'wonda' \(did you mean 'wanda'\?\); known: magnitude, sparsegpt, wanda",
+        ),
+        (("obs",), "unknown method 'obs'; known: magnitude, sparsegpt, wanda"),
         (("wanda", None, "uniforme"), "unknown allocation 'uniforme' .did you mean 'uniform'"),
         (("wanda", "2-4"), '"n:m" with n kept of m, got "2-4"'),
         (("wanda", "4:2"), '"n:m" with n kept of m, got "4:2"'),
@@ -103,8 +108,9 @@ def test_unknown_names(arguments, message):
 # --- YAML ------------------------------------------------------------------------------------------------
 
 RECIPES = [
-    Recipe(importance, Uniform(), structure, Keep())
-    for importance in (Magnitude(), Wanda())
+    Recipe(importance, Uniform(), structure, reconstruction)
+    for importance in (Magnitude(), Wanda(), InverseHessian(damping=0.1))
+    for reconstruction in (Keep(), ObsUpdate(damping=0.02, block_size=64))
     for structure in (Unstructured("row"), Unstructured("matrix"), NM(2, 4), NM(1, 16))
 ]
 
@@ -132,7 +138,10 @@ GOOD = "importance: Wanda\nallocation: Uniform\nstructure: Unstructured\nreconst
         ("- a", "got list"),
         (GOOD.replace("allocation: Uniform\n", ""), "the recipe lacks allocation"),
         (GOOD + "sparsty: 0.5\n", "unknown keys sparsty; known: importance, allocation"),
-        (GOOD.replace("Wanda", "Wonda"), "importance has the unknown type 'Wonda'; known: Magnitude, Wanda"),
+        (
+            GOOD.replace("Wanda", "Wonda"),
+            "importance has the unknown type 'Wonda'; known: InverseHessian, Magnitude, Wanda",
+        ),
         (GOOD.replace("Wanda", "Keep"), "importance has the unknown type 'Keep'"),
         (
             GOOD.replace("Wanda", "{type: Wanda, alpha: 1}"),

@@ -60,7 +60,7 @@ def prune(
     Args:
         model_or_path: a model, or the folder (or hub name) of one, which is then loaded.
         sparsity: fraction of zeros in [0, 1) in every pruned matrix; None is 0.5, or what ``pattern`` implies.
-        method: a name of ``pysparse.methods.METHODS``: "wanda" (calibrated) or "magnitude".
+        method: a name of ``pysparse.methods.METHODS``: "wanda", "sparsegpt" (both calibrated), "magnitude".
         pattern: None or "unstructured", or "n:m": n KEPT of every m consecutive inputs, e.g. "2:4".
         calibration: texts (a list, or a .txt, .json or .jsonl file) or batches of tokens (tensors, dicts with
             ``input_ids``, a DataLoader). None takes the bundled text, and the report says so; a method that

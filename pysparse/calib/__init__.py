@@ -3,7 +3,7 @@
 from pysparse.calib.batches import Batch, Calibration
 from pysparse.calib.load import load_calibration
 from pysparse.calib.replay import Replay, record_calls
-from pysparse.calib.statistics import STATISTICS, Collector, SquaredNorm, Statistic
+from pysparse.calib.statistics import STATISTICS, Collector, Gram, SquaredNorm, Statistic
 from pysparse.calib.texts import load_texts
 from pysparse.calib.windows import token_batches
 
@@ -12,6 +12,7 @@ __all__ = [
     "Batch",
     "Calibration",
     "Collector",
+    "Gram",
     "Replay",
     "SquaredNorm",
     "Statistic",

@@ -20,7 +20,7 @@ def prune(
         float | None,
         typer.Option(help="Fraction of weights to zero. [default: 0.5, or what --pattern implies]"),
     ] = None,
-    method: Annotated[str, typer.Option(help="wanda, magnitude, ...")] = "wanda",
+    method: Annotated[str, typer.Option(help="wanda, sparsegpt, magnitude, ...")] = "wanda",
     pattern: Annotated[
         str | None, typer.Option(help="'unstructured' or 'n:m', n KEPT of each m inputs.")
     ] = None,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from pysparse.pruning import Stats
@@ -17,6 +18,10 @@ class Magnitude:
     def needs(self) -> tuple[str, ...]:
         """Nothing: no calibration, no forward pass."""
         return ()
+
+    def column_scale(self, weight: Tensor, stats: Stats) -> Tensor:
+        """Return ones: every input counts the same."""
+        return torch.ones(weight.shape[1], device=weight.device)
 
     def __call__(self, weight: Tensor, stats: Stats) -> Tensor:
         """Return |w|, float32 [out_features, in_features]."""

@@ -16,15 +16,16 @@ from typing import Any
 import yaml
 
 from pysparse.methods.magnitude import Magnitude
+from pysparse.methods.sparsegpt import InverseHessian, ObsUpdate
 from pysparse.methods.wanda import Wanda
 from pysparse.pruning import NM, Keep, Recipe, Uniform, Unstructured
 from pysparse.pruning.report import describe_recipe
 
 COMPONENTS: dict[str, dict[str, type[Any]]] = {
-    "importance": {"Magnitude": Magnitude, "Wanda": Wanda},
+    "importance": {"InverseHessian": InverseHessian, "Magnitude": Magnitude, "Wanda": Wanda},
     "allocation": {"Uniform": Uniform},
     "structure": {"NM": NM, "Unstructured": Unstructured},
-    "reconstruction": {"Keep": Keep},
+    "reconstruction": {"Keep": Keep, "ObsUpdate": ObsUpdate},
 }
 _LIMIT = 1 << 12  # bytes; a recipe has some ten lines, and the parser's time grows with the square
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import TypeVar
 
 from pysparse.methods.magnitude import Magnitude
+from pysparse.methods.sparsegpt import InverseHessian, ObsUpdate
 from pysparse.methods.wanda import Wanda
 from pysparse.nn.linear import parse_pattern
 from pysparse.pruning import NM, Allocation, Keep, Recipe, Uniform, Unstructured
@@ -17,6 +18,7 @@ T = TypeVar("T")
 METHODS: dict[str, Recipe] = {
     "magnitude": Recipe(Magnitude(), Uniform(), Unstructured("matrix"), Keep()),
     "wanda": Recipe(Wanda(), Uniform(), Unstructured("row"), Keep()),
+    "sparsegpt": Recipe(InverseHessian(), Uniform(), Unstructured("matrix"), ObsUpdate()),
 }
 ALLOCATIONS: dict[str, Allocation] = {"uniform": Uniform()}
 

@@ -18,6 +18,10 @@ class Wanda:
         """The squared norms of the input channels."""
         return ("squared_norm",)
 
+    def column_scale(self, weight: Tensor, stats: Stats) -> Tensor:
+        """Return the norms a, float32 [in_features]."""
+        return stats["squared_norm"].sqrt()
+
     def __call__(self, weight: Tensor, stats: Stats) -> Tensor:
         """Return |w| * sqrt(q), float32 [out_features, in_features], for ``stats["squared_norm"]`` [in_features]."""
-        return weight.abs().float().mul_(stats["squared_norm"].sqrt())  # abs() has made the copy
+        return weight.abs().float().mul_(self.column_scale(weight, stats))  # abs() has made the copy

@@ -5,6 +5,7 @@ from pysparse.pruning.layout import BlockLayout, PrunableLayer
 from pysparse.pruning.plan import PrunePlan, plan
 from pysparse.pruning.recipe import (
     Allocation,
+    ColumnScaled,
     Evidence,
     Importance,
     MaskStructure,
@@ -12,6 +13,7 @@ from pysparse.pruning.recipe import (
     Recipe,
     Reconstruction,
     Stats,
+    column_scale,
 )
 from pysparse.pruning.reconstruction import Keep
 from pysparse.pruning.report import PrunedLayer, PruneReport
@@ -24,6 +26,7 @@ __all__ = [
     "Allocation",
     "BlockEvent",
     "BlockLayout",
+    "ColumnScaled",
     "Evidence",
     "Importance",
     "Keep",
@@ -40,6 +43,7 @@ __all__ = [
     "Unstructured",
     "allocate",
     "check_sparsity",
+    "column_scale",
     "plan",
     "resolve_sparsity",
     "run",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -27,6 +27,7 @@ class Pruned:
 
     weight: Tensor  # [out_features, in_features], zero where not kept
     keep: Tensor  # bool, same shape; True survives
+    warnings: tuple[str, ...] = ()  # what went otherwise than the recipe says; the loop adds the layer's name
 
 
 class Importance(Protocol):
@@ -38,6 +39,19 @@ class Importance(Protocol):
 
     def __call__(self, weight: Tensor, stats: Stats) -> Tensor:
         """Return float32 scores of the shape of ``weight`` [out_features, in_features]; the least go first."""
+
+
+@runtime_checkable
+class ColumnScaled(Protocol):
+    """An importance that ranks the weights of a layer as |w_ij| * a_j does; compiled kernels select by that."""
+
+    def column_scale(self, weight: Tensor, stats: Stats) -> Tensor:
+        """Return a_j >= 0, float32 [in_features], for ``weight`` [out_features, in_features]."""
+
+
+def column_scale(importance: Importance, weight: Tensor, stats: Stats) -> Tensor | None:
+    """Return the factors a_j by which ``importance`` ranks |w_ij| * a_j, or None when it ranks otherwise."""
+    return importance.column_scale(weight, stats) if isinstance(importance, ColumnScaled) else None
 
 
 class Allocation(Protocol):
@@ -66,6 +80,19 @@ class MaskStructure(Protocol):
 
     def dense_columns(self, cols: int) -> int:
         """Return how many columns at the end of a row the pattern cannot reach and leaves dense."""
+
+    def step(self, block_size: int) -> int:
+        """Return how many columns at a time are masked by who goes along them in blocks of ``block_size``.
+
+        Raises ValueError when a block has no room for a group of the pattern.
+        """
+
+    def keep_columns(self, scores: Tensor, sparsity: float, start: int) -> Tensor:
+        """Return the mask of the columns from ``start`` on alone, of the shape of their ``scores`` [R, c].
+
+        ``start`` and c are multiples of :meth:`step`, but for the last columns of a matrix. Over a whole
+        matrix exactly :meth:`pruned_count` weights are pruned.
+        """
 
 
 class Reconstruction(Protocol):

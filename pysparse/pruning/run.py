@@ -118,6 +118,7 @@ class _Job:
     propagate: str
     clock: _Clock = field(default_factory=_Clock)
     warnings: dict[str, str] = field(default_factory=dict)  # layer path -> warning
+    remarks: list[str] = field(default_factory=list)  # of reconstructions, with the layer's path
 
     def evidence(self) -> list[Evidence]:
         """Return what the allocation asked for: its statistics take a pass over the dense model."""
@@ -183,12 +184,13 @@ class _Job:
         except ValueError as error:
             raise ValueError(f"{layer.path}: {error}") from error
         layer.write(pruned.weight)
+        self.remarks += [f"{layer.path}: {text}" for text in pruned.warnings]
         zeros = layer.size - int(torch.count_nonzero(layer.weight))
         removed = layer.size - int(torch.count_nonzero(pruned.keep))
-        warning = self.warnings.get(layer.path)
+        warnings = tuple(filter(None, (self.warnings.get(layer.path), *pruned.warnings)))
         return PrunedLayer(
             layer.path, layer.block, layer.shape, str(recipe.structure), sparsity, removed, zeros,
-            time.perf_counter() - start, (warning,) if warning else (),
+            time.perf_counter() - start, warnings,
         )  # fmt: skip
 
     def report(self, target: float, layers: Sequence[PrunedLayer], seed: int) -> PruneReport:
@@ -200,7 +202,7 @@ class _Job:
             f"{len(self.warnings)} layers saw no calibration token, {next(iter(self.warnings))} first: their inputs "
             "count as equally strong"
         ) if self.warnings else None  # fmt: skip
-        for text in filter(None, (ragged, unseen)):
+        for text in filter(None, (ragged, unseen, *self.remarks)):
             _LOGGER.warning(text)
             warnings.append(text)
         return PruneReport(

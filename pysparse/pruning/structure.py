@@ -41,8 +41,11 @@ class Unstructured:
         ``scores`` is [R, C]; returns bool [R, C]. Raises ValueError when a score is NaN.
         """
         _check_scores(scores)
+        rows, cols = scores.shape
+        return self._keep(scores, self._count(rows, cols, sparsity))
+
+    def _keep(self, scores: Tensor, count: int) -> Tensor:
         groups = scores if self.group == "row" else scores.reshape(1, -1)
-        count = count_of(groups.shape[1], sparsity)
         keep = torch.ones(groups.shape, dtype=torch.bool, device=scores.device)
         if count:
             rows = max(1, _CHUNK // groups.shape[1])
@@ -52,11 +55,29 @@ class Unstructured:
 
     def pruned_count(self, rows: int, cols: int, sparsity: float) -> int:
         """Return how many weights of a [rows, cols] matrix are pruned."""
-        return rows * count_of(cols, sparsity) if self.group == "row" else count_of(rows * cols, sparsity)
+        return self._count(rows, cols, sparsity) * (rows if self.group == "row" else 1)
+
+    def _count(self, rows: int, cols: int, sparsity: float) -> int:
+        return count_of(cols if self.group == "row" else rows * cols, sparsity)
 
     def dense_columns(self, cols: int) -> int:
         """Return 0: every column can be pruned."""
         return 0
+
+    def step(self, block_size: int) -> int:
+        """Return ``block_size``: the weights of a block compete."""
+        return block_size
+
+    def keep_columns(self, scores: Tensor, sparsity: float, start: int) -> Tensor:
+        """Keep the best of these columns, each row or all rows together.
+
+        What has been pruned up to a column is floor(sparsity * weights so far), so the counts of the blocks,
+        none off by more than one, add up to that of the matrix.
+        """
+        _check_scores(scores)
+        rows, cols = scores.shape
+        until, before = (self._count(rows, end, sparsity) for end in (start + cols, start))
+        return self._keep(scores, until - before)
 
     def __str__(self) -> str:
         return f"unstructured, by {self.group}"
@@ -115,6 +136,16 @@ class NM:
     def dense_columns(self, cols: int) -> int:
         """Return the width of the short group at the end of a row."""
         return cols % self.m
+
+    def step(self, block_size: int) -> int:
+        """Return m; ValueError when a group does not fit into a block."""
+        if block_size < self.m:
+            raise ValueError(f"block_size={block_size} has no room for a group of {self}")
+        return self.m
+
+    def keep_columns(self, scores: Tensor, sparsity: float, start: int) -> Tensor:
+        """Keep n of every m of these columns; a group does not see the others."""
+        return self.keep(scores, sparsity)
 
     def __str__(self) -> str:
         return f"{self.n}:{self.m}"

@@ -1,0 +1,351 @@
+"""SparseGPT against its vectors and invariants: the factor, the sweep, the crosses with other scores."""
+
+import copy
+import dataclasses
+
+import pytest
+import tiny_models
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from pysparse.calib import Gram, load_calibration
+from pysparse.measure import torch_threads
+from pysparse.methods import METHODS, InverseHessian, Magnitude, ObsUpdate, Wanda, recipe_for
+from pysparse.methods.obs import NotPositiveDefiniteError, inverse_factor
+from pysparse.models.discover import discover
+from pysparse.pruning import NM, Keep, Recipe, Uniform, Unstructured, plan, run
+
+STRUCTURES = [Unstructured("row"), Unstructured("matrix"), NM(2, 4), NM(1, 4), NM(4, 8), NM(3, 7)]
+SCORES = [InverseHessian(), Wanda(), Magnitude()]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    with torch_threads(1):
+        yield
+
+
+def layer(rows=24, cols=48, tokens=200, seed=0, spread=1.0):
+    """A weight and correlated inputs with their statistics."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(rows, cols, generator=generator)
+    mix = torch.randn(cols, cols, generator=generator) / cols**0.5 + torch.eye(cols)
+    x = torch.randn(tokens, cols, generator=generator) @ mix * torch.logspace(-spread, spread, cols)
+    return weight, x, {"gram": x.T @ x, "squared_norm": x.square().sum(dim=0)}
+
+
+def error(weight, pruned, x):
+    """The squared output error, in float64."""
+    return float(((weight.double() - pruned.double()) @ x.double().T).square().sum())
+
+
+def solve(weight, stats, structure, sparsity=0.5, importance=None, **settings):
+    importance = InverseHessian() if importance is None else importance
+    return ObsUpdate(**settings).solve(weight, stats, importance, structure, sparsity)
+
+
+def sparsity_of(structure):
+    return structure.fixed_sparsity or 0.5
+
+
+# --- the factor ------------------------------------------------------------------------------------------
+
+
+def test_vector_of_two_columns():
+    gram, weight = torch.tensor([[2.0, 1], [1, 2]]), torch.ones(1, 2)
+    factor = inverse_factor(gram, 0.0)
+    expected = torch.tensor([[0.81649658, -0.40824829], [0, 0.70710678]])
+    torch.testing.assert_close(factor.upper, expected)
+    scores = InverseHessian(damping=0.0)(weight, {"gram": gram})
+    torch.testing.assert_close(scores, torch.tensor([[1.5, 2.0]]))
+    pruned = solve(weight, {"gram": gram}, Unstructured("matrix"), damping=0.0)
+    torch.testing.assert_close(pruned.weight, torch.tensor([[0, 1.5]]))
+
+
+def test_the_factor_is_that_of_the_inverse():
+    _, _, stats = layer(cols=40)
+    gram = stats["gram"].double()
+    factor = inverse_factor(stats["gram"], 0.01)
+    damped = gram + 0.01 * gram.diagonal().mean() * torch.eye(40)
+    upper = factor.upper.double()
+    torch.testing.assert_close(upper.T @ upper @ damped, torch.eye(40).double(), rtol=0, atol=1e-3)
+    assert torch.equal(upper, upper.triu())
+    # U_jj^2 is the corner of the inverse of what is left when the columns before j are gone.
+    corners = torch.stack([damped[j:, j:].inverse()[0, 0] for j in range(40)])
+    torch.testing.assert_close(upper.diagonal().square(), corners, rtol=1e-4, atol=0)
+
+
+def test_the_factor_is_made_once_for_layers_that_share_inputs():
+    gram = layer()[2]["gram"]
+    first = inverse_factor(gram, 0.01)
+    assert inverse_factor(gram, 0.01) is first
+    assert inverse_factor(gram, 0.02) is not first
+    assert inverse_factor(gram.clone(), 0.02) is not first
+
+
+def test_a_hessian_that_is_not_positive_definite_is_damped_more():
+    gram = torch.eye(8)
+    gram[0, 1] = gram[1, 0] = 1.05
+    weight = torch.randn(4, 8)
+    pruned = solve(weight, {"gram": gram}, Unstructured("row"))
+    text = "the Hessian is not positive definite with damping 0.01; damping 0.1 was used"
+    assert pruned.warnings == (text,)
+    assert int((~pruned.keep).sum()) == 16
+    gram[0, 1] = gram[1, 0] = 5.0
+    tried = "the Hessian is not positive definite with damping 0.01, 0.1, 1, 0.01 in float64"
+    with pytest.raises(NotPositiveDefiniteError, match=tried):
+        InverseHessian()(weight, {"gram": gram})
+    fallen = solve(weight, {"gram": gram}, Unstructured("row"))
+    assert fallen.warnings == (f"{tried}: pruned by Wanda, without an update",)
+    expected = Keep().solve(weight, {"squared_norm": gram.diagonal()}, Wanda(), Unstructured("row"), 0.5)
+    assert torch.equal(fallen.weight, expected.weight)
+
+
+def test_what_float32_cannot_factor_is_factored_in_float64():
+    gram = torch.eye(4) * 3e38  # the mean diagonal overflows float32
+    factor = inverse_factor(gram, 0.01)
+    text = "the Hessian is not positive definite with damping 0.01, 0.1, 1; damping 0.01 in float64 was used"
+    assert factor.warnings == (text,)
+    expected = torch.full((4,), 3.03e38).double().rsqrt()
+    torch.testing.assert_close(factor.upper.diagonal().double(), expected, rtol=1e-5, atol=0)
+
+
+# --- the sweep -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("structure", STRUCTURES, ids=str)
+@pytest.mark.parametrize("importance", SCORES, ids=lambda one: type(one).__name__)
+def test_counts_are_exact_and_kept_weights_are_what_the_mask_says(structure, importance):
+    for rows, cols in [(1, 1), (3, 7), (24, 48), (17, 130), (9, 257)]:
+        weight, _, stats = layer(rows, cols)
+        sparsity = structure.fixed_sparsity or 0.7
+        pruned = solve(weight, stats, structure, sparsity, importance, block_size=32)
+        assert int((~pruned.keep).sum()) == structure.pruned_count(rows, cols, sparsity)
+        assert torch.equal(pruned.weight == 0, ~pruned.keep)
+        if structure == Unstructured("row"):
+            assert ((~pruned.keep).sum(dim=1) == structure.pruned_count(1, cols, sparsity)).all()
+        if isinstance(structure, NM):
+            whole = cols - structure.dense_columns(cols)
+            groups = (
+                pruned.keep[:, :whole].reshape(rows, -1, structure.m) if whole else pruned.keep[:, :0, None]
+            )
+            assert (groups.sum(dim=-1) == structure.n).all()
+
+
+@pytest.mark.parametrize("structure", STRUCTURES, ids=str)
+@pytest.mark.parametrize("importance", SCORES, ids=lambda one: type(one).__name__)
+def test_the_update_never_costs_output_error(structure, importance):
+    for seed in range(3):
+        weight, x, stats = layer(seed=seed)
+        updated = solve(weight, stats, structure, sparsity_of(structure), importance, block_size=16)
+        masked = weight * updated.keep
+        assert error(weight, updated.weight, x) <= error(weight, masked, x)
+    assert not torch.equal(updated.weight, masked)
+
+
+def test_uncorrelated_inputs_change_no_survivor():
+    """H = c I: the mask is magnitude, jointly over each block of columns, and nothing is made good."""
+    weight = torch.randn(16, 64)
+    for scale in (1.0, 7.0):
+        pruned = solve(weight, {"gram": scale * torch.eye(64)}, Unstructured("matrix"), block_size=32)
+        blocks = [Unstructured("matrix").keep(part.abs(), 0.5) for part in weight.split(32, dim=1)]
+        assert torch.equal(pruned.keep, torch.cat(blocks, dim=1))
+        assert torch.equal(pruned.weight, weight * pruned.keep)
+    whole = solve(weight, {"gram": torch.eye(64)}, Unstructured("matrix"), block_size=64)
+    assert torch.equal(whole.keep, Unstructured("matrix").keep(weight.abs(), 0.5))
+
+
+@dataclasses.dataclass(frozen=True)
+class Chosen(Unstructured):
+    """A mask that is given: what the score says does not matter."""
+
+    keep_mask: torch.Tensor = None
+
+    def keep_columns(self, scores, sparsity, start):
+        return self.keep_mask[:, start : start + scores.shape[1]]
+
+
+def test_one_pruned_column_gives_the_least_squares_refit():
+    weight, _, stats = layer(cols=20)
+    gram = stats["gram"]
+    for column in (0, 7, 18):
+        mask = torch.ones(24, 20, dtype=torch.bool)
+        mask[:, column] = False
+        pruned = solve(weight, stats, Chosen("row", mask), damping=0.0)
+        right = slice(column + 1, None)
+        coefficients = torch.linalg.solve(gram[right, right].double(), gram[right, column].double())
+        expected = weight.double() * mask
+        expected[:, right] += weight[:, column : column + 1].double() * coefficients
+        torch.testing.assert_close(pruned.weight.double(), expected, rtol=1e-4, atol=1e-4)
+        # What the surgeon's formula predicts is what the output loses: w^2 / [H^-1]_jj of what is left to move.
+        scale = inverse_factor(gram, 0.0).scale[column].double()
+        predicted = float((weight[:, column].double() * scale).square().sum())
+        lost = (
+            (weight - pruned.weight).double() @ gram.double() @ (weight - pruned.weight).double().T
+        ).trace()
+        assert float(lost) == pytest.approx(predicted, rel=1e-3)
+
+
+def test_with_a_given_mask_the_block_size_changes_nothing():
+    weight, _, stats = layer(cols=160)
+    mask = torch.rand(24, 160) < 0.5
+    results = [
+        solve(weight, stats, Chosen("row", mask), block_size=size).weight for size in (1, 32, 128, 160)
+    ]
+    for other in results[1:]:
+        torch.testing.assert_close(other, results[0], rtol=1e-4, atol=1e-4)
+
+
+def test_the_order_of_the_rows_changes_nothing():
+    weight, _, stats = layer(cols=64)
+    order = torch.randperm(24)
+    for structure in (Unstructured("row"), Unstructured("matrix"), NM(2, 4)):
+        straight = solve(weight, stats, structure).weight[order]
+        torch.testing.assert_close(solve(weight[order].contiguous(), stats, structure).weight, straight)
+
+
+@settings(max_examples=30, deadline=None)
+@given(rows=st.integers(1, 9), cols=st.integers(1, 40), sparsity=st.floats(0, 0.999), seed=st.integers(0, 99),
+       group=st.sampled_from(["row", "matrix"]), block=st.integers(1, 40))  # fmt: skip
+def test_any_shape_and_sparsity(rows, cols, sparsity, seed, group, block):
+    weight, _, stats = layer(rows, cols, tokens=3, seed=seed)  # fewer tokens than inputs: only damping helps
+    structure = Unstructured(group)
+    pruned = solve(weight, stats, structure, sparsity, block_size=block)
+    assert int((~pruned.keep).sum()) == structure.pruned_count(rows, cols, sparsity)
+    assert torch.isfinite(pruned.weight).all()
+
+
+def test_inputs_that_are_always_zero_go_first_and_the_rest_of_them_stays():
+    weight, x, _ = layer(cols=32)
+    x[:, [3, 7, 20]] = 0
+    gram = x.T @ x
+    many = solve(weight, {"gram": gram}, Unstructured("row"))
+    assert not many.keep[:, [3, 7, 20]].any()
+    few = solve(weight, {"gram": gram}, Unstructured("row"), 2 / 32)
+    assert ((~few.keep).sum(dim=1) == 2).all()
+    assert not few.keep[:, [3, 7]].any()
+    assert torch.equal(few.weight[:, 20], weight[:, 20])
+    nothing = solve(weight, {"gram": torch.zeros(32, 32)}, Unstructured("row"))
+    assert torch.equal(nothing.weight, weight * nothing.keep)
+
+
+# --- edges -----------------------------------------------------------------------------------------------
+
+
+def test_sparsity_zero_changes_no_bit():
+    weight, _, stats = layer()
+    weight[0, 0] = -0.0
+    pruned = solve(weight.bfloat16(), stats, Unstructured("row"), 0.0)
+    assert torch.equal(pruned.weight.view(torch.int16), weight.bfloat16().view(torch.int16))
+    assert pruned.keep.all()
+
+
+def test_damaged_weights_and_wrong_settings_are_refused():
+    weight, _, stats = layer()
+    for value in (float("nan"), float("inf")):
+        weight[1, 2] = value
+        with pytest.raises(ValueError, match="1 of 1152 weights are NaN or infinite"):
+            solve(weight, stats, Unstructured("row"))
+    for damping in (-0.1, float("nan"), float("inf"), "much", True):
+        with pytest.raises(ValueError, match="damping is a number from 0 on"):
+            ObsUpdate(damping=damping)
+        with pytest.raises(ValueError, match="damping is a number from 0 on"):
+            InverseHessian(damping=damping)
+    for size in (0, -1, 1.5, True):
+        with pytest.raises(ValueError, match="block_size is a whole number of columns from 1 on"):
+            ObsUpdate(block_size=size)
+    with pytest.raises(ValueError, match="block_size=4 has no room for a group of 4:8"):
+        solve(torch.randn(2, 16), {"gram": torch.eye(16)}, NM(4, 8), block_size=4)
+
+
+@pytest.mark.parametrize("sparsity", [1.0, 1.5, 50, float("nan")])
+def test_all_or_more_is_refused(sparsity):
+    model = tiny_models.tiny("llama")
+    with pytest.raises(ValueError, match="sparsity is a fraction between 0"):
+        run(discover(model), METHODS["sparsegpt"], sparsity, load_calibration(tiny_models.tokens()))
+
+
+# --- in the loop -----------------------------------------------------------------------------------------
+
+
+def weights(model):
+    return {one.path: one.weight.clone() for one in discover(model).layers}
+
+
+@pytest.mark.parametrize("name", tiny_models.ARCHITECTURES)
+def test_every_architecture_with_exact_counts(name):
+    model = tiny_models.tiny(name)
+    report = run(
+        discover(model), METHODS["sparsegpt"], 0.5, load_calibration(tiny_models.tokens(), batch_size=4)
+    )
+    assert len(report.layers) == 3 * tiny_models.ARCHITECTURES[name][3]
+    for one in report.layers:
+        assert one.pruned == one.zeros == one.size // 2
+    assert not any("positive definite" in text for text in report.warnings)
+
+
+@pytest.mark.parametrize("structure", STRUCTURES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_patterns_and_dtypes_in_the_loop(structure, dtype):
+    model = tiny_models.tiny("llama", dtype)
+    recipe = dataclasses.replace(METHODS["sparsegpt"], structure=structure)
+    planned = plan(discover(model), recipe)
+    report = run(discover(model), recipe, None, load_calibration(tiny_models.tokens()))
+    for done, expected in zip(report.layers, planned.layers, strict=True):
+        assert (done.path, done.pruned) == (expected.path, expected.pruned)
+        assert done.zeros >= done.pruned
+    assert all(weight.dtype == dtype for weight in weights(model).values())
+
+
+def test_bfloat16_agrees_with_float32_as_far_as_the_dtype_allows():
+    narrow = tiny_models.tiny("llama", torch.bfloat16)
+    wide = copy.deepcopy(narrow).float()  # the same weights
+    results = {}
+    for dtype, model in (("narrow", narrow), ("wide", wide)):
+        run(discover(model), METHODS["sparsegpt"], 0.5, load_calibration(tiny_models.tokens(16, 32)))
+        results[dtype] = weights(model)
+    for path, weight in results["wide"].items():
+        other = results["narrow"][path].float()
+        same = ((weight != 0) == (other != 0)).float().mean()
+        assert same > 0.9, path  # activations of 8 bits move scores by a percent
+
+
+def test_a_layer_that_falls_back_is_named():
+    model = nn.Sequential(nn.Linear(8, 4))
+
+    @dataclasses.dataclass(frozen=True)
+    class Broken(ObsUpdate):
+        def solve(self, weight, stats, importance, structure, sparsity):
+            gram = torch.eye(8)
+            gram[0, 1] = gram[1, 0] = 9.0
+            return ObsUpdate.solve(self, weight, {"gram": gram}, importance, structure, sparsity)
+
+    recipe = Recipe(InverseHessian(), Uniform(), Unstructured("row"), Broken())
+    report = run(discover(model), recipe, 0.5, load_calibration([torch.randn(5, 8)]))
+    (one,) = report.layers
+    assert (
+        "not positive definite with damping 0.01, 0.1, 1, 0.01 in float64: pruned by Wanda" in one.warnings[0]
+    )
+    assert report.warnings == (f"0: {one.warnings[0]}",)
+
+
+def test_an_expert_without_tokens_is_pruned_by_magnitude():
+    weight = torch.randn(6, 8)
+    stats = {"gram": Gram(8, torch.device("cpu")).value(3)}
+    expected = Keep().solve(weight, {}, Magnitude(), Unstructured("matrix"), 0.5)
+    assert torch.equal(solve(weight, stats, Unstructured("matrix")).weight, expected.weight)
+
+
+def test_crosses_fall_out_of_the_recipe():
+    rows = tiny_models.tokens()
+    for importance in SCORES:
+        for reconstruction in (Keep(), ObsUpdate()):
+            model = tiny_models.tiny("llama")
+            recipe = Recipe(importance, Uniform(), Unstructured("row"), reconstruction)
+            report = run(discover(model), recipe, 0.5, load_calibration(rows))
+            assert report.sparsity == 0.5
+    assert recipe_for("sparsegpt", "2:4").structure == NM(2, 4)
+    assert recipe_for("sparsegpt").needs == ("gram",)
+    assert Recipe(Wanda(), Uniform(), NM(2, 4), ObsUpdate()).needs == ("squared_norm", "gram")
