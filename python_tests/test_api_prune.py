@@ -174,7 +174,7 @@ def test_mistakes_are_found_before_a_weight_is_touched(small, tokenizer, tmp_pat
     refused(small, "sparsity is a fraction between 0 .* got 70; did you mean 0.7", sparsity=70)
     refused(small, "sparsity=0.5 contradicts the pattern 1:4", sparsity=0.5, pattern="1:4")
     refused(small, "unknown method 'wonda' .did you mean 'wanda'", method="wonda")
-    refused(small, "unknown allocation 'owl'; known: uniform", allocation="owl")
+    refused(small, "unknown allocation 'oml' .did you mean 'owl'", allocation="oml")
     refused(small, 'n kept of m, got "4:2"', pattern="4:2")
     refused(small, "targets=.'Conv2d'.", targets=("Conv2d",))
     refused(small, "calibration is empty", calibration=[])

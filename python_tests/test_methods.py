@@ -82,17 +82,15 @@ def test_methods_by_name():
     assert recipe_for("wanda", "4:8").structure == NM(4, 8)
     assert not METHODS["magnitude"].needs_calibration
     assert METHODS["wanda"].needs == ("squared_norm",)
-    assert set(ALLOCATIONS) == {"uniform"}
+    assert {"uniform", "owl", "dlp", "atp", "global"} <= set(ALLOCATIONS)
+    assert set(METHODS) >= {"magnitude", "magnitude-row", "magnitude-global", "wanda"}
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (
-            ("wonda",),
-            r"unknown method 'wonda' \(did you mean 'wanda'\?\); known: magnitude, sparsegpt, wanda",
-        ),
-        (("obs",), "unknown method 'obs'; known: magnitude, sparsegpt, wanda"),
+        (("wonda",), r"unknown method 'wonda' \(did you mean 'wanda'\?\); known: .*magnitude, .*wanda"),
+        (("obs",), "unknown method 'obs'; known: .*magnitude, .*wanda"),
         (("wanda", None, "uniforme"), "unknown allocation 'uniforme' .did you mean 'uniform'"),
         (("wanda", "2-4"), '"n:m" with n kept of m, got "2-4"'),
         (("wanda", "4:2"), '"n:m" with n kept of m, got "4:2"'),
@@ -140,7 +138,7 @@ GOOD = "importance: Wanda\nallocation: Uniform\nstructure: Unstructured\nreconst
         (GOOD + "sparsty: 0.5\n", "unknown keys sparsty; known: importance, allocation"),
         (
             GOOD.replace("Wanda", "Wonda"),
-            "importance has the unknown type 'Wonda'; known: InverseHessian, Magnitude, Wanda",
+            "importance has the unknown type 'Wonda'; known: .*Magnitude, .*Wanda",
         ),
         (GOOD.replace("Wanda", "Keep"), "importance has the unknown type 'Keep'"),
         (
@@ -155,7 +153,7 @@ GOOD = "importance: Wanda\nallocation: Uniform\nstructure: Unstructured\nreconst
         (GOOD.replace("Unstructured", "{type: NM, n: 4, m: 4}"), "keeps 0 < n < m <= 64"),
         (GOOD.replace("Unstructured", "{type: NM, n: '2', m: 4}"), "whole number, got '2'"),
         (GOOD.replace("Unstructured", "{type: NM, n: [2], m: 4}"), "n is a list, expected a plain value"),
-        (GOOD.replace("Unstructured", "{n: 2, m: 4}"), "structure needs a type, one of NM, Unstructured"),
+        (GOOD.replace("Unstructured", "{n: 2, m: 4}"), "structure needs a type, one of NM, .*Unstructured"),
         (GOOD.replace("Wanda", "{type: [Wanda]}"), "importance has the unknown type"),
         (GOOD.replace("Wanda", "7"), "importance needs a type"),
         ("a: [", "not plain YAML"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,6 @@ from pysparse.measure.windows import choose_window, max_positions
 from pysparse.models.sources import check_source, find_tokenizer, load_tokenizer
 
 _LONGEST = 1 << 30  # tokens, of a tokenizer that names no limit
-
-
 Texts = Sequence[str] | Iterable[str] | str | Path
 
 
@@ -67,23 +66,30 @@ def texts_of(source: Texts | None) -> list[str]:
     return load_texts(data.held_out_texts() if source is None else source)
 
 
+@dataclass(frozen=True, slots=True)
+class Windows:
+    """How calibration texts are cut."""
+
+    num_samples: int | None = None  # sequences; None is 128
+    max_length: int | None = None  # tokens a sequence; None is 2048, or what model and tokenizer take
+    batch_size: int = 8
+    seed: int = 0
+
+
 def calibration_for(
-    source: Any,
-    model: nn.Module,
-    tokenizer: Any,
-    num_samples: int | None,
-    max_length: int | None,
-    batch_size: int,
-    seed: int,
+    source: Any, model: nn.Module, tokenizer: Any, windows: Windows, *, bundled: bool = False
 ) -> Calibration:
-    """Return calibration batches that fit ``model``; ``source`` None is the bundled calibration text."""
+    """Return calibration batches that fit ``model``.
+
+    ``source`` None is the bundled calibration text; ``bundled`` says that ``source`` is a part of it.
+    """
     limits = (choose_window(model, None), int(getattr(tokenizer, "model_max_length", _LONGEST)))
     found = load_calibration(
         data.calibration_texts() if source is None else source, tokenizer,
-        num_samples=num_samples, max_length=max_length, batch_size=batch_size, seed=seed,
-        default_length=min(limits),
+        num_samples=windows.num_samples, max_length=windows.max_length, batch_size=windows.batch_size,
+        seed=windows.seed, default_length=min(limits),
     )  # fmt: skip
-    if source is None:
+    if source is None or bundled:
         found = dataclasses.replace(
             found, source=f"the bundled text ({found.source}), as no calibration was given"
         )

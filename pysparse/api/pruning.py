@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,14 +12,26 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from pysparse import huggingface, methods
-from pysparse.api.loading import calibration_for, load_model, tokenizer_or_none
+from pysparse.api.loading import Texts, Windows, calibration_for, load_model, tokenizer_or_none
+from pysparse.api.search import find_beta, is_searched, part_texts, search_windows
 from pysparse.huggingface.folder import is_ours
 from pysparse.huggingface.saving import FORMATS
 from pysparse.measure.progress import progress_on_stderr
+from pysparse.measure.results import to_jsonable
 from pysparse.measure.rounds import torch_threads
+from pysparse.methods import AllocationLike
 from pysparse.models.discover import discover
 from pysparse.models.skeleton import skeleton
-from pysparse.pruning import BlockEvent, PrunePlan, PruneReport, Recipe, plan, resolve_sparsity, run
+from pysparse.pruning import (
+    BlockEvent,
+    PrunePlan,
+    PruneReport,
+    Recipe,
+    gather_evidence,
+    plan,
+    resolve_sparsity,
+    run,
+)
 from pysparse.pruning.run import Propagate
 
 
@@ -43,7 +56,8 @@ def prune(
     batch_size: int = 8,
     targets: Sequence[str] = ("Linear",),
     ignore: Sequence[str] = ("lm_head",),
-    allocation: str = "uniform",
+    allocation: AllocationLike | None = None,
+    search_texts: Texts | None = None,
     recipe: Recipe | str | Path | None = None,
     propagate: Propagate = "pruned",
     output_dir: str | Path | None = None,
@@ -70,8 +84,13 @@ def prune(
         max_length: tokens a sequence, default the smaller of 2048 and the model's positions; also spelled
             ``max_seq_length``.
         batch_size: sequences in a forward pass, for texts and tensors; DataLoaders bring their own.
-        targets, ignore: class names, module paths or "re:" expressions, see ``pysparse.models.discover``.
-        allocation: how sparsity is spread over layers, a name of ``pysparse.methods.ALLOCATIONS``.
+        targets, ignore: class names, module paths, globs or "re:" expressions, see ``pysparse.models.discover``.
+        allocation: how sparsity is spread over layers: "uniform", "owl", "dlp", "atp", "global" or another name
+            of ``pysparse.methods.ALLOCATIONS``, with settings "owl:m=7,lmbda=0.1"; a .json profile, a list
+            (sparsities of the blocks), a mapping (of layers), a function, or an allocation. None is the
+            method's own. With "n:m" layers get an n of their own, with the zeros of n:m in all.
+        search_texts: text that "atp" scores its trials on; never the text of a test. None holds every fifth
+            calibration document back for it.
         recipe: a :class:`pysparse.pruning.Recipe` or a YAML file, in place of method, pattern and allocation.
         propagate: "pruned" calibrates a block on outputs of the pruned blocks before it, "dense" on dense ones.
         output_dir: folder to save the model in, with tokenizer, ``recipe.yaml`` and ``prune_report.json``.
@@ -85,29 +104,40 @@ def prune(
     is touched. Raises ValueError for a wrong sparsity, an unknown name, contradicting arguments, a model
     without linear layers, missing or empty calibration data, activations that are not finite.
     """
-    samples = _one_of("num_samples", num_samples, "num_calibration_samples", num_calibration_samples)
-    length = _one_of("max_length", max_length, "max_seq_length", max_seq_length)
+    cut = Windows(
+        _one_of("num_samples", num_samples, "num_calibration_samples", num_calibration_samples),
+        _one_of("max_length", max_length, "max_seq_length", max_seq_length), batch_size, seed,
+    )  # fmt: skip
     chosen = _recipe(recipe, method, pattern, allocation)
     resolve_sparsity(chosen.structure, sparsity)
-    saved_recipe = None if output_dir is None else _check_output(output_dir, save_format, chosen)
+    if output_dir is not None:
+        _check_output(output_dir, save_format, chosen)
     model = load_model(model_or_path, format="dense")
     if output_dir is not None and not isinstance(model, PreTrainedModel):
         raise ValueError(f"output_dir needs a transformers model, got {type(model).__name__}: leave it out")
     layout = discover(model, targets, ignore)
     found = tokenizer_or_none(model_or_path, model, tokenizer)
+    material, windows = calibration, None
+    if is_searched(chosen):
+        material, texts = part_texts(calibration, search_texts)
+        windows = search_windows(model, found, texts, seed)
     data_in = None
     if chosen.needs_calibration:
-        data_in = calibration_for(calibration, model, found, samples, length, batch_size, seed)
+        data_in = calibration_for(material, model, found, cut, bundled=calibration is None)
     with torch_threads(threads), progress_on_stderr(progress) as advance:
+        search = None
+        if windows is not None:
+            chosen, search = find_beta(layout, chosen, sparsity, data_in, windows, propagate, advance)
         advance("pruning blocks", 0, len(layout.blocks))
         report = run(
             layout, chosen, sparsity, data_in, propagate=propagate, seed=seed,
             callbacks=(lambda event: advance("pruning blocks", event.index + 1, event.total), *(callbacks or ())),
         )  # fmt: skip
+    report = dataclasses.replace(report, search=to_jsonable(search))
     if calibration is not None and data_in is None:
         report = report.with_warnings(["calibration was given, but this method needs none: not used"])
-    if output_dir is not None and saved_recipe is not None:
-        files = {"recipe.yaml": saved_recipe, "prune_report.json": report.to_json() + "\n"}
+    if output_dir is not None:
+        files = {"recipe.yaml": methods.recipe_to_yaml(chosen), "prune_report.json": report.to_json() + "\n"}
         huggingface.save_pretrained(model, output_dir, format=save_format, tokenizer=found, extra_files=files)
     return PruneResult(model, report)
 
@@ -117,20 +147,38 @@ def plan_prune(
     sparsity: float | None = None,
     method: str = "wanda",
     pattern: str | None = None,
+    calibration: Any = None,
+    tokenizer: Any = None,
     *,
+    num_samples: int | None = None,
+    max_length: int | None = None,
+    batch_size: int = 8,
     targets: Sequence[str] = ("Linear",),
     ignore: Sequence[str] = ("lm_head",),
-    allocation: str = "uniform",
+    allocation: AllocationLike | None = None,
     recipe: Recipe | str | Path | None = None,
+    seed: int = 0,
 ) -> PrunePlan:
     """Return what :func:`prune` would do with these arguments: layers, budgets, exact counts, predicted bytes.
 
-    Touches nothing; of a folder only ``config.json`` is read. Raises as :func:`prune` does.
+    Touches nothing; of a folder only ``config.json`` is read. An allocation that looks at activations is
+    computed when ``calibration`` is given (the model is then loaded and run), one that looks at weights when
+    the model is an object or loaded for that reason; otherwise the plan has the totals and says that the
+    layers' shares are not known yet. Raises as :func:`prune` does.
     """
     chosen = _recipe(recipe, method, pattern, allocation)
     resolve_sparsity(chosen.structure, sparsity)
-    model = model_or_path if isinstance(model_or_path, nn.Module) else skeleton(model_or_path)
-    return plan(discover(model, targets, ignore), chosen, sparsity)
+    computed = calibration is not None and bool(chosen.allocation.needs)
+    if isinstance(model_or_path, nn.Module):
+        model = model_or_path
+    else:
+        model = load_model(model_or_path, format="dense") if computed else skeleton(model_or_path)
+    layout = discover(model, targets, ignore)
+    if not computed:
+        return plan(layout, chosen, sparsity)
+    found = tokenizer_or_none(model_or_path, model, tokenizer)
+    batches = calibration_for(calibration, model, found, Windows(num_samples, max_length, batch_size, seed))
+    return plan(layout, chosen, sparsity, gather_evidence(layout, chosen, batches))
 
 
 def _one_of(name: str, value: int | None, alias: str, other: int | None) -> int | None:
@@ -140,18 +188,20 @@ def _one_of(name: str, value: int | None, alias: str, other: int | None) -> int 
     return other if value is None else value
 
 
-def _recipe(recipe: Recipe | str | Path | None, method: str, pattern: str | None, allocation: str) -> Recipe:
+def _recipe(
+    recipe: Recipe | str | Path | None, method: str, pattern: str | None, allocation: AllocationLike | None
+) -> Recipe:
     if recipe is None:
         return methods.recipe_for(method, pattern, allocation)
     for name, value, default in (("method", method, "wanda"), ("pattern", pattern, None),
-                                 ("allocation", allocation, "uniform")):  # fmt: skip
+                                 ("allocation", allocation, None)):  # fmt: skip
         if value != default:
             raise ValueError(f"{name}={value!r} is part of the recipe that was given too: pass one of them")
     return methods.load_recipe(recipe) if isinstance(recipe, str | Path) else recipe
 
 
-def _check_output(output_dir: str | Path, save_format: str, recipe: Recipe) -> str:
-    """Return the recipe as YAML; an error now when the result could not be saved after the work is done."""
+def _check_output(output_dir: str | Path, save_format: str, recipe: Recipe) -> None:
+    """Raise now what would keep the result from being saved after the work is done."""
     if save_format not in FORMATS:
         raise ValueError(f"save_format is one of {', '.join(FORMATS)}, got '{save_format}'")
     folder = Path(output_dir).expanduser()
@@ -161,4 +211,4 @@ def _check_output(output_dir: str | Path, save_format: str, recipe: Recipe) -> s
         raise FileExistsError(
             f"output_dir={output_dir} is neither empty nor a model that pysparse saved: choose another folder"
         )
-    return methods.recipe_to_yaml(recipe)
+    methods.recipe_to_yaml(recipe)

@@ -34,6 +34,8 @@ def to_jsonable(value: Any) -> Any:
         return value
     if hasattr(value, "item"):
         return to_jsonable(value.item())
+    if hasattr(value, "__qualname__"):  # a function or class: by name, as its address differs at each start
+        return f"{value.__module__}.{value.__qualname__}"
     return str(value)
 
 

@@ -5,22 +5,42 @@ file with a frozen dataclass (see pysparse.pruning.recipe for what it must have)
 that recipes can be saved with it.
 """
 
+from pysparse.methods.atp import ATP, BetaSearch, beta_grid, search_beta
+from pysparse.methods.custom import Custom
+from pysparse.methods.dlp import DLP
+from pysparse.methods.global_magnitude import GlobalMagnitude
 from pysparse.methods.magnitude import Magnitude
+from pysparse.methods.owl import OWL
+from pysparse.methods.profile import DLPProfile, Profile, as_profile, load_profile
 from pysparse.methods.recipes import COMPONENTS, load_recipe, parse_recipe, recipe_to_yaml
-from pysparse.methods.registry import ALLOCATIONS, METHODS, recipe_for
+from pysparse.methods.registry import ALLOCATIONS, METHODS, AllocationLike, allocation_for, recipe_for
 from pysparse.methods.sparsegpt import InverseHessian, ObsUpdate
 from pysparse.methods.wanda import Wanda
 
 __all__ = [
     "ALLOCATIONS",
+    "ATP",
     "COMPONENTS",
+    "DLP",
     "METHODS",
+    "OWL",
+    "AllocationLike",
+    "BetaSearch",
+    "Custom",
+    "DLPProfile",
+    "GlobalMagnitude",
     "InverseHessian",
     "Magnitude",
     "ObsUpdate",
+    "Profile",
     "Wanda",
+    "allocation_for",
+    "as_profile",
+    "beta_grid",
+    "load_profile",
     "load_recipe",
     "parse_recipe",
     "recipe_for",
     "recipe_to_yaml",
+    "search_beta",
 ]

@@ -15,18 +15,26 @@ from typing import Any
 
 import yaml
 
+from pysparse.methods.atp import ATP
+from pysparse.methods.dlp import DLP
+from pysparse.methods.global_magnitude import GlobalMagnitude
 from pysparse.methods.magnitude import Magnitude
+from pysparse.methods.owl import OWL
+from pysparse.methods.profile import DLPProfile, Profile
 from pysparse.methods.sparsegpt import InverseHessian, ObsUpdate
 from pysparse.methods.wanda import Wanda
-from pysparse.pruning import NM, Keep, Recipe, Uniform, Unstructured
+from pysparse.pruning import NM, Keep, MixedNM, Recipe, Uniform, Unstructured
 from pysparse.pruning.report import describe_recipe
 
 COMPONENTS: dict[str, dict[str, type[Any]]] = {
     "importance": {"InverseHessian": InverseHessian, "Magnitude": Magnitude, "Wanda": Wanda},
-    "allocation": {"Uniform": Uniform},
-    "structure": {"NM": NM, "Unstructured": Unstructured},
+    "allocation": {
+        "Uniform": Uniform, "OWL": OWL, "DLP": DLP, "ATP": ATP, "GlobalMagnitude": GlobalMagnitude,
+        "Profile": Profile, "DLPProfile": DLPProfile,
+    },
+    "structure": {"NM": NM, "MixedNM": MixedNM, "Unstructured": Unstructured},
     "reconstruction": {"Keep": Keep, "ObsUpdate": ObsUpdate},
-}
+}  # fmt: skip
 _LIMIT = 1 << 12  # bytes; a recipe has some ten lines, and the parser's time grows with the square
 
 
@@ -44,6 +52,10 @@ def recipe_to_yaml(recipe: Recipe) -> str:
                 f"pysparse.methods.COMPONENTS['{part}'] (known: {', '.join(known)})"
             )
     text: str = yaml.safe_dump(content, sort_keys=False, default_flow_style=None)
+    if len(text) > _LIMIT:
+        raise ValueError(
+            f"the recipe takes {len(text)} characters, it may have {_LIMIT}: name layers of a profile by patterns"
+        )
     return text
 
 
@@ -93,15 +105,24 @@ def _build(part: str, content: Any) -> Any:
     if not isinstance(name, str) or name not in COMPONENTS[part]:
         raise ValueError(f"{part} has the unknown type {name!r}; known: {_listed(COMPONENTS[part])}")
     kind = COMPONENTS[part][name]
-    fields = [field.name for field in dataclasses.fields(kind) if field.init]
+    fields = {field.name: str(field.type) for field in dataclasses.fields(kind) if field.init}
     _refuse_unknown(f"{part} {name}", values, ["type", *fields])
+    given = {}
     for key, value in values.items():
-        if not isinstance(value, str | int | float | bool):
+        takes_list = fields.get(str(key), "").startswith("tuple")
+        if not (value is None or isinstance(value, str | int | float | bool)) and not (
+            takes_list and isinstance(value, list)
+        ):
             raise ValueError(f"{part} {name}: {key} is a {type(value).__name__}, expected a plain value")
+        given[key] = _as_tuple(value)
     try:
-        return kind(**{key: value for key, value in values.items() if key != "type"})
+        return kind(**{key: value for key, value in given.items() if key != "type"})
     except (TypeError, ValueError) as error:
         raise ValueError(f"{part} {name}: {error}") from None
+
+
+def _as_tuple(value: Any) -> Any:
+    return tuple(map(_as_tuple, value)) if isinstance(value, list) else value
 
 
 def _refuse_unknown(where: str, content: dict[Any, Any], known: Iterable[str]) -> None:

@@ -4,37 +4,103 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Mapping
-from typing import TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar, cast
 
+import yaml
+
+from pysparse.methods.atp import ATP
+from pysparse.methods.custom import Custom
+from pysparse.methods.dlp import DLP
+from pysparse.methods.global_magnitude import GlobalMagnitude
 from pysparse.methods.magnitude import Magnitude
+from pysparse.methods.owl import OWL
+from pysparse.methods.profile import DLP_PROFILES, DLPProfile, as_profile, load_profile
 from pysparse.methods.sparsegpt import InverseHessian, ObsUpdate
 from pysparse.methods.wanda import Wanda
 from pysparse.nn.linear import parse_pattern
-from pysparse.pruning import NM, Allocation, Keep, Recipe, Uniform, Unstructured
+from pysparse.pruning import NM, Allocation, Keep, MaskStructure, MixedNM, Recipe, Uniform, Unstructured
 
 T = TypeVar("T")
+AllocationLike = (
+    Allocation | Callable[..., Sequence[float]] | Mapping[str, float] | Sequence[float] | str | Path
+)
 
 METHODS: dict[str, Recipe] = {
     "magnitude": Recipe(Magnitude(), Uniform(), Unstructured("matrix"), Keep()),
+    "magnitude-row": Recipe(Magnitude(), Uniform(), Unstructured("row"), Keep()),
+    "magnitude-global": Recipe(Magnitude(), GlobalMagnitude(), Unstructured("matrix"), Keep()),
     "wanda": Recipe(Wanda(), Uniform(), Unstructured("row"), Keep()),
     "sparsegpt": Recipe(InverseHessian(), Uniform(), Unstructured("matrix"), ObsUpdate()),
 }
-ALLOCATIONS: dict[str, Allocation] = {"uniform": Uniform()}
+ALLOCATIONS: dict[str, Allocation] = {
+    "uniform": Uniform(),
+    "owl": OWL(),
+    "dlp": DLP(),
+    "atp": ATP(),
+    "global": GlobalMagnitude(),
+    **{f"dlp-{model}": DLPProfile(model) for model in DLP_PROFILES},
+}
 
 
-def recipe_for(method: str, pattern: str | None = None, allocation: str = "uniform") -> Recipe:
+def recipe_for(method: str, pattern: str | None = None, allocation: AllocationLike | None = None) -> Recipe:
     """Return the recipe of ``method`` with another pattern or allocation.
 
-    ``pattern`` is None or "unstructured" for the method's own, or "n:m", n KEPT of m. Raises ValueError that
-    lists the known names.
+    ``pattern`` is None or "unstructured" for the method's own, or "n:m", n KEPT of m. ``allocation`` is None for
+    the method's own, or anything that :func:`allocation_for` takes; together with "n:m" the layers get an n of
+    their own (:class:`pysparse.pruning.MixedNM`). Raises ValueError that lists the known names.
     """
     recipe = lookup("method", method, METHODS)
-    if allocation != "uniform":
-        recipe = dataclasses.replace(recipe, allocation=lookup("allocation", allocation, ALLOCATIONS))
+    if allocation is not None:
+        recipe = dataclasses.replace(recipe, allocation=allocation_for(allocation))
     if pattern in (None, "unstructured"):
         return recipe
-    return dataclasses.replace(recipe, structure=NM(*parse_pattern(str(pattern))))
+    n, m = parse_pattern(str(pattern))
+    uniform = isinstance(recipe.allocation, Uniform)
+    structure: MaskStructure = NM(n, m) if uniform else MixedNM(n, m)
+    return dataclasses.replace(recipe, structure=structure)
+
+
+def allocation_for(value: AllocationLike) -> Allocation:
+    """Return the allocation that ``value`` means.
+
+    A string is a name of ALLOCATIONS, perhaps with settings ("owl:m=7,lmbda=0.1"), or the path of a .json
+    profile (:func:`load_profile`); a list holds a sparsity for each block, a mapping names layers; a function
+    is called as ``function(layers, target)``; an allocation is taken as it is. Raises ValueError for an
+    unknown name or setting, FileNotFoundError for a missing file.
+    """
+    if isinstance(value, Path) or (isinstance(value, str) and value.endswith(".json")):
+        return load_profile(value)
+    if isinstance(value, str):
+        name, _, given = value.partition(":")
+        known = lookup("allocation", name, ALLOCATIONS)
+        return _configured(name, known, given) if given else known
+    if isinstance(value, Mapping | Sequence):
+        return as_profile(value)
+    if callable(value):
+        return cast(Allocation, value) if hasattr(value, "needs") else Custom(value)
+    raise TypeError(
+        f"allocation is a {type(value).__name__}, expected a name, a .json file, a list, a mapping, a function "
+        "or an allocation"
+    )
+
+
+def _configured(name: str, allocation: Allocation, text: str) -> Allocation:
+    """Return ``allocation`` with the settings of "key=value,key=value"."""
+    fields = [field.name for field in dataclasses.fields(allocation)]  # type: ignore[arg-type]
+    settings: dict[str, Any] = {}
+    for part in text.split(","):
+        key, equals, value = part.partition("=")
+        if not equals or key not in fields:
+            known = f"one of {', '.join(fields)}" if fields else "none"
+            raise ValueError(f"allocation '{name}' has no setting '{part}'; settings are key=value, {known}")
+        settings[key] = value
+    try:
+        settings = {key: yaml.safe_load(value) for key, value in settings.items()}
+        return dataclasses.replace(allocation, **settings)  # type: ignore[type-var]
+    except (TypeError, ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"allocation '{name}': {error}") from None
 
 
 def lookup(kind: str, name: str, known: Mapping[str, T]) -> T:

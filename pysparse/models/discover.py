@@ -26,7 +26,7 @@ def discover(
     The blocks are the elements of the outermost list of like modules that holds the most linear weights (in a
     language model the longest one: the transformer blocks). A model without such a list is one block. In the
     blocks every ``nn.Linear`` and GPT-2 ``Conv1D`` that ``targets`` name and ``ignore`` does not is prunable;
-    both hold class names, module paths (or their last parts) and "re:" expressions over paths. Linear layers
+    both hold class names, module paths (or their last parts), globs and "re:" expressions over paths. Linear layers
     outside of the blocks (heads, embeddings' projections), expert routers, and weights that are shared with
     another module stay dense, with the cause in ``skipped``.
 

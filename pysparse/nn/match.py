@@ -1,7 +1,8 @@
-"""Name layers: by class, by module path, or by a regular expression over the path."""
+"""Name layers: by class, by module path, by a glob or a regular expression over the path."""
 
 from __future__ import annotations
 
+import fnmatch
 import re
 from collections.abc import Sequence
 
@@ -15,7 +16,9 @@ def class_names(module: nn.Module) -> set[str]:
 
 
 def matches(module: nn.Module, path: str, patterns: Sequence[str]) -> bool:
-    """Tell whether a class name, a module path, its last parts or a ``re:`` expression names ``module``.
+    """Tell whether a class name, a module path, its last parts, a glob or a ``re:`` expression names ``module``.
+
+    Globs (with ``*``, ``?`` or ``[``) match the whole path or its last parts; ``*`` runs across dots.
 
     Raises ValueError for a ``re:`` expression that does not compile.
     """
@@ -24,6 +27,8 @@ def matches(module: nn.Module, path: str, patterns: Sequence[str]) -> bool:
 
 
 def _matches_one(names: set[str], path: str, pattern: str) -> bool:
+    if not pattern.startswith("re:") and any(sign in pattern for sign in "*?["):
+        return fnmatch.fnmatchcase(path, pattern) or fnmatch.fnmatchcase(path, f"*.{pattern}")
     if not pattern.startswith("re:"):
         return pattern in names or path == pattern or path.endswith("." + pattern)
     try:

@@ -1,8 +1,10 @@
 """Floor 6: recipes of four exchangeable parts, and the one loop that runs them over a model's blocks."""
 
-from pysparse.pruning.allocation import Uniform, allocate
+from pysparse.pruning.allocation import Uniform, WeightsUnknownError, allocate
 from pysparse.pruning.layout import BlockLayout, PrunableLayer
+from pysparse.pruning.mixed import MixedNM
 from pysparse.pruning.plan import PrunePlan, plan
+from pysparse.pruning.projection import project
 from pysparse.pruning.recipe import (
     Allocation,
     ColumnScaled,
@@ -17,7 +19,7 @@ from pysparse.pruning.recipe import (
 )
 from pysparse.pruning.reconstruction import Keep
 from pysparse.pruning.report import PrunedLayer, PruneReport
-from pysparse.pruning.run import BlockEvent, run
+from pysparse.pruning.run import BlockEvent, gather_evidence, run
 from pysparse.pruning.structure import NM, Unstructured
 from pysparse.pruning.target import check_sparsity, resolve_sparsity
 
@@ -31,6 +33,7 @@ __all__ = [
     "Importance",
     "Keep",
     "MaskStructure",
+    "MixedNM",
     "PrunableLayer",
     "PrunePlan",
     "PruneReport",
@@ -41,10 +44,13 @@ __all__ = [
     "Stats",
     "Uniform",
     "Unstructured",
+    "WeightsUnknownError",
     "allocate",
     "check_sparsity",
     "column_scale",
+    "gather_evidence",
     "plan",
+    "project",
     "resolve_sparsity",
     "run",
 ]

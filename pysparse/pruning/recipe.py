@@ -55,7 +55,10 @@ def column_scale(importance: Importance, weight: Tensor, stats: Stats) -> Tensor
 
 
 class Allocation(Protocol):
-    """How the target sparsity is spread over the layers."""
+    """How the target sparsity is spread over the layers.
+
+    One whose setting is still to be searched says so by an attribute ``searched`` that is True.
+    """
 
     @property
     def needs(self) -> tuple[str, ...]:

@@ -57,6 +57,7 @@ class PruneReport:
     seconds: dict[str, float]  # by phase, and "total"
     threads: int
     warnings: tuple[str, ...] = ()
+    search: dict[str, Any] | None = None  # what was tried to find a setting of the allocation, if that was
 
     @property
     def weights(self) -> int:
@@ -96,7 +97,11 @@ class PruneReport:
         source = "no calibration" if self.calibration is None else (
             f"calibrated on {self.calibration['sequences']} sequences of {self.calibration['source']}"
         )  # fmt: skip
-        return [share, source, *self.warnings]
+        searched = [] if self.search is None else [
+            f"{name} = {value:.4g} was found in {len(self.search['tried'])} trials on text kept apart"
+            for name, value in self.search.items() if name != "tried"
+        ]  # fmt: skip
+        return [share, source, *searched, *self.warnings]
 
     def with_warnings(self, warnings: Sequence[str]) -> PruneReport:
         """Return a copy with more warnings."""

@@ -18,6 +18,7 @@ from pysparse.calib.statistics import Watched
 from pysparse.measure.quality import evaluating
 from pysparse.pruning.allocation import allocate
 from pysparse.pruning.layout import BlockLayout, PrunableLayer
+from pysparse.pruning.mixed import mixed_note, pattern_of
 from pysparse.pruning.recipe import Evidence, Pruned, Recipe, Stats
 from pysparse.pruning.report import PrunedLayer, PruneReport, describe_recipe, structure_warning
 from pysparse.pruning.target import resolve_sparsity
@@ -95,6 +96,18 @@ def run(
                 callback(event)
     job.clock.seconds["total"] = time.perf_counter() - start
     return job.report(target, layers, seed)
+
+
+def gather_evidence(
+    layout: BlockLayout, recipe: Recipe, calibration: Calibration | None = None
+) -> list[Evidence]:
+    """Return what the allocation of ``recipe`` looks at, as :func:`run` does: a pass over the dense model.
+
+    Changes nothing. Raises ValueError as :func:`run` does for missing calibration or activations.
+    """
+    _check(layout, recipe, calibration, "dense")
+    with evaluating(layout.model), _without_cache(layout.model):
+        return _Job(layout, recipe, calibration, "dense").evidence()
 
 
 def _check(layout: BlockLayout, recipe: Recipe, calibration: Calibration | None, propagate: str) -> None:
@@ -178,8 +191,9 @@ class _Job:
     def _prune(self, layer: PrunableLayer, stats: Stats, sparsity: float) -> PrunedLayer:
         start = time.perf_counter()
         recipe, weight = self.recipe, layer.weight.contiguous()
+        structure = pattern_of(recipe.structure, sparsity)
         try:
-            pruned = recipe.reconstruction.solve(weight, stats, recipe.importance, recipe.structure, sparsity)
+            pruned = recipe.reconstruction.solve(weight, stats, recipe.importance, structure, sparsity)
             _check_pruned(pruned, layer)
         except ValueError as error:
             raise ValueError(f"{layer.path}: {error}") from error
@@ -189,7 +203,7 @@ class _Job:
         removed = layer.size - int(torch.count_nonzero(pruned.keep))
         warnings = tuple(filter(None, (self.warnings.get(layer.path), *pruned.warnings)))
         return PrunedLayer(
-            layer.path, layer.block, layer.shape, str(recipe.structure), sparsity, removed, zeros,
+            layer.path, layer.block, layer.shape, str(structure), sparsity, removed, zeros,
             time.perf_counter() - start, warnings,
         )  # fmt: skip
 
@@ -202,7 +216,8 @@ class _Job:
             f"{len(self.warnings)} layers saw no calibration token, {next(iter(self.warnings))} first: their inputs "
             "count as equally strong"
         ) if self.warnings else None  # fmt: skip
-        for text in filter(None, (ragged, unseen, *self.remarks)):
+        mixed = mixed_note(self.recipe.structure, [layer.requested for layer in layers])
+        for text in filter(None, (ragged, unseen, mixed, *self.remarks)):
             _LOGGER.warning(text)
             warnings.append(text)
         return PruneReport(

@@ -1,0 +1,157 @@
+"""n:m patterns whose n differs from layer to layer, so that an allocation and n:m go together."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from pysparse.pruning.layout import PrunableLayer
+from pysparse.pruning.recipe import MaskStructure
+from pysparse.pruning.structure import NM, Unstructured
+
+_STATES = 20_000  # partial sums kept a step: exact for like layers, a bound on time for very unlike ones
+_STEPS = (-1, 0, 1, 2)  # zeros a group beside the floor of the wish
+
+
+@dataclass(frozen=True, slots=True)
+class MixedNM:
+    """Each layer keeps its own number of every ``m`` inputs; over all layers ``n`` of ``m`` are KEPT, exactly.
+
+    The allocation's sparsity of a layer is rounded to a multiple of 1/m (0 leaves the layer dense), such that
+    all layers together have as many zeros as plain ``n:m`` would give them. Hardware that runs one pattern
+    (2:4) cannot run such a model; kernels that read a bitmap can.
+    """
+
+    n: int
+    m: int
+
+    def __post_init__(self) -> None:
+        NM(self.n, self.m)  # the same bounds
+
+    @property
+    def fixed_sparsity(self) -> float | None:
+        """1 - n/m, of all layers together."""
+        return 1.0 - self.n / self.m
+
+    def of(self, sparsity: float) -> NM | Unstructured:
+        """Return the pattern of a layer with ``sparsity``, a multiple of 1/m; ValueError for another one."""
+        zeros = round(sparsity * self.m)
+        if abs(zeros - sparsity * self.m) > 1e-6 or not 0 <= zeros < self.m:
+            raise ValueError(f"sparsity={sparsity:g} is not one of 0/{self.m} .. {self.m - 1}/{self.m}")
+        return NM(self.m - zeros, self.m) if zeros else Unstructured()
+
+    def keep(self, scores: Tensor, sparsity: float) -> Tensor:
+        """Keep the best of each group of m, as many as ``sparsity`` leaves; see :meth:`NM.keep`."""
+        return self.of(sparsity).keep(scores, sparsity)
+
+    def pruned_count(self, rows: int, cols: int, sparsity: float) -> int:
+        """Return how many weights of a [rows, cols] matrix are pruned."""
+        return self.of(sparsity).pruned_count(rows, cols, sparsity)
+
+    def dense_columns(self, cols: int) -> int:
+        """Return the width of the short group at the end of a row."""
+        return cols % self.m
+
+    def round(self, layers: Sequence[PrunableLayer], sparsities: Sequence[float]) -> list[float]:
+        """Return multiples of 1/m near ``sparsities`` with exactly the zeros of ``n:m`` in all layers together.
+
+        Layers of one block with one wish get one answer where that can be exact. The squared distance to the
+        wishes, weighted by size, is least for layers of like sizes. Raises ValueError when no rounding fits.
+        """
+        groups = [layer.shape[0] * (layer.shape[1] // self.m) for layer in layers]
+        total = (self.m - self.n) * sum(groups)
+        by_block: Counter[tuple[int, float]] = Counter()
+        keys = [(layer.block, wish) for layer, wish in zip(layers, sparsities, strict=True)]
+        for key, count in zip(keys, groups, strict=True):
+            by_block[key] += count
+        zeros = _fit([wish * self.m for _, wish in by_block], list(by_block.values()), total, self.m)
+        if zeros is not None:
+            found: Mapping[tuple[int, float], int] = dict(zip(by_block, zeros, strict=True))
+            return [found[key] / self.m for key in keys]
+        zeros = _fit([wish * self.m for wish in sparsities], groups, total, self.m)
+        if zeros is None:
+            raise ValueError(
+                f"this allocation cannot be rounded to n:{self.m} with the zeros of {self.n}:{self.m} in all "
+                "layers together: their sizes have too little in common; use the uniform allocation, or no "
+                "n:m pattern"
+            )
+        return [count / self.m for count in zeros]
+
+    def __str__(self) -> str:
+        return f"{self.n}:{self.m} on average"
+
+
+def pattern_of(structure: MaskStructure, sparsity: float) -> MaskStructure:
+    """Return the pattern of one layer: of a mixed structure its own n:m, any other as it is."""
+    return structure.of(sparsity) if isinstance(structure, MixedNM) else structure
+
+
+def mixed_note(structure: MaskStructure, sparsities: Sequence[float]) -> str | None:
+    """Say which patterns a mixed structure came to, None for any other structure."""
+    if not isinstance(structure, MixedNM) or not sparsities:
+        return None
+    counts = sorted(Counter(round(structure.m * (1 - one)) for one in sparsities).items())
+    if len(counts) == 1:
+        return (
+            f"the allocation differs too little between layers to move any from {structure.n}:{structure.m}: "
+            "its range is less than one weight of a group"
+        )
+    parts = ", ".join(f"{count} layers {kept}:{structure.m}" for kept, count in counts)
+    return f"n:m differs by layer ({parts}): hardware for one pattern needs allocation='uniform'"
+
+
+def _fit(wishes: Sequence[float], weights: Sequence[int], total: int, m: int) -> list[int] | None:
+    """Return whole numbers in [0, m) near ``wishes`` whose ``weights``-weighted sum is ``total``, or None.
+
+    Dynamic programming over the partial sums, one unit after the other; the cost is the weighted squared
+    distance. Sums are counted from the floors in units of the weights' common divisor, which keeps them few.
+    """
+    unit = math.gcd(*weights) or 1
+    shares = [weight // unit for weight in weights]
+    floors = [math.floor(wish + 1e-9) for wish in wishes]
+    gap = total // unit - sum(share * floor for share, floor in zip(shares, floors, strict=True))
+    steps = [[k for k in _STEPS if 0 <= floor + k < m] for floor in floors]
+    rest = [(0, 0)]  # what the later units can still add, at least and at most
+    for share, options in zip(reversed(shares), reversed(steps), strict=True):
+        if not options:
+            return None
+        rest.append((rest[-1][0] + share * options[0], rest[-1][1] + share * options[-1]))
+    states: dict[int, float] = {0: 0.0}  # sum so far -> least cost
+    trail: list[dict[int, int]] = []  # of each unit: sum after it -> step taken
+    for index, (share, options) in enumerate(zip(shares, steps, strict=True)):
+        low, high = rest[len(shares) - index - 1]
+        states, chosen = _extend(states, share, options, floors[index] - wishes[index], gap - high, gap - low)
+        trail.append(chosen)
+    return _walk_back(trail, shares, floors, gap) if gap in states else None
+
+
+def _extend(
+    states: Mapping[int, float], share: int, options: Sequence[int], offset: float, low: int, high: int
+) -> tuple[dict[int, float], dict[int, int]]:
+    """Add one unit to every partial sum; only sums from which the goal can be reached stay."""
+    costs: dict[int, float] = {}
+    chosen: dict[int, int] = {}
+    for before, cost in states.items():
+        for step in options:
+            after = before + share * step
+            price = cost + share * (offset + step) ** 2
+            if low <= after <= high and price < costs.get(after, math.inf):
+                costs[after], chosen[after] = price, step
+    if len(costs) > _STATES:
+        costs = dict(sorted(costs.items(), key=lambda item: (item[1], item[0]))[:_STATES])
+    return costs, chosen
+
+
+def _walk_back(
+    trail: Sequence[Mapping[int, int]], shares: Sequence[int], floors: Sequence[int], gap: int
+) -> list[int]:
+    zeros = []
+    for chosen, share, floor in zip(reversed(trail), reversed(shares), reversed(floors), strict=True):
+        step = chosen[gap]
+        zeros.append(floor + step)
+        gap -= share * step
+    return zeros[::-1]
