@@ -588,7 +588,10 @@ def test_a_layers_pattern():
     assert pattern_of(structure, 0.375) == NM(5, 8)
     assert pattern_of(structure, 0.0) == Unstructured()
     assert pattern_of(NM(2, 4), 0.5) == NM(2, 4)
-    assert structure.keep(torch.rand(3, 16), 0.625).sum() == 3 * 2 * 3
+    scores = torch.rand(3, 16)
+    assert structure.keep(scores, 0.625).sum() == 3 * 2 * 3
+    assert torch.equal(structure.keep_columns(scores[:, 8:], 0.625, 8), structure.keep(scores, 0.625)[:, 8:])
+    assert structure.step(20) == NM(4, 8).step(20)
     for sparsity in (0.4, 1.0):
         with pytest.raises(ValueError, match=rf"sparsity={sparsity:g} is not one of 0/8 .. 7/8"):
             structure.of(sparsity)
@@ -624,6 +627,20 @@ def test_a_fixed_pattern_refuses_an_allocation():
 # --- on models -------------------------------------------------------------------------------------------
 
 BY_ACTIVATION = [OWL(m=3.0), DLP(), DLP(statistic="mean")]
+
+
+def test_every_method_takes_every_allocation():
+    calibration = load_calibration(tiny_models.tokens())
+    for method in METHODS:
+        for allocation in ("owl", "dlp", "atp:beta=0.1", "global"):
+            for pattern in (None, "4:8"):
+                model = tiny_models.tiny("llama")
+                report = run(discover(model), recipe_for(method, pattern, allocation), None, calibration)
+                assert report.sparsity == pytest.approx(0.5, abs=0.0 if pattern else 0.02), (
+                    method,
+                    allocation,
+                )
+                assert len({layer.requested for layer in report.layers}) > 1 or pattern
 
 
 @pytest.mark.parametrize("allocation", BY_ACTIVATION, ids=str)

@@ -56,6 +56,14 @@ class MixedNM:
         """Return the width of the short group at the end of a row."""
         return cols % self.m
 
+    def step(self, block_size: int) -> int:
+        """Return how many columns at a time are masked, as for ``n:m``."""
+        return NM(self.n, self.m).step(block_size)
+
+    def keep_columns(self, scores: Tensor, sparsity: float, start: int) -> Tensor:
+        """Return the mask of the columns from ``start`` on alone; see :meth:`NM.keep_columns`."""
+        return self.of(sparsity).keep_columns(scores, sparsity, start)
+
     def round(self, layers: Sequence[PrunableLayer], sparsities: Sequence[float]) -> list[float]:
         """Return multiples of 1/m near ``sparsities`` with exactly the zeros of ``n:m`` in all layers together.
 
