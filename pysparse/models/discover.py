@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from torch import nn
+from torch import Tensor, nn
 
+from pysparse.calib.inputs import expert_input_name, is_fused_experts
 from pysparse.nn import CompactLinear, SparseLinear
-from pysparse.nn.match import class_names, matches
+from pysparse.nn.match import matches
 from pysparse.pruning import BlockLayout, PrunableLayer
 
 # Routers choose experts: a handful of weights on which everything hangs. "gate_proj" is not one.
 _ROUTER = re.compile(r"(^|\.)(router|gate|gating|shared_expert_gate)(\.|$)")
 _DEFAULT_IGNORE = ("lm_head",)
+Blocks = tuple[tuple[str, nn.Module], ...]
 
 
 def discover(
@@ -23,66 +25,80 @@ def discover(
 ) -> BlockLayout:
     """Return the blocks of ``model`` and what is prunable in them; no model is known by name.
 
-    The blocks are the elements of the outermost list of like modules that holds the most linear weights (in a
-    language model the longest one: the transformer blocks). A model without such a list is one block. In the
-    blocks every ``nn.Linear`` and GPT-2 ``Conv1D`` that ``targets`` name and ``ignore`` does not is prunable;
-    both hold class names, module paths (or their last parts), globs and "re:" expressions over paths. Linear layers
-    outside of the blocks (heads, embeddings' projections), expert routers, and weights that are shared with
-    another module stay dense, with the cause in ``skipped``.
+    The blocks are the elements of the outermost list of like modules that holds the most weights (in a
+    language model the longest one: the transformer blocks); sibling lists of the same kind of block, such as
+    the stages of a ResNet, count as one list. A model without such a list is one block. In the blocks every
+    ``nn.Linear``, GPT-2 ``Conv1D``, ``nn.Conv2d`` and matrix of fused experts that ``targets`` name and
+    ``ignore`` does not is prunable; both hold class names, module paths (or their last parts), globs and
+    "re:" expressions over paths. "Linear" names Conv1D and fused experts too; convolutions are targeted by
+    ``targets=("Linear", "Conv2d")``. Everything else that holds a matrix stays dense, with the cause in
+    ``skipped``: layers outside of the blocks (heads, embeddings' projections), expert routers, weights that
+    are shared with another module, and modules of other kinds.
 
-    Raises ValueError for a model without linear layers, an already packed one, and targets that name nothing.
+    Raises ValueError for a model without such layers, an already packed one, and targets that name nothing.
     """
-    linears = {path: module for path, module in model.named_modules() if _is_linear(module)}
-    _require_linears(model, linears)
-    blocks = _find_blocks(model, linears)
-    search = _Search(targets, ignore, _other_owners(model, linears))
-    for path, module in linears.items():
-        index = next(
-            (i for i, (name, _) in enumerate(blocks) if not name or path.startswith(name + ".")), None
-        )
-        search.visit(path, module, index)
+    prunable = {path: module for path, module in model.named_modules() if _is_prunable(module)}
+    _require_layers(model, prunable)
+    blocks = _find_blocks(model, prunable)
+    search = _Search(targets, ignore, _other_owners(model, prunable))
+    for path, module in model.named_modules():
+        if path in prunable:
+            index = next(
+                (i for i, (name, _) in enumerate(blocks) if not name or path.startswith(name + ".")), None
+            )
+            search.visit(path, module, index)
+        elif any(parameter.dim() > 1 for parameter in module.parameters(recurse=False)):
+            search.skipped[path] = "router of experts" if _ROUTER.search(path) else (
+                f"{type(module).__name__} is no kind of layer that is pruned"
+            )  # fmt: skip
     if not search.layers:
-        classes = ", ".join(sorted({type(module).__name__ for module in linears.values()}))
+        classes = ", ".join(sorted({type(module).__name__ for module in prunable.values()}))
         raise ValueError(
             f"no layer to prune: targets={list(targets)} without ignore={list(ignore)} leaves none of the "
-            f"{len(linears)} linear layers (classes {classes}; first {next(iter(linears))}): "
-            f"{_most_common(search.skipped)}"
+            f"{len(prunable)} prunable layers (classes {classes}; first {next(iter(prunable))}): "
+            f"{_most_common(search.skipped, prunable)}"
         )
     layers = tuple(sorted(search.layers, key=lambda layer: layer.block))
-    warnings = (*_unused_patterns(model, ignore), *_fused_experts(model, blocks))
+    warnings = (
+        *_unused_patterns(model, ignore),
+        *_dense_anyway(layers),
+        *_other_experts(search.skipped, model),
+    )
     return BlockLayout(model, blocks, layers, search.skipped, warnings)
 
 
 @dataclass(slots=True)
 class _Search:
-    """Sorts linear layers into prunable and skipped."""
+    """Sorts layers into prunable and skipped."""
 
     targets: Sequence[str]
     ignore: Sequence[str]
-    owners: dict[int, str]  # id of a parameter -> path of a module that is no linear layer and uses it too
+    owners: dict[int, str]  # id of a parameter -> path of a module of another kind that uses it too
     layers: list[PrunableLayer] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
 
     def visit(self, path: str, module: nn.Module, block: int | None) -> None:
-        reason = self._reason(path, module, block)
-        if reason is not None:
-            self.skipped[path] = reason
-        elif block is not None:
-            self.layers.append(PrunableLayer(path, module, block, transposed=_is_conv1d(module)))
-            self.owners[id(module.weight)] = path
+        for name in _matrix_names(module):
+            place = f"{path}.{name}" if is_fused_experts(module) else path
+            reason = self._reason(path, place, module, name, block)
+            if reason is not None:
+                self.skipped[place] = reason
+            elif block is not None:
+                self.layers += _layers(place, module, name, block)
+                self.owners[id(module._parameters[name])] = place
 
-    def _reason(self, path: str, module: nn.Module, block: int | None) -> str | None:
-        """Return why a linear layer is not prunable, or None."""
-        weight = module._parameters.get("weight")
-        if not matches(module, path, self.targets):
+    def _reason(self, path: str, place: str, module: nn.Module, name: str, block: int | None) -> str | None:
+        """Return why a matrix is not prunable, or None."""
+        weight = module._parameters.get(name)
+        if not self._named(module, path, place, self.targets):
             return "not in targets"
-        if matches(module, path, self.ignore):
+        if self._named(module, path, place, self.ignore):
             return "in ignore"
         if block is None:
             return "outside of the blocks"
         if _ROUTER.search(path):
             return "router of experts"
-        if weight is None or weight.dim() != 2 or not weight.is_floating_point():
+        if weight is None or weight.dim() != _dimensions(module) or not weight.is_floating_point():
             return (
                 "its weight is no matrix of floating-point parameters (quantized, or computed from others?)"
             )
@@ -90,64 +106,97 @@ class _Search:
             return f"shares its weight with {self.owners[id(weight)]}"
         return None
 
+    def _named(self, module: nn.Module, path: str, place: str, patterns: Sequence[str]) -> bool:
+        return (
+            matches(module, path, patterns)
+            or (place != path and matches(module, place, patterns))
+            or (is_fused_experts(module) and "Linear" in patterns)
+        )
+
 
 def _is_conv1d(module: nn.Module) -> bool:
     """Tell GPT-2's transposed linear layer, without an import of the class from wherever it lives today."""
     return type(module).__name__ == "Conv1D" and "weight" in module._parameters
 
 
-def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) or _is_conv1d(module)
+def _is_prunable(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear | nn.Conv2d) or _is_conv1d(module) or is_fused_experts(module)
+
+
+def _matrix_names(module: nn.Module) -> tuple[str, ...]:
+    return (expert_input_name(module), "down_proj") if is_fused_experts(module) else ("weight",)
+
+
+def _dimensions(module: nn.Module) -> int:
+    """Return how many dimensions a weight has that nothing unusual was done to."""
+    return 4 if isinstance(module, nn.Conv2d) else 3 if is_fused_experts(module) else 2
+
+
+def _layers(place: str, module: nn.Module, name: str, block: int) -> Iterator[PrunableLayer]:
+    if isinstance(module, nn.Conv2d):
+        yield PrunableLayer(place, module, block, groups=module.groups)
+    elif is_fused_experts(module):
+        weight: Tensor = getattr(module, name)
+        transposed = bool(module.is_transposed)
+        for expert in range(len(weight)):
+            yield PrunableLayer(f"{place}[{expert}]", module, block, transposed, name, expert)
+    else:
+        yield PrunableLayer(place, module, block, transposed=_is_conv1d(module))
 
 
 def _size(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters(recurse=False))
 
 
-def _require_linears(model: nn.Module, linears: dict[str, nn.Module]) -> None:
+def _require_layers(model: nn.Module, prunable: dict[str, nn.Module]) -> None:
     packed = next(
         (path for path, module in model.named_modules() if isinstance(module, SparseLinear | CompactLinear)),
         None,
     )
     if packed is not None:
         raise ValueError(f"{packed} is packed already: call pysparse.densify_(model) before pruning it again")
-    if not linears:
-        raise ValueError(f"{type(model).__name__} has no Linear layers: there is nothing to prune")
+    if not prunable:
+        raise ValueError(
+            f"{type(model).__name__} has no Linear layers (nor Conv2d or experts): there is nothing to prune"
+        )
 
 
-def _find_blocks(model: nn.Module, linears: dict[str, nn.Module]) -> tuple[tuple[str, nn.Module], ...]:
-    best: tuple[int, tuple[tuple[str, nn.Module], ...]] = (0, (("", model),))
+def _find_blocks(model: nn.Module, prunable: dict[str, nn.Module]) -> Blocks:
+    """Return the stack with the most weights; sibling stacks of like blocks count as one."""
+    weights: Counter[tuple[str, frozenset[type]]] = Counter()
+    stacks: dict[tuple[str, frozenset[type]], list[tuple[str, nn.Module]]] = {}
     chosen: list[str] = []
     for path, module in model.named_modules():  # parents come before children
         inside = any(path.startswith(outer + ".") for outer in chosen)
         if not isinstance(module, nn.ModuleList | nn.Sequential) or inside or not _alike(module):
             continue
-        weights = sum(_size(m) for p, m in linears.items() if not path or p.startswith(path + "."))
-        if weights == 0:
-            continue
         chosen.append(path)
         prefix = path + "." if path else ""
-        if weights > best[0]:
-            best = (weights, tuple((f"{prefix}{name}", block) for name, block in module.named_children()))
-    return best[1]
+        family = (path.rpartition(".")[0], frozenset(map(type, module)))
+        stacks.setdefault(family, []).extend(
+            (f"{prefix}{name}", one) for name, one in module.named_children()
+        )
+        weights[family] += sum(_size(m) for p, m in prunable.items() if p.startswith(prefix))
+    best = max(weights, key=weights.__getitem__, default=None)
+    return tuple(stacks[best]) if best is not None and weights[best] else (("", model),)
 
 
 def _alike(stack: nn.ModuleList | nn.Sequential) -> bool:
-    """Tell whether a list is a stack of blocks: several modules with linear layers inside, of few kinds."""
+    """Tell whether a list is a stack of blocks: several modules with prunable layers inside, of few kinds."""
     blocks = list(stack)
     if len(blocks) < 2 or any(
-        _is_linear(block) or not any(map(_is_linear, block.modules())) for block in blocks
+        _is_prunable(block) or not any(map(_is_prunable, block.modules())) for block in blocks
     ):
         return False
     return min(Counter(type(block) for block in blocks).values()) >= 2 or len({type(b) for b in blocks}) == 1
 
 
-def _other_owners(model: nn.Module, linears: dict[str, nn.Module]) -> dict[int, str]:
-    """Return the parameters of all modules that are no linear layer, such as embeddings, by id."""
+def _other_owners(model: nn.Module, prunable: dict[str, nn.Module]) -> dict[int, str]:
+    """Return the parameters of all modules of other kinds, such as embeddings, by id."""
     return {
         id(parameter): f"{path}.{name}" if path else name
         for path, module in model.named_modules()
-        if path not in linears
+        if path not in prunable
         for name, parameter in module.named_parameters(recurse=False)
     }
 
@@ -162,24 +211,41 @@ def _unused_patterns(model: nn.Module, ignore: Sequence[str]) -> list[str]:
     return [f"ignore={unused} names no module of this model"] if unused else []
 
 
-def _fused_experts(model: nn.Module, blocks: tuple[tuple[str, nn.Module], ...]) -> list[str]:
-    """Say how much of the model sits in three-dimensional expert weights, which no linear layer holds."""
-    fused = {
-        f"{path}.{owner}.{name}": parameter.numel()
-        for path, block in blocks
-        for owner, module in block.named_modules()
-        if not any("Conv" in cls for cls in class_names(module))
-        for name, parameter in module.named_parameters(recurse=False)
+def _dense_anyway(layers: Sequence[PrunableLayer]) -> list[str]:
+    """Say which layers get zeros that no packed format holds."""
+    texts = []
+    for what, found in (
+        ("matrices of fused experts", [layer for layer in layers if layer.expert is not None]),
+        ("convolutions", [layer for layer in layers if isinstance(layer.module, nn.Conv2d)]),
+    ):
+        if found:
+            share = sum(layer.size for layer in found) / sum(layer.size for layer in layers)
+            texts.append(
+                f"{len(found)} {what} ({found[0].path}, ...) hold {share:.0%} of the weights to prune: they get "
+                "their zeros, but no packed layer or file holds them, so they take as much memory and time as before"
+            )
+    return texts
+
+
+def _other_experts(skipped: dict[str, str], model: nn.Module) -> list[str]:
+    """Say how much of the model sits in three-dimensional weights of modules that nobody knows how to calibrate."""
+    modules = dict(model.named_modules())
+    found = {
+        f"{path}.{name}": parameter.numel()
+        for path, reason in skipped.items()
+        if reason.endswith("is no kind of layer that is pruned") and "Conv" not in reason
+        for name, parameter in modules[path].named_parameters(recurse=False)
         if parameter.dim() == 3 and min(parameter.shape) > 1
     }
-    if not fused:
+    if not found:
         return []
     total = sum(parameter.numel() for parameter in model.parameters())
     return [
-        f"{len(fused)} fused expert weights ({next(iter(fused))}, ...) hold {sum(fused.values()) / total:.0%} of "
-        "the model's parameters and are not pruned"
+        f"{len(found)} fused weights ({next(iter(found))}, ...) hold {sum(found.values()) / total:.0%} of the "
+        "model's parameters and are not pruned: their module has not the interface of transformers' experts"
     ]
 
 
-def _most_common(skipped: dict[str, str]) -> str:
-    return ", ".join(f"{count} {reason}" for reason, count in Counter(skipped.values()).most_common())
+def _most_common(skipped: dict[str, str], prunable: dict[str, nn.Module]) -> str:
+    reasons = Counter(reason for path, reason in skipped.items() if path in prunable)
+    return ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())

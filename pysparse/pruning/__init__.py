@@ -19,7 +19,7 @@ from pysparse.pruning.recipe import (
 )
 from pysparse.pruning.reconstruction import Keep
 from pysparse.pruning.report import PrunedLayer, PruneReport
-from pysparse.pruning.run import BlockEvent, gather_evidence, run
+from pysparse.pruning.run import BlockEvent, Execution, gather_evidence, run
 from pysparse.pruning.structure import NM, Unstructured
 from pysparse.pruning.target import check_sparsity, resolve_sparsity
 
@@ -30,6 +30,7 @@ __all__ = [
     "BlockLayout",
     "ColumnScaled",
     "Evidence",
+    "Execution",
     "Importance",
     "Keep",
     "MaskStructure",

@@ -2,42 +2,75 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from pysparse.calib.inputs import Slot
+
+_EXPERT = re.compile(r"(^|\.)experts\.\d+\.")
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PrunableLayer:
-    """A linear layer of a block."""
+    """A weight matrix of a block: a linear layer's, a convolution's, or one of several fused experts'.
 
-    path: str  # in the model
+    A convolution's weight [out, in / groups, kh, kw] counts as the matrix [out, in / groups * kh * kw] that
+    multiplies unfolded patches. Fused experts keep the matrices of all experts in one parameter [E, ., .];
+    each expert is a layer of its own.
+    """
+
+    path: str  # in the model; of an expert, that of the parameter with its index
     module: nn.Module
     block: int
-    transposed: bool = False  # the weight is stored [in_features, out_features] (GPT-2's Conv1D)
+    transposed: bool = False  # the matrix is stored [in_features, out_features] (GPT-2's Conv1D)
+    parameter: str = "weight"
+    expert: int | None = None  # index into the parameter's first dimension
+    groups: int = 1  # of a convolution: each sees its own channels, out_features / groups rows a group
+
+    @property
+    def stored(self) -> Tensor:
+        """The matrix as it lies in the model, a view."""
+        weight: Tensor = getattr(self.module, self.parameter).detach()
+        return weight if self.expert is None else weight[self.expert]
 
     @property
     def weight(self) -> Tensor:
-        """The stored weight as a view [out_features, in_features]."""
-        weight: Tensor = self.module.weight.detach()  # type: ignore[operator]
-        return weight.t() if self.transposed else weight
+        """The matrix [out_features, in_features]; a view unless a convolution's memory format forbids it."""
+        return self.stored.t() if self.transposed else self.stored.flatten(1)
 
     @property
     def shape(self) -> tuple[int, int]:
         """(out_features, in_features)."""
-        rows, cols = self.weight.shape
-        return int(rows), int(cols)
+        rows, *cols = self.stored.t().shape if self.transposed else self.stored.shape
+        return int(rows), int(torch.Size(cols).numel())
 
     @property
     def size(self) -> int:
         """Number of weights."""
-        return self.weight.numel()
+        return self.stored.numel()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the matrix is."""
+        return self.stored.device
+
+    @property
+    def slots(self) -> tuple[Slot, ...]:
+        """What the rows that this matrix sees are called in :mod:`pysparse.calib.inputs`, one for each group."""
+        return tuple((self.parameter, self.expert or group) for group in range(self.groups))
+
+    @property
+    def routed(self) -> bool:
+        """Tell whether the layer is an expert's, and so sees some of the tokens only."""
+        return self.expert is not None or _EXPERT.search(self.path) is not None
 
     @torch.no_grad()
     def write(self, weight: Tensor) -> None:
         """Store ``weight`` [out_features, in_features] in place: parameter, dtype, device and ties stay."""
-        self.weight.copy_(weight)
+        self.stored.copy_(weight.t() if self.transposed else weight.reshape(self.stored.shape))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -47,7 +80,7 @@ class BlockLayout:
     model: nn.Module
     blocks: tuple[tuple[str, nn.Module], ...]  # (path, module)
     layers: tuple[PrunableLayer, ...]  # in block order
-    skipped: dict[str, str]  # path of a linear layer -> why it stays dense
+    skipped: dict[str, str]  # path of a module with weight matrices -> why it stays dense
     warnings: tuple[str, ...] = ()
 
     def layers_of(self, block: int) -> tuple[PrunableLayer, ...]:

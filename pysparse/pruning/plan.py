@@ -14,6 +14,7 @@ from pysparse.pruning.layout import BlockLayout, PrunableLayer
 from pysparse.pruning.mixed import mixed_note, pattern_of
 from pysparse.pruning.recipe import Evidence, Recipe
 from pysparse.pruning.report import describe_recipe, structure_warning
+from pysparse.pruning.solve import pruned_count
 from pysparse.pruning.target import resolve_sparsity
 
 
@@ -85,7 +86,7 @@ class PrunePlan:
         )  # fmt: skip
         caption = (
             f"{self.structure}; {self.weights / self.model_parameters:.0%} of the model's {self.model_parameters:,} "
-            f"parameters are in these layers, {len(self.skipped)} linear layers stay dense"
+            f"parameters are in these layers, {len(self.skipped)} other modules with matrices stay dense"
         )
         return make_table("plan: nothing was touched", columns, rows, "\n".join((caption, *self.warnings)))
 
@@ -150,7 +151,7 @@ def _planned(layer: PrunableLayer, recipe: Recipe, budget: float | None) -> Plan
     if budget is None:
         return PlannedLayer(layer.path, layer.shape, None, None, layer.size * item, None)
     structure = pattern_of(recipe.structure, budget)
-    pruned = structure.pruned_count(*layer.shape, budget)
+    pruned = pruned_count(layer, structure, budget, bool(recipe.needs))
     packed = packed_bytes(*layer.shape, layer.size - pruned, item)
     return PlannedLayer(layer.path, layer.shape, budget, pruned, layer.size * item, packed, str(structure))
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
-from pysparse.measure.results import dumps, make_table, to_jsonable, write_json
+from pysparse.measure.results import dumps, make_table, megabytes, to_jsonable, write_json
 from pysparse.pruning.layout import PrunableLayer
 from pysparse.pruning.recipe import MaskStructure, Recipe
 
@@ -49,7 +49,7 @@ class PruneReport:
     target: float  # sparsity asked for
     recipe: dict[str, Any]
     layers: tuple[PrunedLayer, ...]
-    skipped: dict[str, str]  # linear layers that stayed dense, and why
+    skipped: dict[str, str]  # what else holds matrices and stayed dense, and why
     model_parameters: int
     calibration: dict[str, Any] | None  # None: the method needs none
     propagate: str  # whether a block's statistics saw the blocks before it "pruned" or "dense"
@@ -58,6 +58,7 @@ class PruneReport:
     threads: int
     warnings: tuple[str, ...] = ()
     search: dict[str, Any] | None = None  # what was tried to find a setting of the allocation, if that was
+    memory: dict[str, int | str] = field(default_factory=dict)  # bytes: the process at its largest
 
     @property
     def weights(self) -> int:
@@ -92,7 +93,12 @@ class PruneReport:
     def _remarks(self) -> list[str]:
         share = (
             f"{self.share_of_model:.0%} of the model's {self.model_parameters:,} parameters are in these layers; "
-            f"{len(self.skipped)} linear layers stay dense; {self.seconds['total']:.1f} s"
+            f"{len(self.skipped)} other modules with matrices stay dense; {self.seconds['total']:.1f} s"
+            + (
+                f", {megabytes(int(peak))} resident at most"
+                if (peak := self.memory.get("resident_peak"))
+                else ""
+            )
         )
         source = "no calibration" if self.calibration is None else (
             f"calibrated on {self.calibration['sequences']} sequences of {self.calibration['source']}"

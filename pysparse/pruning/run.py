@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import nn
 
-from pysparse.calib import Calibration, Collector, Replay
-from pysparse.calib.statistics import Watched
+from pysparse.calib import Calibration, Ranks, activations_in
+from pysparse.calib.activations import Place
+from pysparse.measure.memory import PeakMemory, peak_memory
 from pysparse.measure.quality import evaluating
 from pysparse.pruning.allocation import allocate
 from pysparse.pruning.layout import BlockLayout, PrunableLayer
-from pysparse.pruning.mixed import mixed_note, pattern_of
-from pysparse.pruning.recipe import Evidence, Pruned, Recipe, Stats
+from pysparse.pruning.mixed import mixed_note
+from pysparse.pruning.placement import check_device
+from pysparse.pruning.recipe import Evidence, Recipe
 from pysparse.pruning.report import PrunedLayer, PruneReport, describe_recipe, structure_warning
+from pysparse.pruning.solve import merged, prune_layers
 from pysparse.pruning.target import resolve_sparsity
+from pysparse.pruning.walk import LayerStats, Walk
 
 _LOGGER = logging.getLogger("pysparse")
 
@@ -39,17 +44,13 @@ class BlockEvent:
     seconds: float  # calibration and pruning of this block
 
 
-@dataclass(slots=True)
-class _Clock:
-    """Seconds by phase."""
+@dataclass(frozen=True, slots=True)
+class Execution:
+    """Where a run computes and what it keeps where."""
 
-    seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
-
-    @contextmanager
-    def timing(self, phase: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self.seconds[phase] += time.perf_counter() - start
+    device: torch.device | str | None = None  # blocks are pruned on it one by one; None: where the model is
+    activations: Place = "memory"  # or on "disk", one batch in memory
+    scratch: str | Path | None = None  # folder for activations on disk; None: the system's temporary folder
 
 
 def run(
@@ -61,6 +62,7 @@ def run(
     propagate: Propagate = "pruned",
     seed: int = 0,
     callbacks: Sequence[Callable[[BlockEvent], None]] = (),
+    execution: Execution | None = None,
 ) -> PruneReport:
     """Prune the layers of ``layout`` IN PLACE by ``recipe`` and return what was done.
 
@@ -69,45 +71,58 @@ def run(
     next block is calibrated on what it will really see (``propagate="dense"`` takes the first run's outputs
     instead, and saves the second). Statistics are held for one block at a time. A recipe without needs runs
     nothing at all. Modes, dtypes, devices, ``requires_grad``, ties and ``use_cache`` stay as they were.
+    ``execution`` says where this is computed and kept: on which device, activations in memory or on disk.
 
     Masks are a function of weights and statistics, ties included. The statistics come from the model's own
     forward pass, whose last bits may depend on the number of threads and on the split into batches: a mask
-    may then differ where two scores are equal to these last bits.
+    may then differ where two scores are equal to these last bits. They do not depend on the number of
+    processes: inside torch.distributed each rank calibrates on every n-th batch and solves every n-th layer
+    of a block, sums are formed in the order of the batches, and all end with the same weights.
 
     ``sparsity`` may be None for 0.5, or what an n:m pattern implies. ``seed`` is only noted. Raises
-    ValueError before anything is changed for a wrong sparsity or missing calibration; for activations that
-    are not finite when the block is reached (earlier blocks are pruned by then, as a note on the error says).
+    ValueError before anything is changed for a wrong sparsity, missing calibration, or weights that are not
+    finite; for activations that are not finite when the block is reached (earlier blocks are pruned by then,
+    as a note on the error says).
     """
     target = resolve_sparsity(recipe.structure, sparsity)
+    where = Execution() if execution is None else execution
+    device = check_device(layout.model, where.device)
     _check(layout, recipe, calibration, propagate)
-    job = _Job(layout, recipe, calibration, propagate)
     start = time.perf_counter()
-    with evaluating(layout.model), _without_cache(layout.model):
+    with (
+        evaluating(layout.model),
+        _without_cache(layout.model),
+        peak_memory() as memory,
+        activations_in(where.activations, where.scratch) as activations,
+    ):
+        walk = Walk(layout, calibration, activations, device, Ranks.present())
+        job = _Job(layout, recipe, walk, propagate)
         budgets = dict(zip(layout.layers, allocate(recipe, job.evidence(), target), strict=True))
-        layers: list[PrunedLayer] = []
-        begin = time.perf_counter()
-        for index, stats in job.walk(recipe.needs, propagate):
-            done = job.prune_block(index, stats, budgets)
-            layers += done
-            now = time.perf_counter()
-            event = BlockEvent(index, len(layout.blocks), layout.blocks[index][0], done, now - begin)
-            begin = now
-            for callback in callbacks:
-                callback(event)
-    job.clock.seconds["total"] = time.perf_counter() - start
-    return job.report(target, layers, seed)
+        layers = [layer for event in job.events(budgets, callbacks) for layer in event.layers]
+    walk.clock.seconds["total"] = time.perf_counter() - start
+    return job.report(target, layers, seed, memory)
 
 
 def gather_evidence(
-    layout: BlockLayout, recipe: Recipe, calibration: Calibration | None = None
+    layout: BlockLayout,
+    recipe: Recipe,
+    calibration: Calibration | None = None,
+    execution: Execution | None = None,
 ) -> list[Evidence]:
     """Return what the allocation of ``recipe`` looks at, as :func:`run` does: a pass over the dense model.
 
     Changes nothing. Raises ValueError as :func:`run` does for missing calibration or activations.
     """
+    where = Execution() if execution is None else execution
+    device = check_device(layout.model, where.device)
     _check(layout, recipe, calibration, "dense")
-    with evaluating(layout.model), _without_cache(layout.model):
-        return _Job(layout, recipe, calibration, "dense").evidence()
+    with (
+        evaluating(layout.model),
+        _without_cache(layout.model),
+        activations_in(where.activations, where.scratch) as activations,
+    ):
+        walk = Walk(layout, calibration, activations, device, Ranks.present())
+        return _Job(layout, recipe, walk, "dense").evidence()
 
 
 def _check(layout: BlockLayout, recipe: Recipe, calibration: Calibration | None, propagate: str) -> None:
@@ -121,118 +136,107 @@ def _check(layout: BlockLayout, recipe: Recipe, calibration: Calibration | None,
             raise ValueError(
                 f"{layer.path} has no data (device meta): load or un-offload the model before pruning"
             )
+        _require_finite(layer)
+
+
+def _require_finite(layer: PrunableLayer) -> None:
+    weight = layer.stored
+    if not weight.numel() or bool(torch.isfinite(torch.stack(torch.aminmax(weight))).all()):
+        return
+    count = weight.numel() - int(torch.isfinite(weight).sum())
+    raise ValueError(
+        f"{layer.path}: {count} of {layer.size} weights are NaN or infinite: the checkpoint is damaged, or was "
+        "converted to a dtype that is too narrow; nothing was changed"
+    )
 
 
 @dataclass(slots=True)
 class _Job:
     layout: BlockLayout
     recipe: Recipe
-    calibration: Calibration | None
+    walk: Walk
     propagate: str
-    clock: _Clock = field(default_factory=_Clock)
-    warnings: dict[str, str] = field(default_factory=dict)  # layer path -> warning
-    remarks: list[str] = field(default_factory=list)  # of reconstructions, with the layer's path
 
     def evidence(self) -> list[Evidence]:
         """Return what the allocation asked for: its statistics take a pass over the dense model."""
         if not self.recipe.allocation.needs:
             return [Evidence(layer, {}) for layer in self.layout.layers]
         found = {
-            layer: Evidence(layer, layer_stats)
-            for _, stats in self.walk(self.recipe.allocation.needs, "dense")
+            layer: Evidence(layer, merged(layer, layer_stats))
+            for _, stats in self.walk.blocks(self.recipe.allocation.needs, "dense")
             for layer, layer_stats in stats.items()
         }
         return [found[layer] for layer in self.layout.layers]
 
-    def walk(
-        self, needs: Sequence[str], propagate: str
-    ) -> Iterator[tuple[int, Mapping[PrunableLayer, Stats]]]:
-        """Yield each block's index and statistics; the caller may prune it before asking for the next."""
-        blocks = self.layout.blocks
-        replay: Replay | None = None
-        if needs and self.calibration is not None:
-            with self.clock.timing("capture"):
-                replay = Replay(self.layout.model, blocks, self.calibration.batches)
-        for index in range(len(blocks)):
-            layers = self.layout.layers_of(index)
-            stats: dict[PrunableLayer, Stats] = {layer: {} for layer in layers}
-            if replay is not None:
-                with self.clock.timing("statistics"):
-                    stats = self._collect(replay, index, layers, needs, propagate == "dense")
-            yield index, stats
-            if replay is not None and propagate == "pruned" and index + 1 < len(blocks):
-                with self.clock.timing("propagate"):
-                    replay.forward(index, advance=True)
-
-    def _collect(
-        self, replay: Replay, index: int, layers: Sequence[PrunableLayer], needs: Sequence[str], advance: bool
-    ) -> dict[PrunableLayer, Stats]:
-        watched = {one.path: Watched(one.module, one.shape[1], one.weight.device) for one in layers}
-        collector = Collector(watched, needs)
-        with collector.watching():
-            replay.forward(index, advance=advance and index + 1 < len(self.layout.blocks))
-        sequences = self.calibration.sequences if self.calibration else 0
-        for layer in layers:
-            if not collector.tokens(layer.path):
-                self.warnings[layer.path] = "saw no calibration token: its inputs count as equally strong"
-        try:
-            return {layer: collector.values(layer.path, sequences) for layer in layers}
-        except ValueError as error:
-            error.add_note(f"{index} of {len(self.layout.blocks)} blocks had been processed")
-            raise
+    def events(
+        self, budgets: Mapping[PrunableLayer, float], callbacks: Sequence[Callable[[BlockEvent], None]]
+    ) -> Iterator[BlockEvent]:
+        """Prune block by block."""
+        begin = time.perf_counter()
+        for index, stats in self.walk.blocks(self.recipe.needs, self.propagate):
+            done = self.prune_block(index, stats, budgets)
+            now = time.perf_counter()
+            event = BlockEvent(
+                index, len(self.layout.blocks), self.layout.blocks[index][0], done, now - begin
+            )
+            begin = now
+            for callback in callbacks:
+                callback(event)
+            yield event
 
     def prune_block(
-        self, index: int, stats: Mapping[PrunableLayer, Stats], budgets: Mapping[PrunableLayer, float]
+        self, index: int, stats: LayerStats, budgets: Mapping[PrunableLayer, float]
     ) -> tuple[PrunedLayer, ...]:
         """Prune the layers of one block in place."""
-        with self.clock.timing("prune"):
-            return tuple(self._prune(one, stats[one], budgets[one]) for one in self.layout.layers_of(index))
+        with self.walk.clock.timing("prune"):
+            layers = self.layout.layers_of(index)
+            done = prune_layers(layers, stats, budgets, self.recipe, self.walk.ranks)
+            unseen = self.walk.warnings
+            return tuple(
+                dataclasses.replace(one, warnings=(unseen[one.path], *one.warnings))
+                if one.path in unseen
+                else one
+                for one in done
+            )
 
-    def _prune(self, layer: PrunableLayer, stats: Stats, sparsity: float) -> PrunedLayer:
-        start = time.perf_counter()
-        recipe, weight = self.recipe, layer.weight.contiguous()
-        structure = pattern_of(recipe.structure, sparsity)
-        try:
-            pruned = recipe.reconstruction.solve(weight, stats, recipe.importance, structure, sparsity)
-            _check_pruned(pruned, layer)
-        except ValueError as error:
-            raise ValueError(f"{layer.path}: {error}") from error
-        layer.write(pruned.weight)
-        self.remarks += [f"{layer.path}: {text}" for text in pruned.warnings]
-        zeros = layer.size - int(torch.count_nonzero(layer.weight))
-        removed = layer.size - int(torch.count_nonzero(pruned.keep))
-        warnings = tuple(filter(None, (self.warnings.get(layer.path), *pruned.warnings)))
-        return PrunedLayer(
-            layer.path, layer.block, layer.shape, str(structure), sparsity, removed, zeros,
-            time.perf_counter() - start, warnings,
-        )  # fmt: skip
-
-    def report(self, target: float, layers: Sequence[PrunedLayer], seed: int) -> PruneReport:
+    def report(
+        self, target: float, layers: Sequence[PrunedLayer], seed: int, memory: PeakMemory
+    ) -> PruneReport:
         """Return the report, after logging each kind of warning once."""
-        given = self.calibration if self.recipe.needs_calibration else None
+        walk = self.walk
+        given = walk.calibration if self.recipe.needs_calibration else None
         warnings = [*self.layout.warnings, *(given.warnings if given else ())]
         ragged = structure_warning(self.recipe.structure, self.layout.layers)
         unseen = (
-            f"{len(self.warnings)} layers saw no calibration token, {next(iter(self.warnings))} first: their inputs "
+            f"{len(walk.warnings)} layers saw no calibration token, {next(iter(walk.warnings))} first: their inputs "
             "count as equally strong"
-        ) if self.warnings else None  # fmt: skip
+        ) if walk.warnings else None  # fmt: skip
         mixed = mixed_note(self.recipe.structure, [layer.requested for layer in layers])
-        for text in filter(None, (ragged, unseen, mixed, *self.remarks)):
+        remarks = (
+            f"{layer.path}: {text}"
+            for layer in layers
+            for text in layer.warnings[layer.path in walk.warnings :]
+        )
+        for text in filter(None, (ragged, unseen, mixed, *remarks)):
             _LOGGER.warning(text)
             warnings.append(text)
         return PruneReport(
             target, describe_recipe(self.recipe), tuple(layers), self.layout.skipped, self.layout.model_size,
-            given.describe() if given else None, self.propagate, seed, dict(self.clock.seconds),
-            torch.get_num_threads(), tuple(warnings),
+            given.describe() if given else None, self.propagate, seed, dict(walk.clock.seconds),
+            torch.get_num_threads(), tuple(warnings), memory=_peaks(memory, walk.device),
         )  # fmt: skip
 
 
-def _check_pruned(pruned: Pruned, layer: PrunableLayer) -> None:
-    for name, tensor in (("weight", pruned.weight), ("keep", pruned.keep)):
-        if tuple(tensor.shape) != layer.shape:
-            raise ValueError(
-                f"the reconstruction returned {name} of shape {tuple(tensor.shape)}, not {layer.shape}"
-            )
+def _peaks(memory: PeakMemory, device: torch.device | None) -> dict[str, int | str]:
+    """Return the largest resident set of the process, and what the compute device held at most, in bytes."""
+    peaks: dict[str, int | str] = {
+        "resident_before": memory.before,
+        "resident_peak": memory.peak,
+        "since": memory.since,
+    }
+    if device is not None and device.type == "cuda":
+        peaks["device_peak"] = torch.cuda.max_memory_allocated(device)
+    return peaks
 
 
 @contextmanager
