@@ -373,3 +373,9 @@ def nm_int8_unpack(
     rows: int,
     dense: int,
 ) -> None: ...
+def select_rows(
+    dtype: int, weight: int, scale: int, rows: int, cols: int, count: int, keep: int, pruned: int
+) -> None: ...
+def select_nm(
+    dtype: int, weight: int, scale: int, rows: int, cols: int, n: int, m: int, keep: int, pruned: int
+) -> None: ...

@@ -8,4 +8,5 @@ PYBIND11_MODULE(_core, module) {
   pysparse::bind_kernels(module);
   pysparse::bind_linear(module);
   pysparse::bind_nm(module);
+  pysparse::bind_pruning(module);
 }

@@ -31,6 +31,7 @@ from pysparse.ops.nm import (
     nm_linear,
     nm_unpack,
 )
+from pysparse.ops.select import can_select, nm_mask, row_mask, select_nm, select_rows
 
 __all__ = [
     "ACTIVATION_BITS",
@@ -47,6 +48,7 @@ __all__ = [
     "call_int8_linear",
     "call_nm_int8_linear",
     "call_nm_linear",
+    "can_select",
     "dense_linear",
     "int8_linear",
     "int8_unpack",
@@ -56,9 +58,13 @@ __all__ = [
     "nm_int8_linear",
     "nm_int8_unpack",
     "nm_linear",
+    "nm_mask",
     "nm_unpack",
     "packed_linear",
     "packed_unpack",
     "pairs_linear",
+    "row_mask",
+    "select_nm",
+    "select_rows",
     "unpacked_linear",
 ]

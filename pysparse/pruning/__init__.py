@@ -14,6 +14,7 @@ from pysparse.pruning.recipe import (
     Pruned,
     Recipe,
     Reconstruction,
+    Selecting,
     Stats,
     column_scale,
 )
@@ -42,6 +43,7 @@ __all__ = [
     "PrunedLayer",
     "Recipe",
     "Reconstruction",
+    "Selecting",
     "Stats",
     "Uniform",
     "Unstructured",

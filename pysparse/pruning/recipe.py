@@ -98,6 +98,17 @@ class MaskStructure(Protocol):
         """
 
 
+@runtime_checkable
+class Selecting(Protocol):
+    """A structure with compiled kernels that score, select and prune in one pass."""
+
+    def select(self, weight: Tensor, scale: Tensor, sparsity: float) -> tuple[Tensor, Tensor] | None:
+        """Return mask and pruned weight for the scores |w_ij| * a_j, or None when no kernel takes ``weight``.
+
+        ``scale`` is a, float32 [in_features] and not negative. The mask is that of ``keep`` on these scores.
+        """
+
+
 class Reconstruction(Protocol):
     """Makes the pruned weight. It drives: a method that updates weights may score and mask piece by piece."""
 

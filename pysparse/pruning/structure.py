@@ -9,6 +9,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from pysparse import ops
+
 _CHUNK = 1 << 22  # scores selected from at a time; the selection copies them with int64 indices
 
 
@@ -44,7 +46,15 @@ class Unstructured:
         rows, cols = scores.shape
         return self._keep(scores, self._count(rows, cols, sparsity))
 
+    def select(self, weight: Tensor, scale: Tensor, sparsity: float) -> tuple[Tensor, Tensor] | None:
+        """Return mask and pruned weight by a compiled kernel; it knows rows only."""
+        if self.group != "row" or not ops.can_select(weight):
+            return None
+        return ops.select_rows(weight, scale, count_of(weight.shape[1], sparsity))
+
     def _keep(self, scores: Tensor, count: int) -> Tensor:
+        if self.group == "row" and ops.can_select(scores):
+            return ops.row_mask(scores, count)
         groups = scores if self.group == "row" else scores.reshape(1, -1)
         keep = torch.ones(groups.shape, dtype=torch.bool, device=scores.device)
         if count:
@@ -113,10 +123,9 @@ class NM:
         ``sparsity`` is not the pattern's 1 - n/m.
         """
         _check_scores(scores)
-        if abs(sparsity - (1.0 - self.n / self.m)) > 1e-6:
-            raise ValueError(
-                f"sparsity={sparsity} contradicts {self.n}:{self.m}, which is {1 - self.n / self.m:g}"
-            )
+        self._check_sparsity(sparsity)
+        if ops.can_select(scores):
+            return ops.nm_mask(scores, self.n, self.m)
         keep = torch.ones(scores.shape, dtype=torch.bool, device=scores.device)
         whole = scores.shape[1] - self.dense_columns(scores.shape[1])
         groups = (
@@ -128,6 +137,17 @@ class NM:
             rank[place + 1 :] += groups[place] <= groups[place + 1 :]
         keep[:, :whole] = (rank >= self.m - self.n).permute(1, 2, 0).reshape(len(scores), whole)
         return keep
+
+    def select(self, weight: Tensor, scale: Tensor, sparsity: float) -> tuple[Tensor, Tensor] | None:
+        """Return mask and pruned weight by a compiled kernel."""
+        self._check_sparsity(sparsity)
+        return ops.select_nm(weight, scale, self.n, self.m) if ops.can_select(weight) else None
+
+    def _check_sparsity(self, sparsity: float) -> None:
+        if abs(sparsity - (1.0 - self.n / self.m)) > 1e-6:
+            raise ValueError(
+                f"sparsity={sparsity} contradicts {self.n}:{self.m}, which is {1 - self.n / self.m:g}"
+            )
 
     def pruned_count(self, rows: int, cols: int, sparsity: float) -> int:
         """Return how many weights of a [rows, cols] matrix are pruned."""
