@@ -13,7 +13,7 @@ export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow bench lint format wheel sanitize cuda-check gpu-report clean
+.PHONY: help demo test test-slow bench lint format wheel sanitize sanitize-thread cuda-check gpu-report clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -67,19 +67,32 @@ cuda-check: $(VENV)/dev ## compile the CUDA sources for sm_80 and sm_90 (no spil
 	$(BIN)/python -m pytest --slow python_tests/test_cuda_host.py
 
 # A second environment over the first one's packages, so that the instrumented module shadows the plain one.
+# $(1): suffix of the environment, $(2): value of PYSPARSE_SANITIZE
+define INSTRUMENT
+	rm -rf $(VENV)-$(1)
+	$(PYTHON) -m venv --without-pip $(VENV)-$(1)
+	realpath $(VENV)/lib/python3*/site-packages > $$(echo $(VENV)-$(1)/lib/python3*/site-packages)/dev.pth
+	$(BIN)/pip --python $(VENV)-$(1) install -q --disable-pip-version-check --no-deps . \
+		-C build-dir=build/$(1) -C cmake.define.PYSPARSE_SANITIZE=$(2)
+endef
+
 sanitize: $(VENV)/dev ## kernel and format tests under the address and undefined-behaviour sanitizers
-	rm -rf $(VENV)-sanitize
-	$(PYTHON) -m venv --without-pip $(VENV)-sanitize
-	realpath $(VENV)/lib/python3*/site-packages > $$(echo $(VENV)-sanitize/lib/python3*/site-packages)/dev.pth
-	$(BIN)/pip --python $(VENV)-sanitize install -q --disable-pip-version-check --no-deps . \
-		-C build-dir=build/sanitize -C cmake.define.PYSPARSE_SANITIZE=ON
+	$(call INSTRUMENT,sanitize,address)
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
 		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONMALLOC=malloc \
 		$(VENV)-sanitize/bin/python -P -m pytest -s -q -p no:cacheprovider \
-		python_tests/test_kernels.py python_tests/test_formats.py python_tests/test_int8.py python_tests/test_nm.py
+		$(addprefix python_tests/test_,$(addsuffix .py,kernels formats int8 nm pairs properties))
+
+# Ours run on three threads whatever torch has: PYSPARSE_NUM_THREADS is above its number.
+sanitize-thread: $(VENV)/dev ## every kernel on several threads under the thread sanitizer
+	$(call INSTRUMENT,sanitize-thread,thread)
+	LD_PRELOAD="$$(gcc -print-file-name=libtsan.so)" PYSPARSE_NUM_THREADS=3 \
+		TSAN_OPTIONS="suppressions=$(CURDIR)/python_tests/thread_sanitizer.supp die_after_fork=0 exitcode=66" \
+		$(VENV)-sanitize-thread/bin/python -P -m pytest --slow -s -q -p no:cacheprovider \
+		python_tests/test_threads.py
 
 gpu-report: ## on a machine with a GPU and nvcc: build, test, measure; writes gpu_report/gpu_report.json
 	GPU_OUT=gpu_report benchmarks/gpu_check.sh
 
 clean: ## remove everything that was built
-	rm -rf $(VENV) $(VENV)-wheel $(VENV)-sanitize build dist demo_output
+	rm -rf $(VENV) $(VENV)-wheel $(VENV)-sanitize $(VENV)-sanitize-thread build dist demo_output

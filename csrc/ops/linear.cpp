@@ -116,9 +116,7 @@ void with_input(Input& input, int threads, const Body& body) {
   parallel(threads, [&](int thread, int team) {
     if (input.packed) {
       input.pack_share(thread, team);
-      if (team > 1) {  // alone, the barrier would be that of a caller's parallel region
-#pragma omp barrier
-      }
+      team_barrier(team);
     }
     body(thread, team);
   });

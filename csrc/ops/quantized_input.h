@@ -42,9 +42,7 @@ template <class Input, class Body>
 void with_prepared(const Input& input, int threads, const Body& body) {
   parallel(threads, [&](int thread, int team) {
     input.prepare(thread, team);
-    if (team > 1) {  // alone, the barrier would be that of a caller's parallel region
-#pragma omp barrier
-    }
+    team_barrier(team);
     body(thread, team);
   });
 }

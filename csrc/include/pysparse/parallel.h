@@ -2,14 +2,18 @@
 // Threads. torch's wheel ships libgomp.so.1 under that soname, so its pool and ours are one, and
 // torch.set_num_threads rules both. Work is split by owner: each output has one writer and one
 // order of summation, so results are bit-equal for any number of threads.
-#include <omp.h>
-
 #include <algorithm>
 #include <cstdint>
 #include <cstdlib>
 #include <exception>
+#include <mutex>
 
 #include "pysparse/error.h"
+#ifdef PYSPARSE_STD_THREADS
+#include "pysparse/std_team.h"
+#else
+#include "pysparse/omp_team.h"
+#endif
 
 namespace pysparse {
 
@@ -25,8 +29,8 @@ inline int num_threads() {
           " is not a number of threads from 1 to ", kMaxThreads);
     return static_cast<int>(count);
   }();
-  if (omp_in_parallel()) return 1;
-  return wanted > 0 ? wanted : omp_get_max_threads();
+  if (in_team()) return 1;
+  return wanted > 0 ? wanted : default_threads();
 }
 
 // Waking a thread costs some microseconds: give each at least this many bytes to stream.
@@ -36,24 +40,23 @@ inline int threads_for(int64_t bytes) {
   return static_cast<int>(std::clamp<int64_t>(bytes / kBytesPerThread, 1, num_threads()));
 }
 
-// Calls body(thread, threads) once on each of `threads` threads. No exception may leave an OpenMP
-// region, so what bodies throw is carried out of it: of several threads' exceptions that of the
+// Calls body(thread, threads) once on each of `threads` threads. No exception may leave a thread of
+// the team, so what bodies throw is carried out of it: of several threads' exceptions that of the
 // lowest, as one thread would throw.
 template <class Body>
 void parallel(int threads, const Body& body) {
   if (threads <= 1) return body(0, 1);
   std::exception_ptr thrown;
+  std::mutex throwing;
   int thrower = threads;
-#pragma omp parallel num_threads(threads)
-  {
-    const int thread = omp_get_thread_num();
+  run_team(threads, [&](int thread, int team) {
     try {
-      body(thread, omp_get_num_threads());
+      body(thread, team);
     } catch (...) {
-#pragma omp critical(pysparse_thrown)
+      const std::lock_guard<std::mutex> lock(throwing);
       if (thread < thrower) thrower = thread, thrown = std::current_exception();
     }
-  }
+  });
   if (thrown) std::rethrow_exception(thrown);
 }
 
