@@ -23,13 +23,14 @@ if TYPE_CHECKING:
         report,
     )
     from pysparse.huggingface import CheckpointError, convert, from_pretrained, save_pretrained
-    from pysparse.nn import DenseLinear, SparseLinear, densify_, sparsify_
+    from pysparse.nn import DenseLinear, Packing, SparseLinear, densify_, sparsify_
 
 __version__ = "0.1.0"
 
 __all__ = [
     "CheckpointError",
     "DenseLinear",
+    "Packing",
     "SparseLinear",
     "__version__",
     "benchmark",
@@ -52,7 +53,7 @@ _ROOMS = {
         "benchmark", "benchmark_shape", "doctor", "evaluate", "kernel_info", "plan_prune", "prune", "report",
     ),
     "pysparse.huggingface": ("CheckpointError", "convert", "from_pretrained", "save_pretrained"),
-    "pysparse.nn": ("DenseLinear", "SparseLinear", "densify_", "sparsify_"),
+    "pysparse.nn": ("DenseLinear", "Packing", "SparseLinear", "densify_", "sparsify_"),
 }  # fmt: skip
 _HOME = {name: room for room, names in _ROOMS.items() for name in names}
 

@@ -116,15 +116,18 @@ _NUMPY = {
     "I64": "i8",
     "I32": "i4",
     "U8": "u1",
-    **dict.fromkeys(("I8", "BOOL", "F8_E4M3", "F8_E5M2"), "u1"),  # only ever empty
+    "I8": "i1",
+    **dict.fromkeys(("BOOL", "F8_E4M3", "F8_E5M2"), "u1"),  # only ever empty
 }
 
 
-def read_dense(data):
+def read_dense(data, group_sizes=None):
     """Decode the bytes of a safetensors file to {name: float64 or integer array}, packed layers unpacked.
 
-    Follows the written description of the layout with NumPy alone and checks nothing.
+    ``group_sizes`` maps int8 layers to the columns that share a scale, where that is not a whole row. Follows the
+    written description of the layout with NumPy alone and checks nothing.
     """
+    group_sizes = group_sizes or {}
     length = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + length])
     header.pop("__metadata__", None)
@@ -140,17 +143,27 @@ def read_dense(data):
     for path in [name[: -len(".compressed")] for name in arrays if name.endswith(".compressed")]:
         values, bits, shape = (arrays.pop(f"{path}.{part}") for part in ("compressed", "bitmask", "shape"))
         arrays.pop(f"{path}.row_offsets", None)
+        scales = arrays.pop(f"{path}.scales", None)
         keep = np.unpackbits(bits, axis=1, bitorder="little")[:, : shape.flatten()[1]].astype(bool)
+        values = values.flatten()
+        if scales is not None:
+            group = group_sizes.get(path) or keep.shape[1]
+            spread = np.repeat(scales, group, axis=1)[:, : keep.shape[1]]
+            with np.errstate(over="ignore"):
+                values = values.astype(np.float32) * spread[keep]
         arrays[f"{path}.weight"] = np.zeros(keep.shape, values.dtype)
-        arrays[f"{path}.weight"][keep] = values.flatten()
+        arrays[f"{path}.weight"][keep] = values
     return arrays
 
 
 def read_folder(folder):
     """Decode every safetensors file of a folder."""
+    config = json.loads((Path(folder) / "config.json").read_text())
+    packings = (config.get("quantization_config") or {}).get("packings") or {}
+    groups = {path: packing.get("group_size") for path, packing in packings.items()}
     arrays = {}
     for file in sorted(Path(folder).glob("*.safetensors")):
-        arrays.update(read_dense(file.read_bytes()))
+        arrays.update(read_dense(file.read_bytes(), groups))
     return arrays
 
 

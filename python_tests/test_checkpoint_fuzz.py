@@ -18,6 +18,7 @@ import torch
 import pysparse
 from pysparse.huggingface.fitting import Fit
 from pysparse.huggingface.layout import CheckpointError, Layout
+from pysparse.huggingface.quantizer import build_layer
 from pysparse.huggingface.reader import Checkpoint
 
 PER_KIND = 700
@@ -168,6 +169,35 @@ def edit_layout(victim, rng):
         lambda: config.update(dense=rng.choice((*STRANGE, {"lm_head": 2}, {"lm_head": "x"}))),
         lambda: config.pop(rng.choice(("nnz", "version", "format", "dense"))),
         lambda: config.update(nnz=rng.choice(STRANGE)),
+        lambda: config.update(packings={layer: rng.choice(({"values": "int8"}, {"pattern": "2:4"}, *STRANGE))}),
+    )  # fmt: skip
+    rng.choice(edits)()
+    return victim.data, config
+
+
+def edit_scales(victim, rng):
+    """Overwrite one scale of an int8 layer by a number that is none, or by another."""
+    name = rng.choice([t for t in victim.tensors if t.endswith(".scales")])
+    begin = victim.span(name)[0] + 4 * rng.randrange(len(range(*victim.span(name))) // 4)
+    value = rng.choice((float("nan"), float("inf"), float("-inf"), -1.0, -0.0, 0.0, 1e-45, 1e38))
+    return victim.data[:begin] + struct.pack("<f", value) + victim.data[begin + 4 :], victim.config
+
+
+def edit_packings(victim, rng):
+    config = copy.deepcopy(victim.config)
+    layer = rng.choice(list(config["packings"]))
+    packing = config["packings"][layer]
+    edits = (
+        lambda: packing.update(values=rng.choice((*STRANGE, "int4", "os.system"))),
+        lambda: packing.update(pattern=rng.choice((*STRANGE, "1:4", "4:8", "3:5", "63:64", "2:128", "4:2", "a:b"))),
+        lambda: packing.update(group_size=rng.choice((*STRANGE, 4, 6, 8, 12, 64, 2**40))),
+        lambda: packing.update(activation_bits=rng.choice((*STRANGE, 16, 4))),
+        lambda: packing.update({rng.choice(("extra", "")): rng.choice(STRANGE)}),
+        lambda: packing.pop(rng.choice(list(packing))),
+        lambda: config["packings"].pop(layer),
+        lambda: config["packings"].update({rng.choice(("x", "lm_head", "")): packing}),
+        lambda: config["packings"].update({layer: rng.choice(STRANGE)}),
+        lambda: config.update(version=rng.choice((1, 2, 3))),
     )  # fmt: skip
     rng.choice(edits)()
     return victim.data, config
@@ -191,10 +221,14 @@ KINDS = {
     "other-shape": rewrite_shape,
     "other-offsets": shift_offsets,
     "layout": edit_layout,
+    "scale-bits": flip_in(".scales"),
+    "other-scales": edit_scales,
+    "packings": edit_packings,
 }
 
 
 OFFSET_KINDS = {"offsets", "other-offsets"}  # the 2:4 layout has none
+INT8_KINDS = {"scale-bits", "other-scales", "packings"}
 # Sides that are no multiple of eight, so that the last mask byte of a row has bits to spare.
 ODD = {"hidden_size": 36, "intermediate_size": 60, "num_attention_heads": 2, "num_key_value_heads": 1}
 
@@ -220,11 +254,36 @@ def victims(folder, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def skeleton(folder):
+def int8_victims(tmp_path_factory):
+    """Files of int8 values: under a mask with a scale for every 8 inputs, and to be packed as 2:4."""
+    model = checkpoints.make_two_of_four_(checkpoints.masked(sparsity=0.0))
+    found = []
+    for index, packing in enumerate((pysparse.Packing("int8", None, 8), pysparse.Packing("int8", "2:4"))):
+        folder = pysparse.save_pretrained(
+            model, tmp_path_factory.mktemp("fuzz") / str(index), packing=packing
+        )
+        config = json.loads((folder / "config.json").read_text())["quantization_config"]
+        assert {p.get("pattern") for p in config["packings"].values()} == {packing.pattern}
+        config.pop("quant_method")
+        found.append(Victim((folder / "model.safetensors").read_bytes(), config))
+    return found
+
+
+def on_meta(**settings):
     with torch.device("meta"):
-        model = tiny_models.tiny(**ODD)
+        model = tiny_models.tiny(**settings)
     model.config.architectures = ["LlamaForCausalLM"]
     return model
+
+
+@pytest.fixture(scope="module")
+def skeleton():
+    return on_meta(**ODD)
+
+
+@pytest.fixture(scope="module")
+def int8_skeleton():
+    return on_meta()
 
 
 def load_file(path, config, model):
@@ -237,36 +296,51 @@ def load_file(path, config, model):
     packed = {f"{layer.path}.weight" for layer in layers}
     expected = {name: tensor for name, tensor in model.state_dict().items() if name not in packed}
     fit.check_dense(expected, shapes=True)
-    tensors = {
-        f"{layer.path}.weight": checkpoint.read(layer.stored, layout, layer.shape).to_dense()
-        for layer in layers
-    }
+    tensors = {f"{layer.path}.weight": read_layer(checkpoint, layout, layer) for layer in layers}
     return tensors | {name: checkpoint.tensor(name) for name in expected if name in checkpoint.tensors}
 
 
+def read_layer(checkpoint, layout, layer):
+    rows = checkpoint.read(layer.stored, layout, layer.shape)
+    if layer.stored in layout.packings:
+        packing = layout.packings[layer.stored]
+        rows = build_layer(layer.stored, rows, packing, None, torch.float32, torch.device("cpu")).bitmap()
+    return rows.to_dense()
+
+
+def groups_of(config):
+    """Return each int8 layer's group size, of a config that has just been accepted."""
+    return {path: packing.get("group_size") for path, packing in config.get("packings", {}).items()}
+
+
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_damaged_file_is_refused_or_read_as_it_stands(kind, victims, skeleton, tmp_path):
+def test_a_damaged_file_is_refused_or_read_as_it_stands(
+    kind, victims, int8_victims, skeleton, int8_skeleton, tmp_path
+):
     rng = random.Random(f"pysparse-{kind}")
     refusals = []
     for index in range(PER_KIND):
-        victim = victims[index % 4 == 3 and kind not in OFFSET_KINDS]
+        int8 = kind in INT8_KINDS or index % 4 == 2
+        legacy = index % 4 == 3 and kind not in OFFSET_KINDS
+        victim = int8_victims[index % 8 == 2] if int8 else victims[legacy]
         data, config = KINDS[kind](victim, rng)
         path = tmp_path / "model.safetensors"
         path.unlink(missing_ok=True)  # a new file each time: the old one may still be mapped
         path.write_bytes(data)
         try:
-            tensors = load_file(path, config, skeleton)
+            tensors = load_file(path, config, int8_skeleton if int8 else skeleton)
         except CheckpointError as error:
             refusals.append(str(error))
             continue
-        expected = checkpoints.read_dense(data)
+        expected = checkpoints.read_dense(data, groups_of(config))
         for name, tensor in tensors.items():
             assert checkpoints.same_bits(tensor, expected[name]), f"mutant {index}: {name} differs"
     for text in refusals:
         assert len(text) < 1000
         assert "model.safetensors" in text or "config.json" in text
     legal = {"values", "dense"}  # any bits are values; elsewhere a mutant may by chance be valid
-    assert not refusals if kind in legal else len(refusals) > 0.2 * PER_KIND
+    least = 0.02 if kind == "scale-bits" else 0.2  # of a scale's 32 bits few make it negative or infinite
+    assert not refusals if kind in legal else len(refusals) > least * PER_KIND
 
 
 def test_there_are_ten_thousand_mutants():
@@ -293,7 +367,7 @@ def damage_folder(folder, victims, rng):
     config_file, weights = folder / "config.json", folder / "model.safetensors"
     config = json.loads(config_file.read_text())
     if which == "file":
-        data, layout = KINDS[rng.choice(sorted(KINDS))](victims[0], rng)
+        data, layout = KINDS[rng.choice(sorted(KINDS.keys() - INT8_KINDS))](victims[0], rng)
         weights.unlink()
         weights.write_bytes(data)
         config["quantization_config"] = {"quant_method": "pysparse", **layout}

@@ -12,7 +12,7 @@ from torch import nn
 from pysparse import backend
 from pysparse.formats import Int8Bitmap, NMInt8, NMTensor, TiledInt8
 from pysparse.measure.report import report
-from pysparse.nn import CompactLinear, DenseLinear, SparseLinear, densify_, sparsify_
+from pysparse.nn import CompactLinear, DenseLinear, Packing, SparseLinear, densify_, sparsify_
 
 pytestmark = pytest.mark.skipif(
     not backend.available(), reason=f"no compiled core: {backend.missing_reason()}"
@@ -26,9 +26,9 @@ KINDS = {
 }
 
 
-def pruned_linear(cols=40, rows=24, dtype=torch.float32, bias=True, pattern=(2, 4)):
+def pruned_linear(cols=40, rows=24, dtype=torch.float32, bias=True, pattern=(2, 4), fewer=True):
     linear = nn.Linear(cols, rows, bias=bias, dtype=dtype)
-    linear.weight.data = nm_matrix(rows, cols, *pattern, dtype)
+    linear.weight.data = nm_matrix(rows, cols, *pattern, dtype, fewer=fewer)
     return linear
 
 
@@ -77,8 +77,8 @@ def test_state_dict_round_trip(kind):
 def test_state_dict_names_are_the_documented_ones():
     names = {kind: list(layer_of(kind)[1].state_dict()) for kind in KINDS}
     assert names["int8"] == ["compressed", "bitmask", "row_offsets", "scales", "shape", "bias"]
-    assert names["2:4"] == ["values", "indices", "pattern", "shape", "bias"]
-    assert names["2:4-int8"] == ["values", "indices", "scales", "pattern", "shape", "bias"]
+    assert names["2:4"] == ["compressed", "bitmask", "row_offsets", "shape", "bias"]
+    assert names["2:4-int8"] == names["int8"]
     state = layer_of("int8")[1].state_dict()
     assert state["compressed"].dtype == torch.int8
     assert tuple(state["scales"].shape) == (24, 1)
@@ -91,9 +91,9 @@ def test_state_dict_names_are_the_documented_ones():
         ("int8", "compressed", lambda t: t[:-1], "are stored"),
         ("int8", "scales", lambda t: t * float("nan"), "scales must be finite"),
         ("int8", "shape", lambda t: t + 1, r"shape says \[25, 41\], the layer is \[24, 40\]"),
-        ("2:4", "pattern", lambda t: t + 1, r"pattern says \[3, 5\], the layer is \[2, 4\]"),
-        ("2:4", "values", lambda t: t[:-1], "values and indices hold"),
-        ("3:5-int8", "indices", lambda t: t | 255, "lies outside its group of 5"),
+        ("2:4", "compressed", lambda t: t[:-1], "are stored"),
+        ("2:4", "bitmask", lambda t: t | 255, "row_offsets"),
+        ("3:5-int8", "bitmask", lambda t: t.flip(1), "row_offsets|pattern 3:5 keeps 3 of 5"),
         ("2:4-int8", "scales", lambda t: t[:-1], "scales must be float32"),
         ("2:4-int8", "bias", lambda t: t[:-1], "bias has shape"),
     ],
@@ -129,7 +129,9 @@ def test_layers_copy_pickle_and_change_dtype(kind):
 
 
 def test_sparsify_and_densify_a_model():
-    model = nn.Sequential(pruned_linear(40, 24), nn.SiLU(), pruned_linear(24, 16), nn.Linear(16, 5)).eval()
+    model = nn.Sequential(
+        pruned_linear(40, 32, fewer=False), nn.SiLU(), pruned_linear(32, 16, fewer=False), nn.Linear(16, 5)
+    ).eval()
     dense, x = copy.deepcopy(model), torch.randn(3, 40)
     converted = sparsify_(model, values="int8", pattern="2:4", activation_bits=16)
     assert [type(m) for m in (model[0], model[2], model[3])] == [CompactLinear, CompactLinear, DenseLinear]
@@ -146,6 +148,104 @@ def test_sparsify_and_densify_a_model():
     assert type(copy.deepcopy(dense)[0]) is nn.Linear
     sparsify_(dense)
     assert type(dense[0]) is SparseLinear
+
+
+@pytest.mark.parametrize(
+    ("pattern", "fewer", "kept"),
+    [
+        ((2, 4), False, True),
+        ((1, 8), False, True),
+        ((4, 8), False, False),
+        ((3, 5), False, False),
+        ((2, 4), True, False),
+    ],
+)
+@pytest.mark.parametrize("values", [None, "int8"])
+def test_compact_indices_are_taken_where_they_pay(pattern, fewer, kept, values):
+    """4:8 takes more bits than a mask, 3:5 has no vector kernel, and groups with fewer than n waste places."""
+    linear = pruned_linear(80, 64, torch.bfloat16, pattern=pattern, fewer=fewer)
+    if fewer:
+        linear.weight.data[16:48] = 0
+    model = nn.Sequential(linear)
+    sparsify_(model, pattern=f"{pattern[0]}:{pattern[1]}", values=values)
+    if kept:
+        assert model[0].packing == Packing(values, f"{pattern[0]}:{pattern[1]}")
+    elif values is None:
+        assert type(model[0]) is SparseLinear
+    else:
+        assert model[0].packing == Packing("int8")
+    if values is None:
+        assert torch.equal(model[0].weight, linear.weight)
+
+
+def test_bitmap_layers_are_quantised_too_and_others_left():
+    model = nn.Sequential(pruned_linear(), nn.Linear(24, 8))
+    expected = Int8Bitmap.from_dense(model[0].weight, group_size=8).to_dense()
+    sparsify_(model)
+    assert [type(m) for m in model] == [SparseLinear, DenseLinear]
+    found = sparsify_(model, values="int8", group_size=8)
+    assert [type(m) for m in model] == [CompactLinear, DenseLinear]
+    assert list(found.sparse) == ["0"]
+    assert torch.equal(model[0].weight, expected)
+    again = model[0]
+    sparsify_(model, values="int8")
+    assert model[0] is again  # int8 values are not quantised anew
+
+
+@pytest.mark.parametrize(
+    ("damage", "options", "message"),
+    [
+        (
+            lambda w: w[2, 4:8].fill_(1),
+            {"pattern": "2:4"},
+            "layer '2': pattern 2:4 keeps 2 of 4, but 1 groups",
+        ),
+        (
+            lambda w: w[2, 0].fill_(float("nan")),
+            {"values": "int8"},
+            "layer '2': 1 weights are NaN or infinite",
+        ),
+        (
+            lambda w: w[2, 0].fill_(float("inf")),
+            {"values": "int8"},
+            "layer '2': 1 weights are NaN or infinite",
+        ),
+    ],
+)
+def test_a_model_is_changed_as_a_whole_or_not_at_all(damage, options, message):
+    model = nn.Sequential(pruned_linear(), nn.SiLU(), pruned_linear(24, 16))
+    damage(model[2].weight.data)
+    before = list(model)
+    with pytest.raises(ValueError, match=message):
+        sparsify_(model, **options)
+    assert list(model) == before
+
+
+def test_float16_layers_run_densely_and_say_so():
+    _, layer = layer_of("int8", dtype=torch.float16)
+    x = torch.randn(2, 40).half()
+    with pytest.warns(RuntimeWarning, match="no kernel for torch.float16"):
+        y = layer(x)
+    torch.testing.assert_close(y, nn.functional.linear(x, layer.weight, layer.bias))
+    assert "unpack + dense torch" in layer.kernel
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_tokens_and_rows_of_zeros(kind):
+    linear, layer = layer_of(kind)
+    assert layer(torch.randn(0, 40)).shape == (0, 24)
+    assert layer(torch.randn(2, 0, 40)).shape == (2, 0, 24)
+    assert not linear.weight[1].any()
+    assert torch.equal(layer(torch.randn(3, 40))[:, 1], linear.bias[1].expand(3))
+
+
+def test_bytes_are_those_of_the_arrays():
+    layer = layer_of("int8-g32-a16")[1]
+    nnz, tiles, quads, groups = layer.nnz, 2, 10, 2
+    assert layer.nbytes == (nnz + 64) + 8 * tiles * quads + 8 * (tiles + 1) + (4 + 4) * groups * 16 * tiles
+    assert layer.nbytes == sum(buffer.nbytes for buffer in layer.buffers())
+    rows = layer.packed().to_int8()
+    assert rows.nbytes == nnz + 24 * 5 + 24 * 8 + 24 * 2 * 4
 
 
 def test_impossible_requests_are_refused():

@@ -122,7 +122,7 @@ def test_damage_and_impossible_requests_are_refused():
     ]:
         with pytest.raises(ValueError, match=message):
             damaged.validate()
-    with pytest.raises(ValueError, match="group_size is a positive multiple of 4 inputs, got 30"):
+    with pytest.raises(ValueError, match="group_size is a positive multiple of 4 inputs up to 65536, got 30"):
         quantized(weight, group_size=30)
     with pytest.raises(ValueError, match="65537 columns: beyond 65536 a 32-bit sum"):
         quantized(torch.zeros(1, 65537))

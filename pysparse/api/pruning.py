@@ -22,7 +22,9 @@ from pysparse.measure.rounds import torch_threads
 from pysparse.methods import AllocationLike
 from pysparse.models.discover import discover
 from pysparse.models.skeleton import skeleton
+from pysparse.nn import Packing
 from pysparse.pruning import (
+    NM,
     BlockEvent,
     PrunePlan,
     PruneReport,
@@ -62,6 +64,8 @@ def prune(
     propagate: Propagate = "pruned",
     output_dir: str | Path | None = None,
     save_format: str = "pysparse",
+    values: str | None = None,
+    group_size: int | None = None,
     seed: int = 0,
     threads: int | None = None,
     progress: bool = True,
@@ -95,6 +99,9 @@ def prune(
         propagate: "pruned" calibrates a block on outputs of the pruned blocks before it, "dense" on dense ones.
         output_dir: folder to save the model in, with tokenizer, ``recipe.yaml`` and ``prune_report.json``.
         save_format: "pysparse" (packed), "dense" or "compressed-tensors".
+        values: "int8" saves int8 values, quantised from the pruned weights, with a float32 scale a row; an n:m
+            pattern then has compact indices where they pay. None saves the model's own dtype.
+        group_size: inputs that share a scale of int8 values (a multiple of 4, e.g. 128) instead of a whole row.
         seed: of the calibration windows.
         threads: torch threads while pruning; None leaves them alone.
         progress: show blocks done and time left on stderr.
@@ -110,6 +117,7 @@ def prune(
     )  # fmt: skip
     chosen = _recipe(recipe, method, pattern, allocation)
     resolve_sparsity(chosen.structure, sparsity)
+    packing = _packing(values, group_size, chosen, save_format)
     if output_dir is not None:
         _check_output(output_dir, save_format, chosen)
     model = load_model(model_or_path, format="dense")
@@ -138,7 +146,9 @@ def prune(
         report = report.with_warnings(["calibration was given, but this method needs none: not used"])
     if output_dir is not None:
         files = {"recipe.yaml": methods.recipe_to_yaml(chosen), "prune_report.json": report.to_json() + "\n"}
-        huggingface.save_pretrained(model, output_dir, format=save_format, tokenizer=found, extra_files=files)
+        huggingface.save_pretrained(
+            model, output_dir, format=save_format, tokenizer=found, extra_files=files, packing=packing
+        )
     return PruneResult(model, report)
 
 
@@ -179,6 +189,15 @@ def plan_prune(
     found = tokenizer_or_none(model_or_path, model, tokenizer)
     batches = calibration_for(calibration, model, found, Windows(num_samples, max_length, batch_size, seed))
     return plan(layout, chosen, sparsity, gather_evidence(layout, chosen, batches))
+
+
+def _packing(values: str | None, group_size: int | None, recipe: Recipe, save_format: str) -> Packing:
+    """Return how the result is to be packed; an error now rather than after the work."""
+    pattern = str(recipe.structure) if values is not None and isinstance(recipe.structure, NM) else None
+    packing = Packing(values, pattern, group_size)
+    if not packing.is_plain and save_format != "pysparse":
+        raise ValueError(f'values="{values}" can be saved in format "pysparse" only, got "{save_format}"')
+    return packing
 
 
 def _one_of(name: str, value: int | None, alias: str, other: int | None) -> int | None:

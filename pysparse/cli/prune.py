@@ -43,6 +43,12 @@ def prune(
     save_format: Annotated[
         str, typer.Option("--format", help="pysparse (packed), dense, or compressed-tensors.")
     ] = "pysparse",
+    values: Annotated[
+        str | None, typer.Option(help="'int8' saves int8 values. [default: the model's own dtype]")
+    ] = None,
+    group_size: Annotated[
+        int | None, typer.Option(help="Inputs that share a scale of int8 values. [default: a whole row]")
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the plan and sizes; touch nothing.")
     ] = False,
@@ -69,7 +75,8 @@ def prune(
             return
         result = api.prune(
             model, calibration=_calibration(calib), num_samples=num_samples, max_length=max_length,
-            output_dir=output, save_format=save_format, threads=threads, seed=seed, **options,
+            output_dir=output, save_format=save_format, values=values, group_size=group_size, threads=threads,
+            seed=seed, **options,
         )  # fmt: skip
         emit(result.report, json, result.report.to_dict())
         say(f"saved in {output}; load it with pysparse.from_pretrained('{output}')")

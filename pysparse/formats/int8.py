@@ -25,8 +25,10 @@ def check_group(cols: int, group_size: int | None) -> int:
         )
     if group_size is None:
         return max(1, cols)
-    if group_size < QUAD_COLS or group_size % QUAD_COLS:
-        raise ValueError(f"group_size is a positive multiple of {QUAD_COLS} inputs, got {group_size}")
+    if not 0 < group_size <= MAX_COLS or group_size % QUAD_COLS:
+        raise ValueError(
+            f"group_size is a positive multiple of {QUAD_COLS} inputs up to {MAX_COLS}, got {group_size}"
+        )
     return group_size
 
 

@@ -33,6 +33,8 @@ with a size mismatch of `....weight`: the empty tensors of that name are there t
 For each layer that `quantization_config.nnz` in `config.json` lists, `model*.safetensors` holds
 `.compressed` (the kept weights, row after row), `.bitmask` (uint8, a bit for each weight, the lowest bit
 first), `.row_offsets` (int64, where each row begins in `.compressed`) and `.shape` (rows, columns).
+Where `quantization_config.packings` gives a layer int8 values, a weight is its value times the entry of `.scales`
+(float32, rows x groups of `group_size` columns, or one a row) that belongs to it.
 """
 
 _DENSE = """# {architecture}, pruned

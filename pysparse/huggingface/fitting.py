@@ -10,7 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pysparse.huggingface.layout import BITMASK, LEGACY_BITMASK, PARTS, TRIPWIRE, CheckpointError, Layout
+from pysparse.huggingface.layout import (
+    BITMASK,
+    LEGACY_BITMASK,
+    PARTS,
+    SCALES,
+    TRIPWIRE,
+    CheckpointError,
+    Layout,
+)
 from pysparse.huggingface.reader import Checkpoint
 from pysparse.measure.size import TensorEntry
 
@@ -147,6 +155,8 @@ class Fit:
 
     def _is_packed_part(self, name: str) -> bool:
         path, _, part = name.rpartition(".")
+        if part == SCALES:
+            return self.layout.is_int8(path)
         return path in self.layout.nnz and part in (*PARTS[BITMASK], TRIPWIRE)
 
     def _in_model(self, name: str, names: Mapping[str, Any]) -> str | None:

@@ -17,6 +17,7 @@ from pysparse.huggingface.layout import CheckpointError
 from pysparse.huggingface.quantizer import ALLOW_OTHER_SHAPES
 from pysparse.huggingface.saving import FORMATS, write_folder
 from pysparse.huggingface.source import Source
+from pysparse.nn import Packing
 
 _LOAD_FORMATS = ("sparse", "dense")
 _HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
@@ -34,7 +35,8 @@ def from_pretrained(
     """Load the model in a folder (or of that name on the hub) and return it in evaluation mode.
 
     The class is the one named by ``architectures`` in config.json. With ``format`` "sparse" packed layers
-    become :class:`SparseLinear`, ready for the kernels; with "dense" they become ordinary ``nn.Linear``
+    become :class:`SparseLinear`, or :class:`CompactLinear` where they have int8 values or compact n:m indices,
+    ready for the kernels; with "dense" they become ordinary ``nn.Linear``
     with zeros. An ordinary dense checkpoint loads as it is, either way. Folders in compressed-tensors'
     ``sparse-bitmask`` and ``sparse-24-bitmask`` layouts, which its later releases no longer read, load like
     our own. ``dtype`` converts values and leaves the masks alone; ``kwargs`` go to transformers.
@@ -70,11 +72,12 @@ def convert(
     format: str = "pysparse",
     dtype: torch.dtype | str | None = None,
     max_shard_size: int | str = "5GB",
+    packing: Packing | None = None,
 ) -> Path:
     """Load the folder ``old`` in whatever format it is and save it as ``new`` in ``format``; return ``new``.
 
-    Formats are those of :func:`save_pretrained`; the tokenizer's and other small files come along. Raises
-    what :func:`from_pretrained` and :func:`save_pretrained` raise.
+    Formats and ``packing`` are those of :func:`save_pretrained`; the tokenizer's and other small files come
+    along. Raises what :func:`from_pretrained` and :func:`save_pretrained` raise.
     """
     if format not in FORMATS:
         raise ValueError(f'format is one of {list(FORMATS)}, got "{format}"')
@@ -87,7 +90,7 @@ def convert(
             if file.is_file() and not weights and not (folder / file.name).exists():
                 shutil.copy(file, folder / file.name)
 
-    return write_folder(model, new, format, add_small_files, max_shard_size)
+    return write_folder(model, new, format, add_small_files, max_shard_size, packing=packing)
 
 
 def _local_folder(path: str | Path, kwargs: dict[str, Any]) -> Path:

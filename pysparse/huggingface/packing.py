@@ -12,9 +12,14 @@ from transformers.pytorch_utils import Conv1D
 
 from pysparse.formats import BitmapTensor
 from pysparse.formats.bitmap import VALUE_DTYPES
-from pysparse.huggingface.layout import BITMASK, PARTS, TRIPWIRE, Layout
-from pysparse.nn import DenseLinear, SparseLinear
+from pysparse.huggingface.layout import BITMASK, PARTS, SCALES, TRIPWIRE, Layout
+from pysparse.nn import CompactLinear, DenseLinear, Packing, SparseLinear
+from pysparse.nn.compact import state_of
 from pysparse.nn.convert import MIN_SPARSITY
+from pysparse.nn.packing import row_major
+
+_STORED = (*PARTS[BITMASK], SCALES)
+_NO_PARTS: dict[str, Tensor] = {}
 
 
 def choose_layers(model: nn.Module, min_sparsity: float = MIN_SPARSITY) -> tuple[set[str], dict[str, float]]:
@@ -30,7 +35,7 @@ def choose_layers(model: nn.Module, min_sparsity: float = MIN_SPARSITY) -> tuple
     packed: set[str] = set()
     dense: dict[str, float] = {}
     for path, module in model.named_modules():
-        if isinstance(module, SparseLinear):
+        if isinstance(module, SparseLinear | CompactLinear):
             packed.add(path)
         elif isinstance(module, nn.Linear | Conv1D):
             sparsity = zero_fraction(module.weight)
@@ -48,38 +53,75 @@ def zero_fraction(weight: Tensor) -> float:
 
 
 def packed_state_dict(
-    model: nn.Module, min_sparsity: float = MIN_SPARSITY, *, tripwire: bool = True
+    model: nn.Module,
+    min_sparsity: float = MIN_SPARSITY,
+    packing: Packing | None = None,
+    *,
+    legacy: bool = False,
 ) -> tuple[dict[str, Tensor], Layout]:
     """Return every tensor of ``model`` as it goes to disk, packed layers in the bitmask format, and the layout.
 
-    With ``tripwire`` an empty ``<layer>.weight`` stands beside each packed layer (see layout.py).
+    ``packing`` is that of layers which are not compact yet; those that are stay as they are. An empty
+    ``<layer>.weight`` stands beside each packed layer (see layout.py). ``legacy`` leaves that out, and writes
+    int8 values as the numbers that they stand for. ValueError, naming the layer, for weights that cannot be
+    packed so.
     """
     packed, dense = choose_layers(model, min_sparsity)
+    wanted = packing or Packing()
     state: dict[str, Tensor] = {}
     nnz: dict[str, int] = {}
+    packings: dict[str, Packing] = {}
     for path, name, tensor in _tensors(model):
-        if path not in packed or name not in ("weight", *PARTS[BITMASK]):
+        if path not in packed or name not in ("weight", *_STORED):
             state[_join(path, name)] = tensor
             continue
-        parts = _parts(tensor) if name == "weight" else {name: tensor}
+        module = model.get_submodule(path)
+        parts, own = _layer_parts(path, module, name, tensor, wanted, legacy)
         state.update({f"{path}.{part}": array for part, array in parts.items()})
         if "compressed" in parts:
             nnz[path] = parts["compressed"].numel()
-            if tripwire:
+            if not own.is_plain:
+                packings[path] = own
+            if not legacy:
                 state[f"{path}.{TRIPWIRE}"] = torch.empty(0, dtype=torch.uint8)
-    return state, Layout(dict(sorted(nnz.items())), dict(sorted(dense.items())))
+    ordered = {path: packings[path] for path in sorted(packings)}
+    return state, Layout(dict(sorted(nnz.items())), dict(sorted(dense.items())), packings=ordered)
+
+
+def _layer_parts(
+    path: str, module: nn.Module, name: str, tensor: Tensor, wanted: Packing, legacy: bool
+) -> tuple[dict[str, Tensor], Packing]:
+    """Return what stands on disk for one tensor of a packed layer, and the layer's packing.
+
+    Where the layer is packed anew, its first tensor stands for all of them.
+    """
+    compact = isinstance(module, CompactLinear)
+    if compact and not legacy:
+        return {name: tensor}, module.packing  # type: ignore[return-value]
+    if isinstance(module, SparseLinear) and wanted.is_plain:
+        return {name: tensor}, wanted
+    if name not in ("weight", "compressed"):
+        return _NO_PARTS, wanted
+    rows = module.bitmap() if compact or isinstance(module, SparseLinear) else BitmapTensor.from_dense(tensor)  # type: ignore[operator]
+    if wanted.is_plain:
+        return state_of(rows), wanted
+    own = wanted.fitted(rows.shape, rows.nnz, rows.dtype)
+    try:
+        # Through the kernels' packing, so that what it cannot tell from nothing is not stored either.
+        return state_of(rows if own.is_plain else row_major(own.pack(rows))), own
+    except ValueError as error:
+        raise ValueError(f"layer '{path}': {error}") from None
 
 
 def dense_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """Return every tensor of ``model`` with packed layers written out as ordinary weights."""
-    sparse = {path for path, module in model.named_modules() if isinstance(module, SparseLinear)}
+    kinds = SparseLinear | CompactLinear
+    sparse = {path: module for path, module in model.named_modules() if isinstance(module, kinds)}
     state: dict[str, Tensor] = {}
     for path, name, tensor in _tensors(model):
-        if path in sparse and name in PARTS[BITMASK]:
+        if path in sparse and name in _STORED:
             if name == "compressed":
-                layer = model.get_submodule(path)
-                assert isinstance(layer, SparseLinear)
-                state[f"{path}.weight"] = layer.bitmap().to_dense()
+                state[f"{path}.weight"] = sparse[path].bitmap().to_dense()
         else:
             state[_join(path, name)] = tensor
     return state
@@ -100,12 +142,6 @@ def legacy_config(layout: Layout, sparsity: float) -> dict[str, Any]:
         },
         "transform_config": {},
     }
-
-
-def _parts(weight: Tensor) -> dict[str, Tensor]:
-    bitmap = BitmapTensor.from_dense(weight)
-    arrays = (bitmap.values, bitmap.bitmask, bitmap.row_offsets, torch.tensor(bitmap.shape))
-    return dict(zip(PARTS[BITMASK], arrays, strict=True))
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, str, Tensor]]:

@@ -18,14 +18,24 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from pysparse.formats import BitmapTensor
+from pysparse import backend
+from pysparse.formats import BitmapTensor, Int8Bitmap
 from pysparse.huggingface.fitting import Fit, PackedLayer, PackedTensor, kept_in_float32
-from pysparse.huggingface.layout import BITMASK, PARTS, QUANT_METHOD, TRIPWIRE, CheckpointError, Layout
+from pysparse.huggingface.layout import (
+    BITMASK,
+    PARTS,
+    QUANT_METHOD,
+    SCALES,
+    TRIPWIRE,
+    CheckpointError,
+    Layout,
+)
 from pysparse.huggingface.packing import packed_state_dict
 from pysparse.huggingface.reader import Checkpoint
-from pysparse.nn import DenseLinear, SparseLinear, densify_
+from pysparse.nn import CompactLinear, DenseLinear, Packing, SparseLinear, densify_
+from pysparse.nn.packing import RowMajor
 
-_NAMES = (*PARTS[BITMASK], TRIPWIRE)
+_NAMES = (*PARTS[BITMASK], SCALES, TRIPWIRE)
 
 # Set by from_pretrained(ignore_mismatched_sizes=True), which transformers does not tell a quantizer.
 ALLOW_OTHER_SHAPES: ContextVar[bool] = ContextVar("pysparse_allow_other_shapes", default=False)
@@ -141,7 +151,8 @@ class PysparseQuantizer(HfQuantizer):
         _settle(model, self._expected)
         layout = self.quantization_config.layout
         for layer in self._layers:
-            _seat(model, layer.path, checkpoint.read(layer.stored, layout, layer.shape))
+            rows = checkpoint.read(layer.stored, layout, layer.shape)
+            _seat(model, layer.path, rows, layout.packings.get(layer.stored, Packing()))
         for tensor in self._tensors:
             weight = checkpoint.read(tensor.stored, layout, tensor.shape).to_dense().view(tensor.shape)
             model.get_parameter(tensor.name).data.copy_(weight)
@@ -153,7 +164,12 @@ class PysparseQuantizer(HfQuantizer):
         # Names on disk are the model's own: nothing is to be renamed back when it is saved.
         model._weight_conversions = []
         nnz = {layer.path: layout.nnz[layer.stored] for layer in self._layers}
-        self._set_layout(model, Layout(nnz, layout.dense))
+        packings = {
+            layer.path: layout.packings[layer.stored]
+            for layer in self._layers
+            if layer.stored in layout.packings
+        }
+        self._set_layout(model, Layout(nnz, layout.dense, packings=packings))
         self._layers, self._tensors, self._expected = [], [], {}
         return model
 
@@ -170,7 +186,9 @@ class PysparseQuantizer(HfQuantizer):
         return state, {}
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
-        packed = [path for path, module in model.named_modules() if isinstance(module, SparseLinear)]
+        packed = [
+            path for path, module in model.named_modules() if isinstance(module, SparseLinear | CompactLinear)
+        ]
         densify_(model)
         for path in packed:
             model.get_submodule(path).weight.requires_grad_(True)  # as transformers loads it
@@ -211,21 +229,45 @@ def _settle(model: Any, expected: Mapping[str, tuple[torch.Size, torch.dtype]]) 
             tensor.data = tensor.data.to(dtype)
 
 
-def _seat(model: Any, path: str, bitmap: BitmapTensor) -> None:
+def _seat(model: Any, path: str, rows: RowMajor, packing: Packing) -> None:
     """Put the packed layer where its placeholder is, in the dtype and on the device of its surroundings."""
     placeholder = model.get_submodule(path)
     dtype = placeholder.weight.dtype
     if kept_in_float32(model, f"{path}.weight", dtype):
         dtype = torch.float32
     device = _device_around(model, path)
-    moved = BitmapTensor(
-        bitmap.values.to(device, dtype),
-        bitmap.bitmask.to(device),
-        bitmap.row_offsets.to(device),
-        bitmap.shape,
-    )
-    layer = SparseLinear.from_bitmap(moved, placeholder.bias)
+    layer = build_layer(path, rows, packing, placeholder.bias, dtype, device)
     model.set_submodule(path, layer.train(placeholder.training))
+
+
+def build_layer(
+    path: str,
+    rows: RowMajor,
+    packing: Packing,
+    bias: nn.Parameter | None,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> SparseLinear | CompactLinear:
+    """Pack checked arrays as config.json says; CheckpointError where they do not keep its pattern."""
+    if not packing.is_plain and backend.available() and device.type == "cpu":
+        if isinstance(rows, BitmapTensor):
+            rows = BitmapTensor(rows.values.to(dtype), rows.bitmask, rows.row_offsets, rows.shape)
+        try:
+            return CompactLinear(packing.pack(rows), bias, packing.activation_bits, dtype)
+        except ValueError as error:
+            raise CheckpointError(f"config.json: quantization_config.packings['{path}']: {error}") from None
+    if isinstance(rows, Int8Bitmap):
+        backend.warn_once(
+            f"int8-{device.type}",
+            f"int8 values have kernels on the CPU only (here: {device.type}, compiled core "
+            f"{'there' if backend.available() else 'missing'}): layers are loaded as the {dtype} numbers that they "
+            "stand for, and would be saved so",
+        )
+        rows = rows.to_bitmap(dtype)
+    moved = BitmapTensor(
+        rows.values.to(device, dtype), rows.bitmask.to(device), rows.row_offsets.to(device), rows.shape
+    )
+    return SparseLinear.from_bitmap(moved, bias)
 
 
 def _device_around(model: nn.Module, path: str) -> torch.device:

@@ -17,16 +17,19 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from pysparse.formats import BitmapTensor
+from pysparse.formats import BitmapTensor, Int8Bitmap
+from pysparse.formats.int8 import check_group
 from pysparse.huggingface.layout import (
     BITMASK,
     LEGACY_24,
     LEGACY_BITMASK,
+    SCALES,
     TRIPWIRE,
     CheckpointError,
     Layout,
 )
 from pysparse.measure.size import ITEM_BYTES, TensorEntry, read_header
+from pysparse.nn.packing import RowMajor
 
 _MAX_HEADER = 100_000_000  # bytes; the format's own limit
 _MAX_SIDE = 2**31 - 1  # of one dimension of a weight
@@ -79,7 +82,10 @@ class Checkpoint:
             values = codec.values(nnz, shape)
         except ValueError as error:
             raise CheckpointError(f"{compressed.path}: layer '{path}': {error}") from None
-        _expect(compressed, f"{path}.compressed", _VALUE_DTYPES, values)
+        int8 = layout.is_int8(path)
+        _expect(compressed, f"{path}.compressed", ("I8",) if int8 else _VALUE_DTYPES, values)
+        if int8:
+            self._check_scales(path, layout, shape)
         _expect(parts["bitmask"], f"{path}.bitmask", ("U8",), (*shape[:-1], (shape[-1] + 7) // 8))
         if "row_offsets" in parts:
             _expect(parts["row_offsets"], f"{path}.row_offsets", ("I64",), shape[:-1])
@@ -94,6 +100,14 @@ class Checkpoint:
                 f"{tripwire.size} bytes: which one holds is not to be told"
             )
         return shape
+
+    def _check_scales(self, path: str, layout: Layout, shape: Shape) -> None:
+        scales = self._entry(f"{path}.{SCALES}")
+        try:
+            group = check_group(shape[1], layout.packings[path].group_size)
+        except ValueError as error:
+            raise CheckpointError(f"{scales.path}: layer '{path}': {error}") from None
+        _expect(scales, f"{path}.{SCALES}", ("F32",), (shape[0], -(-shape[1] // group)))
 
     def _entry(self, name: str) -> TensorEntry:
         if name not in self.tensors:
@@ -114,14 +128,18 @@ class Checkpoint:
             )
         return shape
 
-    def read(self, path: str, layout: Layout, shape: Shape) -> BitmapTensor:
-        """Read layer ``path``, checked by :meth:`check`, and validate its bits, offsets and counts.
+    def read(self, path: str, layout: Layout, shape: Shape) -> RowMajor:
+        """Read layer ``path``, checked by :meth:`check`, and validate its bits, offsets, counts and scales.
 
         Returns arrays in the dtype of the file, on the CPU, that may be views of the mapped file. A weight of
         another rank comes as the matrix of its last dimension.
         """
         arrays = {part: self.tensor(f"{path}.{part}") for part in layout.parts if part != "shape"}
         try:
+            if layout.is_int8(path):
+                return _decode_int8(
+                    arrays, self.tensor(f"{path}.{SCALES}"), layout.packings[path].group_size, shape
+                )
             return _CODECS[layout.format].decode(arrays, shape)
         except ValueError as error:
             raise CheckpointError(
@@ -153,6 +171,15 @@ def _decode(arrays: Mapping[str, Tensor], shape: Shape) -> BitmapTensor:
     )
     bitmap.validate()
     return bitmap
+
+
+def _decode_int8(
+    arrays: Mapping[str, Tensor], scales: Tensor, group_size: int | None, shape: Shape
+) -> Int8Bitmap:
+    parts = arrays["compressed"], arrays["bitmask"], arrays["row_offsets"]
+    rows = Int8Bitmap(*parts, scales, check_group(shape[1], group_size), (shape[0], shape[1]))
+    rows.validate()
+    return rows
 
 
 def _decode_without_offsets(arrays: Mapping[str, Tensor], shape: Shape) -> BitmapTensor:

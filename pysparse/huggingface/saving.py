@@ -15,9 +15,10 @@ from transformers import PreTrainedModel
 
 from pysparse.huggingface.card import model_card
 from pysparse.huggingface.folder import MARKER, replaced_folder
-from pysparse.huggingface.layout import QUANT_METHOD, VERSION, Layout
+from pysparse.huggingface.layout import QUANT_METHOD, Layout
 from pysparse.huggingface.packing import dense_state_dict, legacy_config, packed_state_dict
-from pysparse.nn import SparseLinear
+from pysparse.huggingface.source import INDEX
+from pysparse.nn import CompactLinear, Packing, SparseLinear
 from pysparse.nn.convert import MIN_SPARSITY
 
 logger = logging.getLogger("pysparse")
@@ -33,24 +34,32 @@ class Export:
     own_names: (
         bool  # tensors carry the model's own names; False lets transformers restore a family's old ones
     )
+    version: int = 1  # of the layout
 
 
-def _native(model: nn.Module, min_sparsity: float) -> Export:
-    state, layout = packed_state_dict(model, min_sparsity)
+def _native(model: nn.Module, min_sparsity: float, packing: Packing) -> Export:
+    state, layout = packed_state_dict(model, min_sparsity, packing)
     if not layout.nnz:
         return _nothing_packed(state, min_sparsity)
-    return Export(state, layout.to_dict(), len(layout.nnz), True)
+    return Export(state, layout.to_dict(), len(layout.nnz), True, layout.version)
 
 
-def _dense(model: nn.Module, min_sparsity: float) -> Export:
+def _dense(model: nn.Module, min_sparsity: float, packing: Packing) -> Export:
+    _refuse(packing, "dense")
     return Export(dense_state_dict(model), None, 0, False)
 
 
-def _legacy(model: nn.Module, min_sparsity: float) -> Export:
-    state, layout = packed_state_dict(model, min_sparsity, tripwire=False)
+def _legacy(model: nn.Module, min_sparsity: float, packing: Packing) -> Export:
+    _refuse(packing, "compressed-tensors")
+    state, layout = packed_state_dict(model, min_sparsity, legacy=True)
     if not layout.nnz:
         return _nothing_packed(state, min_sparsity)
     return Export(state, legacy_config(layout, _sparsity(model, layout)), len(layout.nnz), True)
+
+
+def _refuse(packing: Packing, format: str) -> None:
+    if not packing.is_plain:
+        raise ValueError(f'{packing} cannot be stored in format "{format}": only "pysparse" has it')
 
 
 def _nothing_packed(state: dict[str, Tensor], min_sparsity: float) -> Export:
@@ -61,7 +70,7 @@ def _nothing_packed(state: dict[str, Tensor], min_sparsity: float) -> Export:
     return Export(state, None, 0, False)
 
 
-FORMATS: dict[str, Callable[[nn.Module, float], Export]] = {
+FORMATS: dict[str, Callable[[nn.Module, float, Packing], Export]] = {
     "pysparse": _native,
     "dense": _dense,
     "compressed-tensors": _legacy,
@@ -77,6 +86,7 @@ def save_pretrained(
     extra_files: Mapping[str, str] | None = None,
     max_shard_size: int | str = "5GB",
     min_sparsity: float = MIN_SPARSITY,
+    packing: Packing | None = None,
 ) -> Path:
     """Write ``model`` to a folder, whole or not at all, and return the folder.
 
@@ -85,11 +95,15 @@ def save_pretrained(
     row offsets) and loads after ``import pysparse``; "dense" writes ordinary weights that any tool reads;
     "compressed-tensors" is the ``sparse-bitmask`` layout of compressed-tensors up to 0.14.
 
+    ``packing``, e.g. ``Packing("int8", group_size=128)`` or ``Packing(pattern="2:4")``, is how "pysparse" packs
+    layers that are not in int8 or compact n:m already; those keep what they have. The other formats hold floats
+    under a mask, so such layers are written as the numbers that they stand for.
+
     ``tokenizer`` is saved beside the model, ``extra_files`` maps further file names to their text. Weights
     beyond ``max_shard_size`` are split into several files with an index. A model card says how to load.
     An existing folder is replaced only when it is empty or a model that pysparse saved (FileExistsError
     otherwise), and keeps the files in it that a save does not write. Raises ValueError for an unknown
-    format, a model that is not transformers', or a bad file name.
+    format, a model that is not transformers', a bad file name, or weights that ``packing`` cannot hold.
     """
     if format not in FORMATS:
         raise ValueError(f'format is one of {list(FORMATS)}, got "{format}"')
@@ -103,7 +117,7 @@ def save_pretrained(
         for name, text in texts.items():
             (folder / name).write_text(text, encoding="utf-8")
 
-    return write_folder(model, directory, format, add_files, max_shard_size, min_sparsity)
+    return write_folder(model, directory, format, add_files, max_shard_size, min_sparsity, packing)
 
 
 def write_folder(
@@ -113,9 +127,10 @@ def write_folder(
     add_files: Callable[[Path], None],
     max_shard_size: int | str,
     min_sparsity: float = MIN_SPARSITY,
+    packing: Packing | None = None,
 ) -> Path:
     """Write weights, config, card and what ``add_files`` adds to a folder of their own, then put it in place."""
-    export = FORMATS[format](model, min_sparsity)
+    export = FORMATS[format](model, min_sparsity, packing or Packing())
     with replaced_folder(directory) as folder:
         _write_model(model, export, folder, max_shard_size)
         for name, text in _own_files(model, format, export).items():
@@ -139,12 +154,22 @@ def _write_model(model: Any, export: Export, folder: Path, max_shard_size: int |
     elif not getattr(model, "_weight_conversions", None):
         stand_in._weight_conversions = None  # transformers looks the family's conversions up
     stand_in.save_pretrained(folder, state_dict=export.state, max_shard_size=max_shard_size)
+    _drop_parameter_count(folder / INDEX)
+
+
+def _drop_parameter_count(index: Path) -> None:
+    """Leave out of a shard index what counts the parameters in memory: packed layers have none there."""
+    if not index.is_file():
+        return
+    entries = json.loads(index.read_text(encoding="utf-8"))
+    entries.get("metadata", {}).pop("total_parameters", None)
+    index.write_text(json.dumps(entries, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _own_files(model: nn.Module, format: str, export: Export) -> dict[str, str]:
     facts = {
         "format": format,
-        "version": VERSION,
+        "version": export.version,
         "packed_layers": export.packed,
         "architecture": type(model).__name__,
     }
@@ -158,7 +183,7 @@ def _sparsity(model: nn.Module, layout: Layout) -> float:
     """Return the fraction of zeros over all linear layers, packed or not."""
     zeros = total = 0.0
     for path, module in model.named_modules():
-        if isinstance(module, nn.Linear | SparseLinear):
+        if isinstance(module, nn.Linear | SparseLinear | CompactLinear):
             size = module.in_features * module.out_features
             zeros += size - layout.nnz[path] if path in layout.nnz else size * layout.dense.get(path, 0.0)
             total += size

@@ -20,7 +20,7 @@ from pysparse.huggingface.layout import (
 from pysparse.huggingface.reader import Checkpoint
 
 _LEGACY = {"sparse-bitmask": LEGACY_BITMASK, "sparse-24-bitmask": LEGACY_24}
-_INDEX = "model.safetensors.index.json"
+INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 _MAX_JSON = 100_000_000  # bytes of a config or an index: far beyond any real one
 # A model is built from the numbers in config.json before its weights are looked at. Sizes beyond these, that
@@ -59,18 +59,18 @@ def weight_files(folder: Path) -> list[Path]:
     """Return the safetensors files of ``folder``, by its index where it has one; an empty list without any."""
     if (folder / _SINGLE).is_file():
         return [folder / _SINGLE]
-    if not (folder / _INDEX).is_file():
+    if not (folder / INDEX).is_file():
         return []
-    weights = _read_json(folder / _INDEX).get("weight_map")
+    weights = _read_json(folder / INDEX).get("weight_map")
     if not isinstance(weights, Mapping) or not weights:
-        raise CheckpointError(f"{folder / _INDEX}: weight_map must map tensors to files")
+        raise CheckpointError(f"{folder / INDEX}: weight_map must map tensors to files")
     for name, file in weights.items():
         if not isinstance(file, str) or file != Path(file).name or not (folder / file).is_file():
             raise CheckpointError(
-                f"{folder / _INDEX}: tensor '{name}' is said to be in {str(file)[:80]!r}, which is no file here"
+                f"{folder / INDEX}: tensor '{name}' is said to be in {str(file)[:80]!r}, which is no file here"
             )
     files = sorted({folder / file for file in weights.values()})
-    _check_index(folder / _INDEX, weights, files)
+    _check_index(folder / INDEX, weights, files)
     return files
 
 
@@ -78,7 +78,7 @@ def _expect_no_layers(folder: Path, config: Mapping[str, Any]) -> None:
     entries = config.get("quantization_config")
     if isinstance(entries, Mapping) and entries.get("quant_method") == QUANT_METHOD:
         raise CheckpointError(
-            f"{folder}: config.json lists packed layers, but there is no {_SINGLE} nor {_INDEX}"
+            f"{folder}: config.json lists packed layers, but there is no {_SINGLE} nor {INDEX}"
         )
 
 

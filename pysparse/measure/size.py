@@ -27,7 +27,8 @@ ITEM_BYTES = {
     "U8": 1,
     "BOOL": 1,
 }
-_PACKED = ("compressed", "bitmask", "row_offsets", "shape")
+_PACKED = ("compressed", "bitmask", "row_offsets", "scales", "shape")
+_CONFIG_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
 
 
@@ -56,7 +57,7 @@ class FileSize:
 
     total: int  # of the weight files, headers included
     linears: int  # of the layers asked for (all packed layers by default), biases not counted
-    linears_dense: int  # of the same layers as dense matrices of the same dtype
+    linears_dense: int  # of the same layers as dense matrices of the same dtype, for int8 of the model's
     layers: int  # how many they are
     other: int  # everything else in the weight files: embeddings, norms, biases, headers
 
@@ -81,7 +82,7 @@ def file_size(folder: str | Path, layers: Iterable[str] | None = None) -> FileSi
     tensors = {name: entry for path in files for name, entry in read_header(path).items()}
     packed = {name.removesuffix(".compressed") for name in tensors if name.endswith(".compressed")}
     chosen = sorted(packed) if layers is None else list(layers)
-    sizes = [_layer_bytes(name, tensors, packed) for name in chosen]
+    sizes = [_layer_bytes(name, tensors, packed, Path(folder)) for name in chosen]
     stored, total = sum(size for size, _ in sizes), checkpoint_bytes(folder)
     return FileSize(total, stored, sum(dense for _, dense in sizes), len(chosen), total - stored)
 
@@ -121,7 +122,9 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return result
 
 
-def _layer_bytes(name: str, tensors: dict[str, TensorEntry], packed: set[str]) -> tuple[int, int]:
+def _layer_bytes(
+    name: str, tensors: dict[str, TensorEntry], packed: set[str], folder: Path
+) -> tuple[int, int]:
     """Return the stored and the dense bytes of one layer's weight."""
     if name not in packed:
         if f"{name}.weight" not in tensors:
@@ -136,7 +139,17 @@ def _layer_bytes(name: str, tensors: dict[str, TensorEntry], packed: set[str]) -
         raise ValueError(f"the checkpoint's packed layer '{name}' has the shape {shape}, not (rows, columns)")
     if dtype not in ITEM_BYTES:
         raise ValueError(f"the checkpoint's packed layer '{name}' has values of unknown dtype {dtype}")
-    return sum(part.size for part in parts.values()), shape[0] * shape[1] * ITEM_BYTES[dtype]
+    item = _model_item_bytes(folder) if dtype == "I8" else ITEM_BYTES[dtype]
+    return sum(part.size for part in parts.values()), shape[0] * shape[1] * item
+
+
+def _model_item_bytes(folder: Path) -> int:
+    """Return the bytes of a weight of the model that int8 values stand for; ValueError where it does not say."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    dtype = config.get("dtype") or config.get("torch_dtype")
+    if dtype not in _CONFIG_BYTES:
+        raise ValueError(f"{folder / 'config.json'}: dtype is {dtype!r}, none of {list(_CONFIG_BYTES)}")
+    return _CONFIG_BYTES[dtype]
 
 
 def _weight_files(folder: Path) -> list[Path]:

@@ -19,7 +19,7 @@ from pysparse.methods.owl import OWL
 from pysparse.methods.profile import DLP_PROFILES, DLPProfile, as_profile, load_profile
 from pysparse.methods.sparsegpt import InverseHessian, ObsUpdate
 from pysparse.methods.wanda import Wanda
-from pysparse.nn.linear import parse_pattern
+from pysparse.nn.packing import parse_pattern
 from pysparse.pruning import NM, Allocation, Keep, MaskStructure, MixedNM, Recipe, Uniform, Unstructured
 
 T = TypeVar("T")

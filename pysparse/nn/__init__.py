@@ -3,5 +3,14 @@
 from pysparse.nn.compact import CompactLinear
 from pysparse.nn.convert import ConversionReport, densify_, sparsify_
 from pysparse.nn.linear import DenseLinear, SparseLinear
+from pysparse.nn.packing import Packing
 
-__all__ = ["CompactLinear", "ConversionReport", "DenseLinear", "SparseLinear", "densify_", "sparsify_"]
+__all__ = [
+    "CompactLinear",
+    "ConversionReport",
+    "DenseLinear",
+    "Packing",
+    "SparseLinear",
+    "densify_",
+    "sparsify_",
+]

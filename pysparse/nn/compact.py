@@ -7,17 +7,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from pysparse import backend, ops
 from pysparse.formats import BitmapTensor, Int8Bitmap, NMInt8, NMTensor, TiledInt8
-from pysparse.nn.linear import parse_pattern
+from pysparse.nn.packing import Compact, Packing, RowMajor, row_major
 
-Weight = TiledInt8 | NMTensor | NMInt8
-_STATE = {  # the tensors that each kind saves
-    TiledInt8: ("compressed", "bitmask", "row_offsets", "scales", "shape"),
-    NMTensor: ("values", "indices", "pattern", "shape"),
-    NMInt8: ("values", "indices", "scales", "pattern", "shape"),
-}
+_INT8 = ("compressed", "bitmask", "row_offsets", "scales", "shape")
+_FLOAT = ("compressed", "bitmask", "row_offsets", "shape")
 
 
 class CompactLinear(nn.Module):
@@ -28,23 +25,23 @@ class CompactLinear(nn.Module):
     int8 values tokens are quantised as they arrive, to ``activation_bits`` 8 or 16 (see
     :func:`pysparse.ops.int8_linear`); the layer takes float32 and bfloat16 inputs alike.
 
-    ``state_dict()`` holds, beside ``bias`` and ``shape``: for int8 ``compressed`` (int8 [nnz], row-major),
-    ``bitmask``, ``row_offsets``, ``scales`` (float32 [R, G]); for a pattern ``values``, ``indices`` (as in
-    NMTensor), ``pattern`` ([n, m]), and ``scales`` where the values are int8.
+    ``state_dict()`` holds the tensors of the file whatever the packing: ``compressed`` (int8 or float [nnz],
+    row-major), ``bitmask``, ``row_offsets``, ``shape`` as a :class:`SparseLinear` has them, and ``scales``
+    (float32 [R, G]) where the values are int8. The packing itself is the layer's; a file has it in config.json.
     """
 
+    bias: nn.Parameter | None
+
     def __init__(
-        self, weight: Weight, bias: nn.Parameter | None = None, activation_bits: int = 8,
+        self, weight: Compact, bias: nn.Parameter | None = None, activation_bits: int = 8,
         dtype: torch.dtype | None = None,
     ) -> None:  # fmt: skip
         """Build a layer over a packed ``weight``; ``dtype`` (of the bias, and of the dense weight it stands for)
         defaults to the bias's, then to the weight's, then to float32."""
-        if activation_bits not in ops.ACTIVATION_BITS:
-            raise ValueError(f"activation_bits is 8 or 16, got {activation_bits}")
         super().__init__()
         self.out_features, self.in_features = weight.shape
-        self.activation_bits = activation_bits
-        self.bias = bias
+        self.packing = Packing.of(weight, activation_bits)
+        self.register_parameter("bias", bias)
         own = weight.dtype if isinstance(weight, NMTensor) else torch.float32
         self._dtype = dtype or (bias.dtype if bias is not None else own)
         self._set_weight(weight)
@@ -66,16 +63,13 @@ class CompactLinear(nn.Module):
         inputs, or None; at least one must be given. The bias is shared. Raises ValueError for anything else,
         and for a group that keeps more than the pattern, named; RuntimeError without the compiled core.
         """
-        if values not in (None, "int8"):
-            raise ValueError(f'values is "int8" or None, got {values!r}')
-        bitmap = BitmapTensor.from_dense(linear.weight, keep)
-        return cls(
-            _pack(bitmap, values, pattern, group_size), linear.bias, activation_bits, linear.weight.dtype
-        )
+        packing = Packing(values, pattern, group_size, activation_bits)
+        weight = packing.pack(BitmapTensor.from_dense(linear.weight, keep))
+        return cls(weight, linear.bias, activation_bits, linear.weight.dtype)
 
-    def _set_weight(self, weight: Weight) -> None:
+    def _set_weight(self, weight: Compact) -> None:
         matrix = weight.matrix if isinstance(weight, NMInt8) else weight
-        self._kind: type[Weight] = type(weight)
+        self._kind: type[Compact] = type(weight)
         self.pattern = None if isinstance(matrix, TiledInt8) else (matrix.n, matrix.m)
         self.group_size = None if isinstance(weight, NMTensor) else weight.group_size
         arrays = {"values": matrix.values}
@@ -88,7 +82,7 @@ class CompactLinear(nn.Module):
         for name, array in arrays.items():
             self.register_buffer(name, array, persistent=False)
 
-    def packed(self) -> Weight:
+    def packed(self) -> Compact:
         """Return the weight as a container over the layer's buffers."""
         b, shape = self._buffers, (self.out_features, self.in_features)
         arrays: dict[str, Any] = {name: array for name, array in b.items() if array is not None}
@@ -107,6 +101,8 @@ class CompactLinear(nn.Module):
         if x.dtype is not self._dtype and torch.is_autocast_enabled("cpu"):
             x = x.to(self._dtype)  # packed weights keep their dtype: autocast moves the input instead
         b, bias = self._buffers, self._parameters["bias"]
+        if self._dtype not in ops.KERNEL_DTYPES:
+            return self._forward_slow(x)
         if self._kind is TiledInt8:
             arrays: Any = (b["values"], b["masks"], b["tile_offsets"], b["scales"], b["row_sums"])
             group_size = self.group_size or 1
@@ -120,6 +116,14 @@ class CompactLinear(nn.Module):
         return ops.call_nm_int8_linear(
             x, arrays, bias, self.out_features, (n, m), self.group_size or 1, self.activation_bits
         )
+
+    def _forward_slow(self, x: Tensor) -> Tensor:
+        backend.warn_once(
+            f"slow-compact-{self._dtype}",
+            f"no kernel for {self._dtype} (float32 and bfloat16 have one): int8 and n:m weights are unpacked and "
+            "multiplied densely at each call",
+        )
+        return functional.linear(x, self.weight, self.bias)
 
     def bitmap(self) -> BitmapTensor:
         """Return the weight row-major in the layer's dtype, dequantised."""
@@ -150,6 +154,11 @@ class CompactLinear(nn.Module):
         return self
 
     @property
+    def activation_bits(self) -> int:
+        """Bits that a token is quantised to where the values are int8."""
+        return self.packing.activation_bits
+
+    @property
     def weight(self) -> Tensor:
         """The dense weight [out_features, in_features], dequantised anew at each access."""
         return self.bitmap().to_dense()
@@ -177,6 +186,8 @@ class CompactLinear(nn.Module):
     @property
     def kernel(self) -> str:
         """Name the kernel that a few tokens run on now."""
+        if self._dtype not in ops.KERNEL_DTYPES:
+            return f"unpack + dense torch: no kernel for {self._dtype}"
         format = {TiledInt8: "bitmap-int8", NMTensor: "nm", NMInt8: "nm-int8"}[self._kind]
         isa = backend.core().selected("linear", format, 0 if self._dtype == torch.float32 else 1)
         if self.pattern and not backend.core().nm_has_vector_kernel(*self.pattern):
@@ -195,19 +206,8 @@ class CompactLinear(nn.Module):
         return ", ".join([*parts, f"sparsity={self.sparsity:.3f}"])
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        weight = self.packed()
-        tensors = {"shape": torch.tensor([self.out_features, self.in_features])}
-        if isinstance(weight, TiledInt8):
-            rows = weight.to_int8()
-            tensors |= {"compressed": rows.values, "bitmask": rows.bitmask, "row_offsets": rows.row_offsets}
-        else:
-            matrix = weight if isinstance(weight, NMTensor) else weight.matrix
-            tensors |= {"values": matrix.values, "indices": matrix.indices}
-            tensors["pattern"] = torch.tensor([matrix.n, matrix.m])
-        if not isinstance(weight, NMTensor):
-            tensors["scales"] = weight.scales[:, : self.out_features].T.contiguous()
-        for name in _STATE[self._kind]:
-            destination[prefix + name] = tensors[name]
+        for name, tensor in state_of(row_major(self.packed())).items():
+            destination[prefix + name] = tensor
         if self.bias is not None:
             destination[prefix + "bias"] = self.bias if keep_vars else self.bias.detach()
 
@@ -221,7 +221,7 @@ class CompactLinear(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        names = (*_STATE[self._kind], *(("bias",) if self.bias is not None else ()))
+        names = (*self._state_names, *(("bias",) if self.bias is not None else ()))
         given = {name: state_dict[prefix + name] for name in names if prefix + name in state_dict}
         missing_keys.extend(prefix + name for name in names if name not in given)
         if strict:
@@ -234,48 +234,40 @@ class CompactLinear(nn.Module):
         except ValueError as error:
             error_msgs.append(f"{prefix.rstrip('.')}: {error}")
 
+    @property
+    def _state_names(self) -> tuple[str, ...]:
+        return _FLOAT if self._kind is NMTensor else _INT8
+
     def _load(self, given: dict[str, Tensor]) -> None:
-        shape = (self.out_features, self.in_features)
-        for name, wanted in (("shape", shape), ("pattern", self.pattern)):
-            if name in given and tuple(given[name].flatten().tolist()) != wanted:
-                raise ValueError(
-                    f"{name} says {given[name].flatten().tolist()}, the layer is {list(wanted or ())}"
-                )
+        shape, stated = (self.out_features, self.in_features), given["shape"].flatten().tolist()
+        if stated != list(shape):
+            raise ValueError(f"shape says {stated}, the layer is {list(shape)}")
         if self.bias is not None and given["bias"].shape != self.bias.shape:
             raise ValueError(
                 f"bias has shape {tuple(given['bias'].shape)}, expected {tuple(self.bias.shape)}"
             )
-        self._set_weight(self._unpack_state({name: tensor.clone() for name, tensor in given.items()}, shape))
+        arrays = {name: tensor.clone() for name, tensor in given.items()}
+        rows = self._rows(
+            arrays["compressed"], arrays["bitmask"], arrays["row_offsets"], arrays.get("scales")
+        )
+        rows.validate()
+        self._set_weight(self.packing.pack(rows))
         if self.bias is not None:
             with torch.no_grad():
                 self.bias.copy_(given["bias"])
 
-    def _unpack_state(self, given: dict[str, Tensor], shape: tuple[int, int]) -> Weight:
-        """Validate the tensors of a state_dict and return the weight they hold."""
-        if self._kind is TiledInt8:
-            arrays = given["compressed"], given["bitmask"], given["row_offsets"], given["scales"]
-            int8 = Int8Bitmap(*arrays, self.group_size or 1, shape)
-            int8.validate()
-            return TiledInt8.from_int8(int8)
-        n, m = self.pattern or (0, 0)
-        values = given["values"].to(self._dtype) if self._kind is NMTensor else given["values"]
-        matrix = NMTensor(values, given["indices"], n, m, shape)
-        if self._kind is NMTensor:
-            matrix.validate()
-            return matrix
-        weight = NMInt8.from_matrix(matrix, given["scales"], self.group_size or 1)
-        weight.validate()
-        return weight
+    def _rows(
+        self, compressed: Tensor, bitmask: Tensor, row_offsets: Tensor, scales: Tensor | None
+    ) -> RowMajor:
+        shape = (self.out_features, self.in_features)
+        if scales is None:
+            return BitmapTensor(compressed.to(self._dtype), bitmask, row_offsets, shape)
+        return Int8Bitmap(compressed, bitmask, row_offsets, scales, self.group_size or 1, shape)
 
 
-def _pack(bitmap: BitmapTensor, values: str | None, pattern: str | None, group_size: int | None) -> Weight:
-    if values is None and group_size is not None:
-        raise ValueError(f'group_size={group_size} needs values="int8": other values have no scales')
-    if pattern is None:
-        if values is None:
-            raise ValueError('give values="int8", a pattern such as "2:4", or both; else use SparseLinear')
-        return TiledInt8.from_int8(Int8Bitmap.from_bitmap(bitmap, group_size))
-    n, m = parse_pattern(pattern)
-    if values is None:
-        return NMTensor.from_bitmap(bitmap, n, m)
-    return NMInt8.from_int8(Int8Bitmap.from_bitmap(bitmap, group_size), n, m)
+def state_of(rows: RowMajor) -> dict[str, Tensor]:
+    """Return a row-major weight as the tensors of a file."""
+    state = {"compressed": rows.values, "bitmask": rows.bitmask, "row_offsets": rows.row_offsets}
+    if isinstance(rows, Int8Bitmap):
+        state["scales"] = rows.scales
+    return {**state, "shape": torch.tensor(rows.shape)}

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
 
+from pysparse.formats import BitmapTensor
 from pysparse.nn.compact import CompactLinear
 from pysparse.nn.linear import DenseLinear, SparseLinear
 from pysparse.nn.match import matches
+from pysparse.nn.packing import Packing
 
 # Below this sparsity the packed weight's bytes save too little at one token, and the unpacking costs
 # more than it saves at many; measured per machine by the benchmarks.
@@ -45,35 +48,58 @@ def sparsify_(
     ``targets`` and ``ignore`` hold class names, module paths or "re:" expressions; ``filter_fn(module, path)``
     decides in their stead. Layers under ``min_sparsity`` stay dense, with the cause in the report;
     with ``dense_kernels`` they run as :class:`DenseLinear` on the compiled dense kernel.
-    ``values="int8"`` and ``pattern="n:m"`` (n kept of m, checked) make :class:`CompactLinear` layers instead, with
-    ``group_size`` inputs a scale and tokens quantised to ``activation_bits``.
-    Raises ValueError when ``min_sparsity`` is not in [0, 1].
+    ``values="int8"`` makes :class:`CompactLinear` layers, of the bitmap layers that there are too, with
+    ``group_size`` inputs a scale (None: one scale a row) and tokens quantised to ``activation_bits``.
+    ``pattern="n:m"`` (n kept of m) is checked in every layer, and packed with compact indices where these take
+    no more bytes than a mask and have a vector kernel (2:4, 1:4, 2:8, 1:8, 2:16), else under a mask.
+    Raises ValueError, before any layer is changed, for a ``min_sparsity`` outside [0, 1] and, naming the layer,
+    for weights that cannot be kept so: a crowded group, a NaN or infinity in int8, over 65536 inputs.
     """
     if not 0.0 <= min_sparsity <= 1.0:
         raise ValueError(f"min_sparsity is a fraction between 0 and 1, got {min_sparsity}")
+    packing = Packing(values, pattern, group_size, activation_bits)
     report = ConversionReport()
-    for path, linear in [(p, m) for p, m in model.named_modules() if type(m) in (nn.Linear, DenseLinear)]:
+    kinds = (nn.Linear, DenseLinear) if packing.is_plain else (nn.Linear, DenseLinear, SparseLinear)
+    for path, linear in model.named_modules():
+        if type(linear) not in kinds:
+            continue
         chosen = filter_fn(linear, path) if filter_fn else (
             matches(linear, path, targets) and not matches(linear, path, ignore)
         )  # fmt: skip
-        sparsity = 1.0 - int(torch.count_nonzero(linear.weight)) / max(1, linear.weight.numel())
+        sparsity = _checked_sparsity(path, linear, packing if chosen else Packing(), min_sparsity)
         if chosen and sparsity >= min_sparsity:
-            replacement: nn.Module = (
-                SparseLinear.from_dense(linear)
-                if values is None and pattern is None
-                else CompactLinear.from_dense(
-                    linear, values, pattern, group_size=group_size, activation_bits=activation_bits
-                )
-            ).train(linear.training)
             report.sparse[path] = sparsity
-        else:
-            cause = (
-                f"{sparsity:.0%} sparse, below min_sparsity={min_sparsity:.0%}" if chosen else "not a target"
-            )
-            report.dense[path] = cause
-            replacement = DenseLinear.from_linear(linear) if dense_kernels else linear
-        _replace(model, path, replacement)
+        elif not isinstance(linear, SparseLinear):
+            cause = f"{sparsity:.0%} sparse, below min_sparsity={min_sparsity:.0%}"
+            report.dense[path] = cause if chosen else "not a target"
+    for path in (*report.sparse, *(report.dense if dense_kernels else ())):
+        layer: Any = model.get_submodule(path)  # one by one: each dense weight goes when its packing has come
+        packed = packed_layer(layer, packing) if path in report.sparse else DenseLinear.from_linear(layer)
+        _replace(model, path, packed.train(layer.training))
     return report
+
+
+def packed_layer(linear: Any, packing: Packing) -> SparseLinear | CompactLinear:
+    """Return a linear layer, dense with zeros or a bitmap, in that packing; the bias is shared."""
+    rows = linear.bitmap() if isinstance(linear, SparseLinear) else BitmapTensor.from_dense(linear.weight)
+    packing = packing.fitted(rows.shape, rows.nnz, rows.dtype)
+    if packing.is_plain:
+        return linear if isinstance(linear, SparseLinear) else SparseLinear.from_bitmap(rows, linear.bias)
+    return CompactLinear(packing.pack(rows), linear.bias, packing.activation_bits, rows.dtype)
+
+
+def _checked_sparsity(path: str, linear: Any, packing: Packing, min_sparsity: float) -> float:
+    """Return a layer's fraction of zeros; ValueError where one that is to be packed cannot be."""
+    if isinstance(linear, SparseLinear):
+        zeros = linear.sparsity
+    else:
+        zeros = 1.0 - int(torch.count_nonzero(linear.weight)) / max(1, linear.weight.numel())
+    if zeros >= min_sparsity and not packing.is_plain:
+        try:
+            packing.check(linear.weight.detach())
+        except ValueError as error:
+            raise ValueError(f"layer '{path}': {error}") from None
+    return zeros
 
 
 def densify_(model: nn.Module) -> nn.Module:

@@ -13,6 +13,7 @@ from pysparse import backend, ops
 from pysparse.formats import BitmapTensor, TiledBitmap
 from pysparse.nn.device import DeviceWeight
 from pysparse.nn.dispatch import DECODE_TOKENS, Dispatch
+from pysparse.nn.packing import check_pattern
 from pysparse.ops.costs import Choice
 
 _CANONICAL = ("compressed", "bitmask", "row_offsets", "shape")
@@ -82,7 +83,7 @@ class SparseLinear(nn.Module):
         """
         bitmap = BitmapTensor.from_dense(linear.weight, keep)
         if pattern not in (None, "unstructured"):
-            _check_pattern(bitmap, str(pattern))
+            check_pattern(bitmap.keep_mask(), str(pattern))
         return cls.from_bitmap(bitmap, linear.bias)
 
     @classmethod
@@ -383,27 +384,6 @@ class SparseLinear(nn.Module):
         bitmap.validate()
         self._set_canonical(bitmap)
         self.pack()
-
-
-def parse_pattern(pattern: str) -> tuple[int, int]:
-    """Return (n, m) of "n:m", n KEPT of m consecutive inputs; ValueError for anything else."""
-    kept, _, group = pattern.partition(":")
-    if not (kept.isdecimal() and group.isdecimal() and 0 < int(kept) < int(group)):
-        raise ValueError(f'pattern is "unstructured" or "n:m" with n kept of m, got "{pattern}"')
-    return int(kept), int(group)
-
-
-def _check_pattern(bitmap: BitmapTensor, pattern: str) -> None:
-    n, m = parse_pattern(pattern)
-    cols = bitmap.shape[1] - bitmap.shape[1] % m
-    counts = bitmap.keep_mask()[:, :cols].unflatten(1, (-1, m)).sum(dim=2) if cols else torch.zeros(0, 1)
-    offences = (counts > n).nonzero()
-    if offences.numel():
-        row, index = offences[0].tolist()
-        raise ValueError(
-            f"pattern {pattern} keeps {n} of {m}, but {len(offences)} groups keep more: "
-            f"row {row}, columns {index * m} to {index * m + m - 1} keep {int(counts[row, index])}"
-        )
 
 
 class DenseLinear(nn.Linear):

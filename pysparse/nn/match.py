@@ -10,9 +10,12 @@ from torch import nn
 
 
 def class_names(module: nn.Module) -> set[str]:
-    """Return the names that ``module`` answers to: its class and all bases; Conv1D (GPT-2) is a Linear too."""
+    """Return the names that ``module`` answers to: its class and all bases.
+
+    GPT-2's Conv1D and packed layers are a Linear too.
+    """
     names = {cls.__name__ for cls in type(module).__mro__}
-    return names | {"Linear"} if "Conv1D" in names else names
+    return names | {"Linear"} if names & {"Conv1D", "SparseLinear", "CompactLinear"} else names
 
 
 def matches(module: nn.Module, path: str, patterns: Sequence[str]) -> bool:
