@@ -7,7 +7,7 @@ from pysparse.calib.collector import Collector, Watched
 from pysparse.calib.load import load_calibration
 from pysparse.calib.ranks import Ranks
 from pysparse.calib.replay import Replay
-from pysparse.calib.statistics import STATISTICS, Gram, SquaredNorm, Statistic
+from pysparse.calib.statistics import STATISTICS, Gram, Mean, SquaredNorm, Statistic
 from pysparse.calib.texts import load_texts
 from pysparse.calib.windows import token_batches
 
@@ -17,6 +17,7 @@ __all__ = [
     "Calibration",
     "Collector",
     "Gram",
+    "Mean",
     "Ranks",
     "Replay",
     "SquaredNorm",

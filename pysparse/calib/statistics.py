@@ -96,4 +96,32 @@ class Gram:
         return self._sum
 
 
-STATISTICS: dict[str, Callable[[int, torch.device], Statistic]] = {"squared_norm": SquaredNorm, "gram": Gram}
+class Mean:
+    """E[x]: the mean of each input channel over all rows (tokens, or positions under a kernel).
+
+    Float32 [in_features]; summed in float64. Without a row it is 0.
+    """
+
+    def __init__(self, in_features: int, device: torch.device) -> None:
+        self._sum = torch.zeros(in_features, dtype=torch.float64, device=device)
+        self.tokens = 0
+
+    def measure(self, rows: Tensor) -> Tensor:
+        """Return the sum of each column of ``rows`` [tokens, in_features], float64 [in_features]."""
+        return rows.sum(dim=0, dtype=torch.float64)
+
+    def add(self, measured: Tensor, tokens: int) -> None:
+        """Add a sum of rows."""
+        self._sum += measured.to(self._sum.device)
+        self.tokens += tokens
+
+    def value(self, sequences: float) -> Tensor:
+        """Return the mean over rows, whatever the number of ``sequences``."""
+        return (self._sum / max(1, self.tokens)).float()
+
+
+STATISTICS: dict[str, Callable[[int, torch.device], Statistic]] = {
+    "squared_norm": SquaredNorm,
+    "gram": Gram,
+    "mean": Mean,
+}

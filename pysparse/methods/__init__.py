@@ -8,7 +8,11 @@ that recipes can be saved with it.
 from pysparse.methods.atp import ATP, BetaSearch, beta_grid, search_beta
 from pysparse.methods.custom import Custom
 from pysparse.methods.dlp import DLP
+from pysparse.methods.erk import ErdosRenyi
+from pysparse.methods.fcpts import FCPTS, learn_rates
+from pysparse.methods.filters import FilterDistance, NuclearImpact, SquaredMagnitude
 from pysparse.methods.global_magnitude import GlobalMagnitude
+from pysparse.methods.lamp import LAMP
 from pysparse.methods.magnitude import Magnitude
 from pysparse.methods.owl import OWL
 from pysparse.methods.profile import DLPProfile, Profile, as_profile, load_profile
@@ -22,21 +26,28 @@ __all__ = [
     "ATP",
     "COMPONENTS",
     "DLP",
+    "FCPTS",
+    "LAMP",
     "METHODS",
     "OWL",
     "AllocationLike",
     "BetaSearch",
     "Custom",
     "DLPProfile",
+    "ErdosRenyi",
+    "FilterDistance",
     "GlobalMagnitude",
     "InverseHessian",
     "Magnitude",
+    "NuclearImpact",
     "ObsUpdate",
     "Profile",
+    "SquaredMagnitude",
     "Wanda",
     "allocation_for",
     "as_profile",
     "beta_grid",
+    "learn_rates",
     "load_profile",
     "load_recipe",
     "parse_recipe",

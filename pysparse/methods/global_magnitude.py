@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from pysparse.nn.match import matches
 from pysparse.pruning import Evidence
 from pysparse.pruning.allocation import require_weights
 from pysparse.pruning.order_statistics import kth_smallest
@@ -25,13 +26,21 @@ class GlobalMagnitude:
     As an allocation: each layer gets the share of its weights that are among the floor(S * N) smallest of all
     N. With Magnitude and Unstructured("matrix") exactly these go; of weights equal to the threshold those of
     earlier layers first. Without a norm, layers of small weights may lose nearly all: ValueError when all.
+
+    A layer that would pass ``max_sparsity`` is held there, and layers that ``spare`` names (comma-separated class
+    names, paths or "re:" expressions) stay dense; the threshold for the others moves up until the total is met
+    (PTSBench's L2Norm v2).
     """
 
     norm: Literal["none", "l1", "l2"] = "none"
+    max_sparsity: float = 1.0
+    spare: str = ""
 
     def __post_init__(self) -> None:
         if self.norm not in _NORMS:
             raise ValueError(f"norm is one of {', '.join(_NORMS)}, got {self.norm!r}")
+        if not 0.0 < self.max_sparsity <= 1.0:
+            raise ValueError(f"max_sparsity is a fraction in (0, 1], got {self.max_sparsity!r}")
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -45,6 +54,33 @@ class GlobalMagnitude:
         count = count_of(sum(sizes), target)
         if count == 0:
             return [target] * len(layers)
+        pruned = {index: 0 for index, one in enumerate(layers) if self._spared(one)}
+        while True:
+            free = [index for index in range(len(layers)) if index not in pruned]
+            left = count - sum(pruned.values())
+            if left > sum(sizes[index] for index in free):
+                raise ValueError(
+                    f"sparsity {target:g} cannot be met: {len(pruned)} of {len(layers)} layers are spared or held at "
+                    f"max_sparsity={self.max_sparsity:g}"
+                )
+            found = dict(zip(free, self._counts([layers[index] for index in free], left), strict=True))
+            limits = {index: count_of(sizes[index], self.max_sparsity) for index in free}
+            over = {index: limits[index] for index in free if found[index] > limits[index]}
+            if not over:
+                pruned |= found
+                return _sparsities(
+                    layers, [pruned[i] for i in range(len(layers))], target * sum(sizes) - count
+                )
+            pruned |= over
+
+    def _spared(self, evidence: Evidence) -> bool:
+        patterns = [name.strip() for name in self.spare.split(",") if name.strip()]
+        return matches(evidence.layer.module, evidence.layer.path, patterns)
+
+    def _counts(self, layers: Sequence[Evidence], count: int) -> list[int]:
+        """Return how many weights of each layer are among the ``count`` smallest of all."""
+        if count <= 0 or not layers:
+            return [0] * len(layers)
         threshold = kth_smallest(lambda: self._scores(layers), count)
         below = [int((scores < threshold).sum()) for scores in self._scores(layers)]
         ties, left = [int((scores == threshold).sum()) for scores in self._scores(layers)], count - sum(below)
@@ -53,7 +89,7 @@ class GlobalMagnitude:
             taken = min(equal, left)
             left -= taken
             pruned.append(smaller + taken)
-        return _sparsities(layers, pruned, target * sum(sizes) - count)
+        return pruned
 
     def _scores(self, layers: Sequence[Evidence]) -> Iterator[Tensor]:
         for evidence in layers:

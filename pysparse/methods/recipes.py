@@ -17,23 +17,29 @@ import yaml
 
 from pysparse.methods.atp import ATP
 from pysparse.methods.dlp import DLP
+from pysparse.methods.erk import ErdosRenyi
+from pysparse.methods.filters import FilterDistance, NuclearImpact, SquaredMagnitude
 from pysparse.methods.global_magnitude import GlobalMagnitude
+from pysparse.methods.lamp import LAMP
 from pysparse.methods.magnitude import Magnitude
 from pysparse.methods.owl import OWL
 from pysparse.methods.profile import DLPProfile, Profile
 from pysparse.methods.sparsegpt import InverseHessian, ObsUpdate
 from pysparse.methods.wanda import Wanda
-from pysparse.pruning import NM, Keep, MixedNM, Recipe, Uniform, Unstructured
+from pysparse.pruning import NM, Correct, Filters, Keep, MixedNM, Recipe, Uniform, Unstructured
 from pysparse.pruning.report import describe_recipe
 
 COMPONENTS: dict[str, dict[str, type[Any]]] = {
-    "importance": {"InverseHessian": InverseHessian, "Magnitude": Magnitude, "Wanda": Wanda},
+    "importance": {
+        "InverseHessian": InverseHessian, "Magnitude": Magnitude, "Wanda": Wanda, "SquaredMagnitude": SquaredMagnitude,
+        "FilterDistance": FilterDistance, "NuclearImpact": NuclearImpact,
+    },
     "allocation": {
         "Uniform": Uniform, "OWL": OWL, "DLP": DLP, "ATP": ATP, "GlobalMagnitude": GlobalMagnitude,
-        "Profile": Profile, "DLPProfile": DLPProfile,
+        "Profile": Profile, "DLPProfile": DLPProfile, "ErdosRenyi": ErdosRenyi, "LAMP": LAMP,
     },
-    "structure": {"NM": NM, "MixedNM": MixedNM, "Unstructured": Unstructured},
-    "reconstruction": {"Keep": Keep, "ObsUpdate": ObsUpdate},
+    "structure": {"NM": NM, "MixedNM": MixedNM, "Unstructured": Unstructured, "Filters": Filters},
+    "reconstruction": {"Keep": Keep, "ObsUpdate": ObsUpdate, "Correct": Correct},
 }  # fmt: skip
 _LIMIT = 1 << 12  # bytes; a recipe has some ten lines, and the parser's time grows with the square
 

@@ -13,14 +13,28 @@ import yaml
 from pysparse.methods.atp import ATP
 from pysparse.methods.custom import Custom
 from pysparse.methods.dlp import DLP
+from pysparse.methods.erk import ErdosRenyi
+from pysparse.methods.filters import FilterDistance, SquaredMagnitude
 from pysparse.methods.global_magnitude import GlobalMagnitude
+from pysparse.methods.lamp import LAMP
 from pysparse.methods.magnitude import Magnitude
 from pysparse.methods.owl import OWL
 from pysparse.methods.profile import DLP_PROFILES, DLPProfile, as_profile, load_profile
 from pysparse.methods.sparsegpt import InverseHessian, ObsUpdate
 from pysparse.methods.wanda import Wanda
 from pysparse.nn.packing import parse_pattern
-from pysparse.pruning import NM, Allocation, Keep, MaskStructure, MixedNM, Recipe, Uniform, Unstructured
+from pysparse.pruning import (
+    NM,
+    Allocation,
+    Correct,
+    Filters,
+    Keep,
+    MaskStructure,
+    MixedNM,
+    Recipe,
+    Uniform,
+    Unstructured,
+)
 
 T = TypeVar("T")
 AllocationLike = (
@@ -33,6 +47,10 @@ METHODS: dict[str, Recipe] = {
     "magnitude-global": Recipe(Magnitude(), GlobalMagnitude(), Unstructured("matrix"), Keep()),
     "wanda": Recipe(Wanda(), Uniform(), Unstructured("row"), Keep()),
     "sparsegpt": Recipe(InverseHessian(), Uniform(), Unstructured("matrix"), ObsUpdate()),
+    "pot": Recipe(Magnitude(), GlobalMagnitude("l2"), Unstructured("matrix"), Correct()),
+    "filter-l1": Recipe(Magnitude(), Uniform(), Filters(), Keep()),
+    "filter-l2": Recipe(SquaredMagnitude(), Uniform(), Filters(), Keep()),
+    "fpgm": Recipe(FilterDistance(), Uniform(), Filters(), Keep()),
 }
 ALLOCATIONS: dict[str, Allocation] = {
     "uniform": Uniform(),
@@ -40,6 +58,12 @@ ALLOCATIONS: dict[str, Allocation] = {
     "dlp": DLP(),
     "atp": ATP(),
     "global": GlobalMagnitude(),
+    "l1norm": GlobalMagnitude("l1"),
+    "l2norm": GlobalMagnitude("l2"),
+    "l2norm-v2": GlobalMagnitude("l2", max_sparsity=0.95),
+    "erk": ErdosRenyi(),
+    "er": ErdosRenyi(kernel=False),
+    "lamp": LAMP(),
     **{f"dlp-{model}": DLPProfile(model) for model in DLP_PROFILES},
 }
 

@@ -21,7 +21,11 @@ Blocks = tuple[tuple[str, nn.Module], ...]
 
 
 def discover(
-    model: nn.Module, targets: Sequence[str] = ("Linear",), ignore: Sequence[str] = _DEFAULT_IGNORE
+    model: nn.Module,
+    targets: Sequence[str] = ("Linear",),
+    ignore: Sequence[str] = _DEFAULT_IGNORE,
+    *,
+    whole: bool = False,
 ) -> BlockLayout:
     """Return the blocks of ``model`` and what is prunable in them; no model is known by name.
 
@@ -33,13 +37,14 @@ def discover(
     "re:" expressions over paths. "Linear" names Conv1D and fused experts too; convolutions are targeted by
     ``targets=("Linear", "Conv2d")``. Everything else that holds a matrix stays dense, with the cause in
     ``skipped``: layers outside of the blocks (heads, embeddings' projections), expert routers, weights that
-    are shared with another module, and modules of other kinds.
+    are shared with another module, and modules of other kinds. With ``whole`` the model is taken as one block, so
+    that stem and classifier are prunable too, as is usual in vision; its statistics are held all at once then.
 
     Raises ValueError for a model without such layers, an already packed one, and targets that name nothing.
     """
     prunable = {path: module for path, module in model.named_modules() if _is_prunable(module)}
     _require_layers(model, prunable)
-    blocks = _find_blocks(model, prunable)
+    blocks = (("", model),) if whole else _find_blocks(model, prunable)
     search = _Search(targets, ignore, _other_owners(model, prunable))
     for path, module in model.named_modules():
         if path in prunable:

@@ -1,6 +1,9 @@
 """Floor 6: recipes of four exchangeable parts, and the one loop that runs them over a model's blocks."""
 
 from pysparse.pruning.allocation import Uniform, WeightsUnknownError, allocate
+from pysparse.pruning.batchnorm import fold_batch_norm_, recalibrate_
+from pysparse.pruning.correction import Correct
+from pysparse.pruning.filters import Filters
 from pysparse.pruning.layout import BlockLayout, PrunableLayer
 from pysparse.pruning.mixed import MixedNM
 from pysparse.pruning.plan import PrunePlan, plan
@@ -23,6 +26,7 @@ from pysparse.pruning.report import PrunedLayer, PruneReport
 from pysparse.pruning.run import BlockEvent, Execution, gather_evidence, run
 from pysparse.pruning.structure import NM, Unstructured
 from pysparse.pruning.target import check_sparsity, resolve_sparsity
+from pysparse.pruning.tuning import OutputMatching, TunedUnit, match_outputs_
 
 __all__ = [
     "NM",
@@ -30,12 +34,15 @@ __all__ = [
     "BlockEvent",
     "BlockLayout",
     "ColumnScaled",
+    "Correct",
     "Evidence",
     "Execution",
+    "Filters",
     "Importance",
     "Keep",
     "MaskStructure",
     "MixedNM",
+    "OutputMatching",
     "PrunableLayer",
     "PrunePlan",
     "PruneReport",
@@ -45,15 +52,19 @@ __all__ = [
     "Reconstruction",
     "Selecting",
     "Stats",
+    "TunedUnit",
     "Uniform",
     "Unstructured",
     "WeightsUnknownError",
     "allocate",
     "check_sparsity",
     "column_scale",
+    "fold_batch_norm_",
     "gather_evidence",
+    "match_outputs_",
     "plan",
     "project",
+    "recalibrate_",
     "resolve_sparsity",
     "run",
 ]

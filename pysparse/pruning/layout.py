@@ -48,6 +48,12 @@ class PrunableLayer:
         return int(rows), int(torch.Size(cols).numel())
 
     @property
+    def bias(self) -> Tensor | None:
+        """The layer's bias [out_features], a view; None where it has none, or is one of several fused experts."""
+        bias = self.module._parameters.get("bias") if self.parameter == "weight" else None
+        return None if bias is None else bias.detach()
+
+    @property
     def size(self) -> int:
         """Number of weights."""
         return self.stored.numel()

@@ -28,6 +28,7 @@ class Pruned:
     weight: Tensor  # [out_features, in_features], zero where not kept
     keep: Tensor  # bool, same shape; True survives
     warnings: tuple[str, ...] = ()  # what went otherwise than the recipe says; the loop adds the layer's name
+    bias_shift: Tensor | None = None  # [out_features], to add to the layer's bias if it has one
 
 
 class Importance(Protocol):

@@ -45,6 +45,8 @@ def prune_layers(
         owner = place % ranks.count
         if ranks.count > 1:
             layer.write(ranks.broadcast(layer.weight.contiguous(), owner))
+            if layer.bias is not None:
+                layer.bias.copy_(ranks.broadcast(layer.bias, owner))
         results.append(shares[owner][0][place])
     return results
 
@@ -66,6 +68,8 @@ def prune_layer(layer: PrunableLayer, stats: Sequence[Stats], recipe: Recipe, sp
         except ValueError as error:
             raise ValueError(f"{layer.path}: {error}") from error
         layer.write(pruned.weight)
+        if layer.bias is not None and pruned.bias_shift is not None:
+            layer.bias.copy_(layer.bias.double() + pruned.bias_shift)
         removed, warnings = layer.size - int(torch.count_nonzero(pruned.keep)), pruned.warnings
     zeros = layer.size - int(torch.count_nonzero(layer.weight))
     return PrunedLayer(
@@ -92,7 +96,11 @@ def _solve(
     if len(parts) == 1:
         return parts[0]
     remarks = tuple(dict.fromkeys(text for one in parts for text in one.warnings))
-    return Pruned(torch.cat([one.weight for one in parts]), torch.cat([one.keep for one in parts]), remarks)
+    shifts = [one.bias_shift for one in parts if one.bias_shift is not None]
+    return Pruned(
+        torch.cat([one.weight for one in parts]), torch.cat([one.keep for one in parts]),
+        remarks, torch.cat(shifts) if shifts else None,
+    )  # fmt: skip
 
 
 def _check_pruned(pruned: Pruned, layer: PrunableLayer) -> None:
