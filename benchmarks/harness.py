@@ -167,17 +167,32 @@ class Run:
         disable_progress_bar()  # of transformers, one for each model loaded
         return cls(name, options, machine_card())
 
-    def save(self, protocol: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> Path | None:
-        """Write machine, protocol and rows; None when it was a quick run without a file to write to."""
-        path = self.options.output
+    def save(
+        self,
+        protocol: Mapping[str, Any],
+        rows: Sequence[Mapping[str, Any]],
+        earlier: Sequence[Mapping[str, Any]] | None = None,
+    ) -> Path | None:
+        """Write machine, protocol and rows; None when it was a quick run without a file to write to.
+
+        ``earlier`` are the runs that stay before this one in the file; by default those in it with --append.
+        """
+        path = result_path(self)
         if path is None:
-            if self.options.quick:
-                return None
-            date = datetime.date.today().isoformat()
-            path = RESULTS / f"{self.name}_{machine_name(self.machine)}_{date}.json"
+            return None
         run = {"machine": self.machine, "quick": self.options.quick, "protocol": protocol, "rows": rows}
-        earlier = read_runs(path) if self.options.append and path.exists() else []
+        if earlier is None:
+            earlier = read_runs(path) if self.options.append and path.exists() else []
         return write_text(path, _as_json(self.name, [*earlier, run]))
+
+
+def result_path(run: Run) -> Path | None:
+    """Where a run is written: --output, else the results folder; None for a quick run without --output."""
+    if run.options.output is not None or run.options.quick:
+        output: Path | None = run.options.output
+        return output
+    date = datetime.date.today().isoformat()
+    return RESULTS / f"{run.name}_{machine_name(run.machine)}_{date}.json"
 
 
 def _as_json(name: str, runs: Sequence[Mapping[str, Any]]) -> str:
