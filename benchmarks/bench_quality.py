@@ -170,16 +170,22 @@ class Bench:
         }  # fmt: skip
 
     def recipe(self, cell: Cell) -> Recipe:
-        if cell.allocation != "atp":
-            return recipe_for(cell.method, LEVELS[cell.level][1], cell.allocation)
+        name = f"atp:beta={self._beta(cell)!r}" if cell.allocation == "atp" else cell.allocation
+        return recipe_for(cell.method, LEVELS[cell.level][1], name)
+
+    def _beta(self, cell: Cell) -> float:
         found = self.find({"what": "search", "method": cell.method, "level": cell.level})
         if found is None:
             raise RuntimeError(f"no beta was searched for {cell}")
-        return recipe_for(cell.method, LEVELS[cell.level][1], f"atp:beta={found['beta']!r}")
+        return float(found["beta"])
 
     def cell_row(self, cell: Cell) -> Row:
         """Prune a copy, score it, and for SparseGPT note the errors of its layers."""
         start = time.perf_counter()
+        if cell.allocation == "atp" and self._beta(cell) == 0.0:  # the very recipe of the uniform cell
+            uniform = self.find(dataclasses.replace(cell, allocation="uniform").key)
+            if uniform is not None:
+                return {**{k: v for k, v in uniform.items() if k != "errors"}, **cell.key, "seconds": 0.0}
         recipe, model = self.recipe(cell), copy.deepcopy(self.dense)
         audit = Audited(recipe.reconstruction) if "gram" in recipe.reconstruction.needs else None
         if audit is not None:

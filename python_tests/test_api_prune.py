@@ -1,5 +1,6 @@
 """prune, plan_prune and load_model: arguments, the bundled model, saving."""
 
+import copy
 import json
 
 import pytest
@@ -10,8 +11,9 @@ from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from pysparse import api, data
+from pysparse.api import search
 from pysparse.measure import perplexity, torch_threads
-from pysparse.methods import METHODS, load_recipe, recipe_for, recipe_to_yaml
+from pysparse.methods import ATP, METHODS, load_recipe, recipe_for, recipe_to_yaml
 from pysparse.models.discover import discover
 from pysparse.nn import SparseLinear
 
@@ -165,6 +167,107 @@ def test_threads_are_put_back(small):
     before = torch.get_num_threads()
     assert api.prune(small, method="magnitude", threads=1, progress=False).report.threads == 1
     assert torch.get_num_threads() == before
+
+
+# --- allocations -----------------------------------------------------------------------------------------
+
+
+def test_atp_searches_on_text_kept_apart_and_leaves_the_weights_alone(
+    small, tokenizer, tmp_path, monkeypatch
+):
+    again = copy.deepcopy(small)
+    texts = [text[:1500] for text in data.calibration_texts()[:10]]
+    scored, original = [], search.text_windows
+
+    def watched(tokenizer, documents, *rest, **more):
+        scored.append(documents)
+        return original(tokenizer, documents, *rest, **more)
+
+    monkeypatch.setattr(search, "text_windows", watched)
+    monkeypatch.setattr("pysparse.methods.atp._TRIALS", 4)
+    result = api.prune(
+        small, 0.6, allocation="atp", calibration=texts, tokenizer=tokenizer, num_samples=4, max_length=64,
+        progress=False, output_dir=tmp_path / "out",
+    )  # fmt: skip
+    assert scored == [[texts[4], texts[9]]]  # every fifth, which the calibration did not see
+    assert result.report.calibration["source"] == "8 texts"
+    tried = dict(result.report.search["tried"])
+    beta = result.report.search["beta"]
+    assert tried[beta] == min(tried.values())
+    assert [layer.requested for layer in result.report.layers[::7]] == pytest.approx(
+        [0.6 - beta, 0.6, 0.6 + beta]
+    )
+    assert load_recipe(tmp_path / "out" / "recipe.yaml").allocation == ATP(beta)
+    assert "was found in" in str(result.report._remarks())
+    # The trials left no trace: the same beta without a search gives the same weights.
+    api.prune(
+        again, 0.6, allocation=ATP(beta), calibration=[t for i, t in enumerate(texts) if i % 5 != 4],
+        tokenizer=tokenizer, num_samples=4, max_length=64, progress=False,
+    )  # fmt: skip
+    for name, parameter in again.named_parameters():
+        assert torch.equal(parameter, small.get_parameter(name))
+
+
+def test_what_atp_cannot_search_on_is_refused(small, tokenizer):
+    refused(small, "cannot hold any back from calibration of type Tensor: pass search_texts", allocation="atp",
+            calibration=tiny_models.tokens())  # fmt: skip
+    refused(small, "cannot hold any back from 4 texts", allocation="atp", calibration=["a"] * 4)
+    refused(small, "ATP's search scores text and needs a tokenizer", allocation="atp")
+    refused(small, "the text for ATP's search: the texts give .* fewer than one window", allocation="atp",
+            tokenizer=tokenizer, search_texts=["short"])  # fmt: skip
+    refused(small, "beta=0.9 drives a block out of .0, 1.", allocation="atp:beta=0.9", method="magnitude")
+    encoder = tiny_models.tiny("bert", vocab_size=4096)
+    refused(encoder, "gives no next-token logits", allocation="atp", method="magnitude", tokenizer=tokenizer,
+            search_texts=data.calibration_texts()[:3])  # fmt: skip
+
+
+def test_search_texts_leave_the_calibration_whole(small, tokenizer):
+    calibration, texts = search.part_texts(["a", "b"], ["c"])
+    assert (calibration, texts) == (["a", "b"], ["c"])
+    rest, held_back = search.part_texts(None, None)
+    assert sorted([*rest, *held_back]) == sorted(data.calibration_texts())
+    assert not set(held_back) & set(data.held_out_texts())
+
+
+def test_allocations_of_every_kind(small, tmp_path):
+    rows = tiny_models.tokens(4, 16)
+    (tmp_path / "p.json").write_text("[0.4, 0.5, 0.6]")
+    for allocation in ([0.4, 0.5, 0.6], tmp_path / "p.json", str(tmp_path / "p.json"), ATP(0.1),
+                       {"layers.0.*": 0.4, "layers.1.*": 0.5, "*": 0.6},
+                       lambda layers, target: [0.4 + 0.1 * one.layer.block for one in layers]):  # fmt: skip
+        report = api.prune(small, 0.5, allocation=allocation, calibration=rows, progress=False).report
+        assert [layer.requested for layer in report.layers[::7]] == pytest.approx([0.4, 0.5, 0.6])
+    refused(small, "allocation Custom cannot be saved", allocation=lambda layers, target: [], method="magnitude",
+            output_dir=tmp_path / "never")  # fmt: skip
+    refused(small, "allocation='owl' is part of the recipe", recipe=METHODS["wanda"], allocation="owl")
+
+
+def test_a_plan_with_calibration_computes_what_activations_decide(small, tmp_path):
+    rows = tiny_models.tokens(4, 16)
+    small.save_pretrained(tmp_path / "dense")
+    planned = api.plan_prune(tmp_path / "dense", 0.6, allocation="owl:m=2", calibration=rows)
+    assert planned.known
+    assert planned.to_dict() == api.plan_prune(small, 0.6, allocation="owl:m=2", calibration=rows).to_dict()
+    assert set(zeros(small).values()) == {0.0}
+    report = api.prune(small, 0.6, allocation="owl:m=2", calibration=rows, progress=False).report
+    assert [(one.sparsity, one.pruned) for one in planned.layers] == [
+        (one.requested, one.pruned) for one in report.layers
+    ]
+    assert not api.plan_prune(tmp_path / "dense", 0.6, allocation="owl").known
+
+
+def test_layers_are_named_by_globs(small):
+    report = api.prune(
+        small, targets=("*.mlp.*",), ignore=("layers.[12].*",), method="magnitude", progress=False
+    ).report
+    assert {layer.path for layer in report.layers} == {
+        f"model.layers.0.mlp.{name}_proj" for name in ("gate", "up", "down")
+    }
+
+
+def test_the_report_is_drawn(small, tmp_path):
+    report = api.prune(small, method="magnitude", progress=False).report
+    assert report.plot(tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
 
 
 # --- mistakes: nothing is touched ------------------------------------------------------------------------

@@ -120,6 +120,29 @@ def test_dry_run_prints_the_plan_and_touches_nothing(dense):
     assert sorted(dense.parent.rglob("*")) == before
 
 
+def test_dry_run_says_what_only_a_run_can_know_and_computes_it_with_data(dense, tmp_path):
+    plan = ("prune", dense, "--sparsity", 0.5, "--dry-run", "--json", "-", "--allocation", "owl:m=2")
+    unknown = json.loads(run(*plan).stdout)
+    assert (unknown["known"], unknown["layers"][0]["sparsity"]) == (False, None)
+    assert "OWL decides from activations" in unknown["warnings"][0]
+    (tmp_path / "texts.txt").write_text(data.calibration_texts()[0])
+    known = json.loads(run(*plan, "--calib", tmp_path / "texts.txt", "--max-length", 64).stdout)
+    assert known["known"]
+    assert len({layer["sparsity"] for layer in known["layers"]}) == 2
+    assert known["pruned"] == pytest.approx(unknown["pruned"], rel=0.02)
+
+
+def test_prune_writes_a_report_folder(dense, tmp_path):
+    options = ("--method", "magnitude", "--allocation", "atp:beta=0.2", "--targets", "*.mlp.*")
+    result = run("prune", dense, "-o", tmp_path / "out", "--report", tmp_path / "report", *options)
+    assert result.exit_code == 0, result.stderr
+    report = json.loads((tmp_path / "report" / "prune_report.json").read_text())
+    assert len(report["layers"]) == 6
+    assert {layer["requested"] for layer in report["layers"]} == {0.4, 0.6}
+    assert (tmp_path / "report" / "prune_report.png").read_bytes().startswith(b"\x89PNG")
+    assert "prune_report.png" in result.stderr
+
+
 def test_demo_writes_its_files(tmp_path, monkeypatch):
     monkeypatch.setattr(demo, "_CALIBRATION_SEQUENCES", 4)  # quality is not looked at here
     result = run("demo", "--no-speed", "--windows", 2, "--output", tmp_path / "out")
@@ -139,6 +162,8 @@ def test_wrong_input_is_one_line_and_exit_code_2(dense, tmp_path):
     assert "no such model folder" in refused("prune", tmp_path / "nothing", *output)
     assert "--output" in refused("prune", dense)
     assert "4:2" in refused("prune", dense, *output, "--pattern", "4:2")
+    assert "did you mean 'owl'" in refused("prune", dense, *output, "--allocation", "owle")
+    assert "none.json" in refused("prune", dense, *output, "--allocation", tmp_path / "none.json")
     assert "no_such.txt" in refused("prune", dense, *output, "--calib", tmp_path / "no_such.txt")
     assert "128 positions" in refused("eval", dense, "--window", 999)
     assert "choose one of llama-2-7b" in refused("bench", "--shape", "llama-9")

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from pysparse.cli.options import Debug, Json, Model, Seed, Threads
 from pysparse.cli.output import emit, guarded, say
+
+if TYPE_CHECKING:
+    from pysparse.pruning import PruneReport
 
 
 def prune(
@@ -35,10 +38,27 @@ def prune(
         int | None,
         typer.Option(min=1, help="Tokens per calibration sequence. [default: 2048 or the model's limit]"),
     ] = None,
-    ignore: Annotated[
-        list[str] | None, typer.Option(help="Layers to leave dense; may be repeated. [default: lm_head]")
+    targets: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Layers to prune: classes, paths, globs or re:EXPRESSION; may be repeated. [default: Linear]"
+        ),
     ] = None,
-    allocation: Annotated[str, typer.Option(help="How sparsity is spread over the blocks.")] = "uniform",
+    ignore: Annotated[
+        list[str] | None,
+        typer.Option(help="Layers to leave dense, named likewise; may be repeated. [default: lm_head]"),
+    ] = None,
+    allocation: Annotated[
+        str | None,
+        typer.Option(
+            help="How sparsity is spread: uniform, owl, dlp, atp, global, owl:m=7,lmbda=0.1 or a .json profile. "
+            "[default: the method's own]"
+        ),
+    ] = None,
+    search_texts: Annotated[
+        Path | None,
+        typer.Option(help="Text that atp scores its trials on. [default: a fifth of the calibration text]"),
+    ] = None,
     recipe: Annotated[Path | None, typer.Option(help="YAML recipe, instead of --method.")] = None,
     save_format: Annotated[
         str, typer.Option("--format", help="pysparse (packed), dense, or compressed-tensors.")
@@ -52,6 +72,9 @@ def prune(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the plan and sizes; touch nothing.")
     ] = False,
+    report: Annotated[
+        Path | None, typer.Option(help="Folder for the report: prune_report.json and, with plot, .png.")
+    ] = None,
     threads: Threads = None,
     seed: Seed = 0,
     json: Json = None,
@@ -67,19 +90,32 @@ def prune(
             )
         options: dict[str, Any] = {
             "sparsity": sparsity, "method": method, "pattern": pattern, "recipe": recipe,
-            "ignore": tuple(ignore) if ignore else ("lm_head",), "allocation": allocation,
+            "allocation": allocation, "targets": tuple(targets) if targets else ("Linear",),
+            "ignore": tuple(ignore) if ignore else ("lm_head",), "calibration": _calibration(calib),
+            "num_samples": num_samples, "max_length": max_length, "seed": seed,
         }  # fmt: skip
         if dry_run:
             plan = api.plan_prune(model, **options)
-            emit(plan.table(), json, plan)
+            emit(plan.table(), json, plan.to_dict())
             return
         result = api.prune(
-            model, calibration=_calibration(calib), num_samples=num_samples, max_length=max_length,
-            output_dir=output, save_format=save_format, values=values, group_size=group_size, threads=threads,
-            seed=seed, **options,
+            model, search_texts=search_texts, output_dir=output, save_format=save_format, values=values,
+            group_size=group_size, threads=threads, **options,
         )  # fmt: skip
+        if report is not None:
+            _write_report(result.report, report)
         emit(result.report, json, result.report.to_dict())
         say(f"saved in {output}; load it with pysparse.from_pretrained('{output}')")
+
+
+def _write_report(report: PruneReport, folder: Path) -> None:
+    """Write the report as JSON, and as a picture where matplotlib is installed."""
+    report.to_json(folder / "prune_report.json")
+    say(f"wrote {folder / 'prune_report.json'}")
+    try:
+        say(f"wrote {report.plot(folder / 'prune_report.png')}")
+    except RuntimeError as error:
+        say(f"no plot: {error}")
 
 
 def _calibration(files: list[Path] | None) -> list[str] | None:

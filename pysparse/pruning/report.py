@@ -10,7 +10,15 @@ from typing import Any
 
 from rich.table import Table
 
-from pysparse.measure.results import dumps, make_table, megabytes, to_jsonable, write_json
+from pysparse.measure.results import (
+    Chart,
+    dumps,
+    make_table,
+    megabytes,
+    save_plot,
+    to_jsonable,
+    write_json,
+)
 from pysparse.pruning.layout import PrunableLayer
 from pysparse.pruning.recipe import MaskStructure, Recipe
 
@@ -128,6 +136,28 @@ class PruneReport:
         if path is not None:
             write_json(path, self.to_dict())
         return dumps(self.to_dict())
+
+    def plot(self, path: str | Path) -> Path:
+        """Draw sparsity and seconds by block, and the search if there was one; RuntimeError without matplotlib."""
+        sparsity: dict[str, tuple[list[float], list[float]]] = {}
+        seconds: dict[float, float] = {}
+        for layer in self.layers:
+            x, y = sparsity.setdefault(layer.path.rpartition(".")[2], ([], []))
+            x.append(layer.block)
+            y.append(layer.sparsity)
+            seconds[layer.block] = seconds.get(layer.block, 0.0) + layer.seconds
+        bars = {"": (list(seconds), list(seconds.values()))}
+        charts = [
+            Chart(f"sparsity by layer, {self.sparsity:.1%} in all", "block", "fraction of zeros", sparsity),
+            Chart("time to score, select and write", "block", "seconds", bars, bars=True),
+        ]
+        if self.search is not None:
+            tried = {
+                "": ([pair[0] for pair in self.search["tried"]], [pair[1] for pair in self.search["tried"]])
+            }
+            charts.append(Chart("search", "setting", "perplexity on text kept apart", tried))
+        parts = (f"{part} {value['type']}" for part, value in self.recipe.items())
+        return save_plot(path, charts, caption=", ".join(parts))
 
     def __rich__(self) -> Table:
         return self.table()
