@@ -63,7 +63,7 @@ def test_help_and_version():
 def test_kernels_lists_the_table():
     answer = json.loads(run("kernels", "--json", "-").stdout)
     rows = answer["kernels"]
-    assert {row["way"] for row in answer["choices"]} <= {"bitmap", "unpack", "pairs", "dense"}
+    assert {row["way"] for row in answer["choices"]} <= {"bitmap", "unpack", "pairs"}
     assert len(rows) == len(backend.kernels())
     taken = {(row["op"], row["format"], row["dtype"]) for row in rows if row["taken"]}
     assert taken == {(row["op"], row["format"], row["dtype"]) for row in rows}

@@ -15,7 +15,7 @@ from pysparse.formats.bitmap import VALUE_DTYPES
 from pysparse.huggingface.layout import BITMASK, PARTS, SCALES, TRIPWIRE, Layout
 from pysparse.nn import CompactLinear, DenseLinear, Packing, SparseLinear
 from pysparse.nn.compact import state_of
-from pysparse.nn.convert import MIN_SPARSITY
+from pysparse.nn.dispatch import MIN_SPARSITY
 from pysparse.nn.packing import row_major
 
 _STORED = (*PARTS[BITMASK], SCALES)

@@ -19,7 +19,7 @@ from pysparse.huggingface.layout import QUANT_METHOD, Layout
 from pysparse.huggingface.packing import dense_state_dict, legacy_config, packed_state_dict
 from pysparse.huggingface.source import INDEX
 from pysparse.nn import CompactLinear, Packing, SparseLinear
-from pysparse.nn.convert import MIN_SPARSITY
+from pysparse.nn.dispatch import MIN_SPARSITY
 
 logger = logging.getLogger("pysparse")
 

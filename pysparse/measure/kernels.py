@@ -11,9 +11,9 @@ from rich.table import Table
 from pysparse import backend, ops
 from pysparse.measure.results import make_table
 from pysparse.measure.rounds import torch_threads
-from pysparse.nn.dispatch import DECODE_TOKENS, Dispatch
+from pysparse.nn.dispatch import Dispatch, dense_kernel_tokens
 from pysparse.ops import cost_cache
-from pysparse.ops.costs import HELD, SECOND
+from pysparse.ops.ways import WAYS
 
 _FORMATS = ("bitmap", "dense")
 
@@ -52,25 +52,24 @@ def kernel_info(
     if not ops.is_kernel_dtype(dtype):
         known = ", ".join(_name(one) for one in ops.KERNEL_DTYPES)
         return KernelInfo(slow, f"no kernel for {_name(dtype)}; there are kernels for {known}")
-    if format == "bitmap" and tokens > DECODE_TOKENS:
-        return _many(shape, dtype, tokens, sparsity)
-    limit = ops.DECODE_TOKENS if format == "bitmap" else ops.DENSE_TOKENS
-    if tokens > limit:
-        return KernelInfo(slow, f"{tokens} tokens are more than {limit}: torch's product wins there")
+    if format == "bitmap" and tokens > 1:
+        return _chosen(shape, dtype, tokens, sparsity)
+    if format == "dense" and tokens not in dense_kernel_tokens(shape, dtype):
+        cause = f"{tokens} tokens are more than the kernel's {ops.DENSE_TOKENS}"
+        return KernelInfo(slow, cause if tokens > ops.DENSE_TOKENS else "faster by measured costs")
     key = chosen_kernel("linear", format, _name(dtype))
     if key is None:
         return KernelInfo(slow, f"the kernel table has no entry for {format} {_name(dtype)}")
     return KernelInfo(str(key), _why(key))
 
 
-def _many(shape: tuple[int, int], dtype: torch.dtype, tokens: int, sparsity: float) -> KernelInfo:
-    """Describe the way of more tokens than the decode kernel takes at once."""
+def _chosen(shape: tuple[int, int], dtype: torch.dtype, tokens: int, sparsity: float) -> KernelInfo:
+    """Describe the way that measured costs choose."""
     nnz = round(shape[0] * shape[1] * (1.0 - sparsity))
     choice = Dispatch().choice(shape, nnz, dtype, tokens, may_measure=False)
     if choice.way in ("bitmap", "pairs"):
         return KernelInfo(str(chosen_kernel("linear", choice.way, _name(dtype))), choice.reason)
-    names = {"unpack": "unpack + torch", "dense": "a dense copy + torch"}
-    return KernelInfo(names[choice.way], choice.reason)
+    return KernelInfo("unpack + torch", choice.reason)
 
 
 def chosen_kernel(op: str, format: str, dtype: str) -> backend.KernelKey | None:
@@ -116,28 +115,36 @@ def kernel_table() -> list[dict[str, object]]:
     return rows
 
 
-_TOKENS = (1, 16, 32, 64, 256, 1024)
-_SPARSITIES = (0.5, 0.7, 0.9)
-_WAYS = (*HELD, *SECOND)
+_TOKENS = (1, 4, 16, 32, 64, 256, 1024)
+_SPARSITIES = (0.2, 0.5, 0.7, 0.9)
 
 
 def choice_table(shape: tuple[int, int] = (4096, 4096)) -> list[dict[str, object]]:
     """Return, JSON-ready, which way a sparse layer of ``shape`` takes by dtype, sparsity and tokens, and why.
 
-    Times are those that the measured costs predict, in milliseconds; where nothing was measured for the present
-    threads and instruction set, ``reason`` says so. Measures nothing.
+    ``way`` and ``reason`` hold for ``prefill`` "auto" (``sparsify_`` with optimize="balanced"), ``speed_way`` for
+    "packed" ("speed"). Times are those that the measured costs predict for every way, dense ones too, in
+    milliseconds; where nothing was measured for the present threads and instruction set, ``reason`` says so.
+    Measures nothing.
     """
-    rows: list[dict[str, object]] = []
-    dispatch = Dispatch()
-    for dtype in ops.KERNEL_DTYPES if backend.available() else ():
-        for sparsity in _SPARSITIES:
-            for tokens in _TOKENS:
-                nnz = round(shape[0] * shape[1] * (1.0 - sparsity))
-                choice = dispatch.choice(shape, nnz, dtype, tokens, may_measure=False)
-                row = {"dtype": _name(dtype), "sparsity": sparsity, "tokens": tokens, "way": choice.way}
-                times = {way: 1e3 * seconds for way, seconds in choice.seconds.items()}
-                rows.append({**row, "reason": choice.reason, "milliseconds": times})
-    return rows
+    cases = [(dtype, sparsity, tokens) for dtype in ops.KERNEL_DTYPES for sparsity in _SPARSITIES
+             for tokens in _TOKENS]  # fmt: skip
+    return [_choice_row(shape, *case) for case in cases] if backend.available() else []
+
+
+def _choice_row(
+    shape: tuple[int, int], dtype: torch.dtype, sparsity: float, tokens: int
+) -> dict[str, object]:
+    nnz = round(shape[0] * shape[1] * (1.0 - sparsity))
+    auto, speed = (
+        Dispatch(prefill).choice(shape, nnz, dtype, tokens, may_measure=False)
+        for prefill in ("auto", "packed")
+    )
+    times = {way: 1e3 * seconds for way, seconds in speed.seconds.items()}
+    return {
+        "dtype": _name(dtype), "sparsity": sparsity, "tokens": tokens, "way": auto.way, "reason": auto.reason,
+        "speed_way": speed.way, "milliseconds": times,
+    }  # fmt: skip
 
 
 def show_choices(rows: list[dict[str, object]]) -> Table:
@@ -146,9 +153,12 @@ def show_choices(rows: list[dict[str, object]]) -> Table:
     for row in rows:
         times = row["milliseconds"]
         assert isinstance(times, dict)
-        head = f"{row['dtype']}, {row['sparsity']:.0%} zeros", str(row["tokens"]), str(row["way"])
-        cells.append([*head, *(times.get(way) for way in _WAYS), str(row["reason"])])
-    columns = ["4096 x 4096 layer", "tokens", "way", *(f"{way} ms" for way in _WAYS), "why"]
+        head = [
+            f"{row['dtype']}, {row['sparsity']:.0%} zeros",
+            *(str(row[key]) for key in ("tokens", "way", "speed_way")),
+        ]
+        cells.append([*head, *(times.get(way) for way in WAYS), str(row["reason"])])
+    columns = ["4096 x 4096 layer", "tokens", "way", "for speed", *(f"{way} ms" for way in WAYS), "why"]
     return make_table("ways of a sparse layer", columns, cells)
 
 

@@ -11,15 +11,13 @@ from torch import nn
 
 from pysparse.formats import BitmapTensor
 from pysparse.nn.compact import CompactLinear
+from pysparse.nn.dispatch import MIN_SPARSITY, OPTIMIZE, Verdict, judge
 from pysparse.nn.linear import DenseLinear, SparseLinear
 from pysparse.nn.match import matches
 from pysparse.nn.packing import Packing
 
-# Below this sparsity the packed weight's bytes save too little at one token, and the unpacking costs
-# more than it saves at many; measured per machine by the benchmarks.
-MIN_SPARSITY = 0.3
-
 Filter = Callable[[nn.Module, str], bool]
+_NOT_A_TARGET = Verdict(False, "not a target")
 
 
 @dataclass(slots=True)
@@ -27,14 +25,16 @@ class ConversionReport:
     """What :func:`sparsify_` did with each linear layer, by module path."""
 
     sparse: dict[str, float] = field(default_factory=dict)  # path -> sparsity
-    dense: dict[str, str] = field(default_factory=dict)  # path -> why it stayed dense
+    dense: dict[str, str] = field(default_factory=dict)  # path -> why it stayed dense, and what it runs on
 
 
 def sparsify_(
     model: nn.Module,
     filter_fn: Filter | None = None,
     *,
-    min_sparsity: float = MIN_SPARSITY,
+    optimize: str = "balanced",
+    tokens: int = 1,
+    min_sparsity: float | None = None,
     targets: Sequence[str] = ("Linear",),
     ignore: Sequence[str] = ("lm_head",),
     dense_kernels: bool = True,
@@ -43,20 +43,29 @@ def sparsify_(
     group_size: int | None = None,
     activation_bits: int = 8,
 ) -> ConversionReport:
-    """Replace, in place, each ``nn.Linear`` with enough zeros by a :class:`SparseLinear`; prunes nothing.
+    """Replace, in place, each ``nn.Linear`` whose zeros pay by a :class:`SparseLinear`; prunes nothing.
+
+    ``optimize`` says what pays. "balanced": being faster, by this machine's measured costs, with ``tokens`` rows a
+    call (1: generating text; an encoder passes batch times length), in less memory than the dense weight, at any
+    time. "speed": being faster with any number of rows; a layer may then hold pair blocks and a dense copy too, for
+    the calls that gain from them, and outgrow its dense self. "memory": being smaller, and nothing is held beside
+    the bitmap. The first call on a machine measures its costs, some seconds for each dtype (see ``pysparse tune``).
+    ``min_sparsity`` (a fraction of zeros) decides in their stead, as 0.3 does for weights that are not measured:
+    tiny ones, float16, on a GPU.
 
     ``targets`` and ``ignore`` hold class names, module paths or "re:" expressions; ``filter_fn(module, path)``
-    decides in their stead. Layers under ``min_sparsity`` stay dense, with the cause in the report;
-    with ``dense_kernels`` they run as :class:`DenseLinear` on the compiled dense kernel.
+    decides in their stead. What stays dense is in the report with the cause; with ``dense_kernels`` it becomes a
+    :class:`DenseLinear`, which takes the compiled dense kernel where that is faster than torch.
     ``values="int8"`` makes :class:`CompactLinear` layers, of the bitmap layers that there are too, with
     ``group_size`` inputs a scale (None: one scale a row) and tokens quantised to ``activation_bits``.
     ``pattern="n:m"`` (n kept of m) is checked in every layer, and packed with compact indices where these take
     no more bytes than a mask and have a vector kernel (2:4, 1:4, 2:8, 1:8, 2:16), else under a mask.
-    Raises ValueError, before any layer is changed, for a ``min_sparsity`` outside [0, 1] and, naming the layer,
-    for weights that cannot be kept so: a crowded group, a NaN or infinity in int8, over 65536 inputs.
+    Either is packed from 0.3 zeros on, or ``min_sparsity``.
+    Raises ValueError, before any layer is changed, for an unknown ``optimize``, ``tokens`` below 1, a
+    ``min_sparsity`` outside [0, 1] and, naming the layer, for weights that cannot be kept so: a crowded group,
+    a NaN or infinity in int8, over 65536 inputs.
     """
-    if not 0.0 <= min_sparsity <= 1.0:
-        raise ValueError(f"min_sparsity is a fraction between 0 and 1, got {min_sparsity}")
+    _check_wishes(optimize, tokens, min_sparsity)
     packing = Packing(values, pattern, group_size, activation_bits)
     report = ConversionReport()
     kinds = (nn.Linear, DenseLinear) if packing.is_plain else (nn.Linear, DenseLinear, SparseLinear)
@@ -66,15 +75,21 @@ def sparsify_(
         chosen = filter_fn(linear, path) if filter_fn else (
             matches(linear, path, targets) and not matches(linear, path, ignore)
         )  # fmt: skip
-        sparsity = _checked_sparsity(path, linear, packing if chosen else Packing(), min_sparsity)
-        if chosen and sparsity >= min_sparsity:
-            report.sparse[path] = sparsity
+        verdict = _verdict(path, linear, packing, min_sparsity, optimize, tokens) if chosen else _NOT_A_TARGET
+        if verdict.packs:
+            report.sparse[path] = _sparsity(linear)
         elif not isinstance(linear, SparseLinear):
-            cause = f"{sparsity:.0%} sparse, below min_sparsity={min_sparsity:.0%}"
-            report.dense[path] = cause if chosen else "not a target"
-    for path in (*report.sparse, *(report.dense if dense_kernels else ())):
+            report.dense[path] = verdict.reason
+    for path in (*report.sparse, *report.dense):
         layer: Any = model.get_submodule(path)  # one by one: each dense weight goes when its packing has come
-        packed = packed_layer(layer, packing) if path in report.sparse else DenseLinear.from_linear(layer)
+        if path in report.sparse:
+            packed: nn.Module = packed_layer(layer, packing)
+            if isinstance(packed, SparseLinear):
+                packed.prefill = OPTIMIZE[optimize]
+        else:
+            packed = DenseLinear.from_linear(layer) if dense_kernels else layer
+            kernel = packed.kernel if isinstance(packed, DenseLinear) else "dense torch"
+            report.dense[path] += f"; {kernel}"
         _replace(model, path, packed.train(layer.training))
     return report
 
@@ -88,18 +103,38 @@ def packed_layer(linear: Any, packing: Packing) -> SparseLinear | CompactLinear:
     return CompactLinear(packing.pack(rows), linear.bias, packing.activation_bits, rows.dtype)
 
 
-def _checked_sparsity(path: str, linear: Any, packing: Packing, min_sparsity: float) -> float:
-    """Return a layer's fraction of zeros; ValueError where one that is to be packed cannot be."""
+def _check_wishes(optimize: str, tokens: int, min_sparsity: float | None) -> None:
+    if optimize not in OPTIMIZE:
+        raise ValueError(f"optimize is one of {', '.join(OPTIMIZE)}; got '{optimize}'")
+    if tokens < 1:
+        raise ValueError(f"tokens={tokens} must be at least 1")
+    if min_sparsity is not None and not 0.0 <= min_sparsity <= 1.0:
+        raise ValueError(f"min_sparsity is a fraction between 0 and 1, got {min_sparsity}")
+
+
+def _sparsity(linear: nn.Linear | SparseLinear) -> float:
     if isinstance(linear, SparseLinear):
-        zeros = linear.sparsity
-    else:
-        zeros = 1.0 - int(torch.count_nonzero(linear.weight)) / max(1, linear.weight.numel())
-    if zeros >= min_sparsity and not packing.is_plain:
+        return linear.sparsity
+    return 1.0 - int(torch.count_nonzero(linear.weight)) / max(1, linear.weight.numel())
+
+
+def _verdict(
+    path: str, linear: Any, packing: Packing, min_sparsity: float | None, optimize: str, tokens: int
+) -> Verdict:
+    """Decide about one layer; ValueError where one that is to be packed cannot be."""
+    zeros = _sparsity(linear)
+    if min_sparsity is None and packing.is_plain and linear.weight.device.type == "cpu":
+        shape = (linear.out_features, linear.in_features)
+        return judge(shape, zeros, linear.weight.dtype, optimize, tokens)
+    threshold = MIN_SPARSITY if min_sparsity is None else min_sparsity
+    if zeros < threshold:
+        return Verdict(False, f"{zeros:.0%} sparse, below min_sparsity={threshold:.0%}")
+    if not packing.is_plain:
         try:
             packing.check(linear.weight.detach())
         except ValueError as error:
             raise ValueError(f"layer '{path}': {error}") from None
-    return zeros
+    return Verdict(True, f"{zeros:.0%} sparse")
 
 
 def densify_(model: nn.Module) -> nn.Module:

@@ -87,10 +87,9 @@ class DeviceWeight:
         if self.packing == "dense":
             return functional.linear(x, arrays[0], bias)
         if dispatch.prefill == "packed" and x.numel() > self.pays_to * x.shape[-1]:
-            if not isinstance(dispatch.packing, Tensor):
-                shape = (rows, x.shape[-1])
-                dispatch.packing = ops.packed_unpack(self._packed(arrays, shape))
-            return functional.linear(x, dispatch.packing, bias)
+            if dispatch.dense is None:
+                dispatch.dense = ops.packed_unpack(self._packed(arrays, (rows, x.shape[-1])))
+            return functional.linear(x, dispatch.dense, bias)
         return ops.call_arrays(self.packing, x, arrays, bias, rows, self.largest_block)
 
     def to_bitmap(self, buffers: Mapping[str, Tensor | None], shape: tuple[int, int]) -> BitmapTensor:

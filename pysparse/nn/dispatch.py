@@ -1,27 +1,38 @@
-"""Which way a sparse layer computes a call, and the second packing that some ways need."""
+"""Which way a layer computes a call, the packings that some ways need, and which layers are packed at all.
+
+Every decision follows from the measured costs of this machine (``pysparse.ops.costs``) and is the same each time.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from pysparse import backend, ops
 from pysparse.formats import ColumnPairs, TiledBitmap
 from pysparse.ops import cost_cache
-from pysparse.ops.costs import HELD, Choice, choose, second_packing
+from pysparse.ops.costs import Choice, Costs, choose
+from pysparse.ops.ways import DENSE, HELD, WAYS, ways_of
 
 PREFILL = ("auto", "packed", "unpack")
-DECODE_TOKENS = 8  # up to here reading the weight is what costs: the decode kernel is taken unmeasured
 SMALL_WEIGHT = 1 << 18  # entries up to which a layer is not worth measuring, nor a second packing
-_AUTO_MARGIN = 1.1  # how much faster a second packing must be to be worth its memory
+# How much faster than the bitmap alone a second packing must be to be worth its memory.
+_MARGIN = {"auto": 1.1, "packed": 1.02, "unpack": 1.0}
 _PAIR_BYTES = {torch.bfloat16: 3.2, torch.float32: 5.3}  # a kept weight in pair blocks, at the most
 
 
 def bucket(tokens: int) -> int:
-    """Return the number of tokens that stands for ``tokens`` in decisions: exact to 64, then in steps of 64."""
-    return tokens if tokens <= 64 else -(-tokens // 64) * 64
+    """Return the number of tokens that stands for ``tokens`` in decisions: exact to 64, then in steps of 16."""
+    return tokens if tokens <= 64 else -(-tokens // 16) * 16
+
+
+def bitmap_bytes(entries: int, nnz: int, dtype: torch.dtype) -> float:
+    """Return the bytes of a tiled bitmap, offsets and padding aside."""
+    return nnz * dtype.itemsize + entries / 8
 
 
 def pairs_stay_small(entries: int, nnz: int, dtype: torch.dtype) -> bool:
@@ -29,30 +40,49 @@ def pairs_stay_small(entries: int, nnz: int, dtype: torch.dtype) -> bool:
 
     A pruned model must not outgrow its dense self by default: that is from 64 % zeros on in bf16, 58 % in fp32.
     """
-    bitmap = nnz * dtype.itemsize + entries / 8
-    return bitmap + nnz * _PAIR_BYTES.get(dtype, float("inf")) <= entries * dtype.itemsize
+    pairs = nnz * _PAIR_BYTES.get(dtype, float("inf"))
+    return bitmap_bytes(entries, nnz, dtype) + pairs <= entries * dtype.itemsize
+
+
+def sparse_ways(prefill: str, entries: int, nnz: int, dtype: torch.dtype, tokens: int) -> tuple[str, ...]:
+    """Return the ways that ``prefill`` allows a sparse layer, by what they hold beside the bitmap."""
+    ways = ways_of(HELD, tokens)
+    if prefill == "packed" or (prefill == "auto" and pairs_stay_small(entries, nnz, dtype)):
+        ways += ways_of("pairs", tokens)
+    return ways + ways_of(DENSE, tokens) if prefill == "packed" else ways
+
+
+def is_measured(entries: int) -> bool:
+    """Tell whether costs decide for a weight of so many entries: not for a tiny one, nor for generic kernels."""
+    return entries > SMALL_WEIGHT and backend.available() and backend.isa() != "generic"
 
 
 @dataclass(slots=True)
 class Dispatch:
-    """A layer's decisions, by number of tokens, and its second packing, made when the first one calls for it.
+    """A sparse layer's decisions, by number of tokens, and its other packings, made when a call wants them.
 
-    ``prefill`` "auto" makes one where costs say it is faster by a tenth and both packings together stay
-    below the dense weight, "packed" wherever it is faster at all, "unpack" never. One layer makes one second
-    packing at most: pair blocks, or ("packed" only) a dense copy where the sparse arithmetic cannot win.
+    ``prefill`` "auto" makes pair blocks where costs say that they are faster by a tenth and both packings
+    together stay below the dense weight; "packed" makes whatever is faster, pair blocks, a dense copy or
+    both; "unpack" makes none.
     """
 
     prefill: str = "auto"
-    packing: ColumnPairs | Tensor | None = None
+    pairs: ColumnPairs | None = None
+    dense: Tensor | None = None  # the plain weight
     _ways: dict[tuple[int, int, int], str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.prefill not in PREFILL:
             raise ValueError(f"prefill is one of {', '.join(PREFILL)}; got '{self.prefill}'")
 
+    @property
+    def bitmap_tokens(self) -> int:
+        """Number of tokens up to which the bitmap is taken without a question."""
+        return 0 if self.prefill == "packed" else 1
+
     def clear(self) -> None:
-        """Drop the second packing and the decisions: the weight or its place has changed."""
-        self.packing = None
+        """Drop the other packings and the decisions: the weight or its place has changed."""
+        self.pairs = self.dense = None
         self._ways.clear()
 
     def way(self, shape: tuple[int, int], nnz: int, dtype: torch.dtype, tokens: int) -> str:
@@ -69,26 +99,19 @@ class Dispatch:
     ) -> Choice:
         """Return the decision for ``tokens`` rows with its reason and the expected times."""
         entries = shape[0] * shape[1]
-        if tokens <= DECODE_TOKENS:
-            return Choice("bitmap", {}, f"up to {DECODE_TOKENS} tokens the weight is read once")
+        if tokens <= self.bitmap_tokens:
+            return Choice("bitmap", {}, "for one token the smallest weight is read")
         fixed = "bitmap" if tokens <= ops.DECODE_TOKENS else "unpack"
-        if entries <= SMALL_WEIGHT:
-            return Choice(fixed, {}, f"{entries} entries are too few to measure")
-        if backend.isa() == "generic":
-            return Choice(fixed, {}, "generic kernels are not measured")
+        if not is_measured(entries):
+            cause = "generic kernels are" if entries > SMALL_WEIGHT else f"a weight of {entries} entries is"
+            return Choice(fixed, {}, f"{cause} not measured")
         costs = cost_cache.costs_for(dtype) if may_measure else cost_cache.known_costs(dtype)
         if costs is None:
             return Choice(
                 fixed, {}, "costs not measured yet: they are at the first such call, or by pysparse tune"
             )
-        density = nnz / entries
-        ways: tuple[str, ...] = HELD
-        if self.prefill == "packed":
-            ways = (*HELD, second_packing(costs, shape, density))
-            return choose(costs, shape, density, bucket(tokens), ways, 1.0)
-        if self.prefill == "auto" and pairs_stay_small(entries, nnz, dtype):
-            ways = (*HELD, "pairs")
-        return choose(costs, shape, density, bucket(tokens), ways, _AUTO_MARGIN)
+        ways = sparse_ways(self.prefill, entries, nnz, dtype, bucket(tokens))
+        return choose(costs, shape, nnz / entries, bucket(tokens), ways, _MARGIN[self.prefill])
 
     def run(self, way: str, x: Tensor, weight: TiledBitmap, bias: Tensor | None) -> Tensor:
         """Compute ``x @ W.T + bias`` by ``way``, packing first where that has not happened yet."""
@@ -97,20 +120,85 @@ class Dispatch:
         if way == "unpack":
             return ops.unpacked_linear(x, weight, bias)
         if way == "pairs":
-            if not isinstance(self.packing, ColumnPairs):
-                self.packing = ColumnPairs.from_tiled(weight)
-            return ops.pairs_linear(x, self.packing, bias)
-        if not isinstance(self.packing, Tensor):
-            self.packing = ops.bitmap_unpack(weight)
-        return ops.dense_linear(x, self.packing, bias)
+            if self.pairs is None:
+                self.pairs = ColumnPairs.from_tiled(weight)
+            return ops.pairs_linear(x, self.pairs, bias)
+        if self.dense is None:
+            self.dense = ops.bitmap_unpack(weight)
+        multiply = ops.dense_linear if way == "kernel" else functional.linear
+        return multiply(x, self.dense, bias)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the second packing."""
-        return 0 if self.packing is None else int(self.packing.nbytes)
+        """Bytes of the packings beside the bitmap."""
+        return sum(int(packing.nbytes) for packing in (self.pairs, self.dense) if packing is not None)
 
     def __str__(self) -> str:
-        kind = (
-            "none" if self.packing is None else "pairs" if isinstance(self.packing, ColumnPairs) else "dense"
-        )
-        return f"prefill={self.prefill}, second_packing={kind}"
+        held = {"pairs": self.pairs, "dense": self.dense}
+        names = [name for name, packing in held.items() if packing is not None]
+        return f"prefill={self.prefill}, second_packing={'+'.join(names) or 'none'}"
+
+
+def dense_kernel_tokens(shape: tuple[int, int], dtype: torch.dtype) -> frozenset[int]:
+    """Return the numbers of tokens that a dense weight multiplies faster by our kernel than by torch.
+
+    Where nothing has been measured (this measures nothing), all that the kernel is made for.
+    """
+    counts = range(1, ops.DENSE_TOKENS + 1)
+    costs = cost_cache.known_costs(dtype) if is_measured(shape[0] * shape[1]) else None
+    if costs is None:
+        return frozenset(counts)
+    return frozenset(
+        n for n in counts if costs.predict("kernel", shape, 1.0, n) <= costs.predict("torch", shape, 1.0, n)
+    )
+
+
+OPTIMIZE = {"speed": "packed", "balanced": "auto", "memory": "unpack"}  # what a layer may hold: see Dispatch
+MIN_SPARSITY = 0.3  # from here on a weight is packed where nothing is measured
+_GAIN = 1.03  # that packing must promise at some number of tokens
+_COUNTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """Whether a weight is to be packed, and why."""
+
+    packs: bool
+    reason: str
+
+
+def judge(
+    shape: tuple[int, int], sparsity: float, dtype: torch.dtype, optimize: str = "balanced", tokens: int = 1
+) -> Verdict:
+    """Decide whether a weight [out, in] = ``shape`` with a fraction ``sparsity`` of zeros is packed.
+
+    "memory": where the bitmap is smaller. "balanced": where moreover it is expected to be faster, by 3 % at
+    least, for ``tokens`` rows. "speed": where it is for any number of rows. Costs are measured now if they are
+    not known; tiny weights and generic kernels are not measured but packed from ``MIN_SPARSITY`` on.
+    """
+    entries = shape[0] * shape[1]
+    nnz = round(entries * (1.0 - sparsity))
+    saved = 1.0 - bitmap_bytes(entries, nnz, dtype) / max(1, entries * dtype.itemsize)
+    if optimize == "memory":
+        return Verdict(saved > 0, f"{sparsity:.0%} sparse: packing saves {saved:.0%} of the bytes")
+    if not (is_measured(entries) and ops.is_kernel_dtype(dtype)):
+        word = "below" if sparsity < MIN_SPARSITY else "at least"
+        return Verdict(sparsity >= MIN_SPARSITY, f"{sparsity:.0%} sparse, {word} {MIN_SPARSITY:.0%}")
+    if optimize == "balanced" and saved <= 0:
+        return Verdict(False, f"{sparsity:.0%} sparse: packed it would be larger")
+    costs, prefill = cost_cache.costs_for(dtype), OPTIMIZE[optimize]
+    counts = _COUNTS if optimize == "speed" else (tokens,)
+    gains = {}
+    for count in counts:
+        ways = sparse_ways(prefill, entries, nnz, dtype, count)
+        sparse = fastest(costs, [way for way in ways if WAYS[way].packing != DENSE], shape, sparsity, count)
+        gains[count] = fastest(costs, ways_of(DENSE, count), shape, sparsity, count) / sparse
+    best = max(counts, key=gains.__getitem__)
+    return Verdict(
+        gains[best] >= _GAIN, f"{sparsity:.0%} sparse: expected {gains[best]:.2f}x dense at {best} tokens"
+    )
+
+
+def fastest(costs: Costs, ways: Sequence[str], shape: tuple[int, int], sparsity: float, tokens: int) -> float:
+    """Return the seconds that the fastest of ``ways`` is expected to take."""
+    return min(costs.predict(way, shape, 1.0 - sparsity, tokens) for way in ways)

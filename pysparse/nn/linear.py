@@ -12,7 +12,7 @@ from torch.nn import functional
 from pysparse import backend, ops
 from pysparse.formats import BitmapTensor, TiledBitmap
 from pysparse.nn.device import DeviceWeight
-from pysparse.nn.dispatch import DECODE_TOKENS, Dispatch
+from pysparse.nn.dispatch import Dispatch, dense_kernel_tokens
 from pysparse.nn.packing import check_pattern
 from pysparse.ops.costs import Choice
 
@@ -27,7 +27,7 @@ class SparseLinear(nn.Module):
     ``masks``, ``tile_offsets``, which the kernels read; the canonical ones are dropped so that the weight
     is in memory once. ``state_dict()`` always speaks canonical, whichever state the layer is in.
 
-    From 9 tokens on the way is chosen by measured costs. Where a second packing of the weight pays, it is made
+    From 2 tokens on the way is chosen by measured costs. Where another packing of the weight pays, it is made
     at the first such call and counted in ``nbytes``; ``layer.prefill`` ("auto" | "packed" | "unpack") rules that.
     Moved to a CUDA device, the layer packs itself for that device's kernels, or densely where none is expected to
     gain (see :mod:`pysparse.nn.device`); there "packed" keeps a dense copy for the tokens with which they lose.
@@ -205,15 +205,15 @@ class SparseLinear(nn.Module):
             raise ValueError(f"x has {x.size(-1)} features, the layer takes {self.in_features}")
         if x.dtype is not values.dtype and torch.is_autocast_enabled("cpu"):
             x = x.to(values.dtype)  # packed weights keep their dtype: autocast moves the input instead
-        if x.numel() > DECODE_TOKENS * self.in_features and not ops.needs_dispatcher(
+        if x.numel() > self._dispatch.bitmap_tokens * self.in_features and not ops.needs_dispatcher(
             x, self._parameters["bias"]
         ):
-            return self._forward_many(x)
+            return self._forward_chosen(x)
         return ops.call_bitmap_linear(
             x, values, masks, tile_offsets, self._parameters["bias"], self.out_features
         )
 
-    def _forward_many(self, x: Tensor) -> Tensor:
+    def _forward_chosen(self, x: Tensor) -> Tensor:
         """Take the way that costs least for this number of tokens."""
         weight = self._tiled()
         tokens = x.numel() // self.in_features
@@ -283,7 +283,7 @@ class SparseLinear(nn.Module):
 
     @property
     def second_packing_nbytes(self) -> int:
-        """Bytes of the packing for many tokens, 0 while there is none."""
+        """Bytes of the packings beside the bitmap, 0 while there is none."""
         return self._dispatch.nbytes
 
     @property
@@ -387,11 +387,16 @@ class SparseLinear(nn.Module):
 
 
 class DenseLinear(nn.Linear):
-    """An ``nn.Linear`` whose few-token products run on the compiled dense kernel.
+    """An ``nn.Linear`` whose few-token products run on the compiled dense kernel where that is faster.
 
     Same parameters, same names in the state_dict. Training, many tokens and dtypes without a kernel go to
     torch's own product.
     """
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        """Take what ``nn.Linear`` takes."""
+        super().__init__(*arguments, **options)
+        self._kernel_tokens: dict[tuple[torch.dtype, int, int], frozenset[int]] = {}
 
     @classmethod
     def from_linear(cls, linear: nn.Linear) -> DenseLinear:
@@ -405,12 +410,42 @@ class DenseLinear(nn.Linear):
         weight, bias = self._parameters["weight"], self._parameters["bias"]
         if not _dense_kernel_applies(x, weight):
             return functional.linear(x, self.weight, bias)
+        # A graph is compiled once for all machines and numbers of tokens: it keeps the compiled kernel.
+        if (
+            not torch.compiler.is_dynamo_compiling()
+            and x.numel() // self.in_features not in self.kernel_tokens()
+        ):
+            return functional.linear(x, self.weight, bias)
         return ops.dense_linear(x, self.weight, bias)
+
+    def kernel_tokens(self) -> frozenset[int]:
+        """Return the numbers of tokens that go to the compiled kernel; the others go to torch's product.
+
+        By measured costs, where this machine's are known (see ``pysparse tune``) when it is first asked.
+        """
+        place = (self.weight.dtype, torch.get_num_threads(), backend.isa_epoch())
+        found = self._kernel_tokens.get(place)
+        if found is None:
+            shape = (self.out_features, self.in_features)
+            found = self._kernel_tokens[place] = dense_kernel_tokens(shape, self.weight.dtype)
+        return found
+
+    @property
+    def kernel(self) -> str:
+        """Tell for how many tokens the compiled kernel runs."""
+        if not (backend.available() and ops.is_kernel_dtype(self.weight.dtype)):
+            return "dense torch"
+        counts = self.kernel_tokens()
+        if not counts:
+            return "dense torch: faster than the compiled dense kernel for any number of tokens"
+        some = "up to" if len(counts) == max(counts) else f"for {len(counts)} numbers of tokens up to"
+        return f"compiled dense kernel {some} {max(counts)} tokens, dense torch beyond"
 
 
 def _dense_kernel_applies(x: Tensor, weight: Tensor | None) -> bool:
     return (
         weight is not None
+        and x.numel() <= ops.DENSE_TOKENS * weight.shape[1]
         and backend.available()
         and x.device.type == "cpu"
         and x.dtype is weight.dtype

@@ -14,10 +14,12 @@ from typing import Any
 import torch
 
 from pysparse import backend
-from pysparse.ops.costs import DENSITIES, TOKENS, Costs, measure
+from pysparse.ops.cost_measure import measure
+from pysparse.ops.costs import DENSITIES, SHAPES, Costs, Table
+from pysparse.ops.ways import WAYS
 
 CACHE_VARIABLE = "PYSPARSE_CACHE_DIR"
-_SCHEMA = 1
+_SCHEMA = 2
 _known: dict[tuple[torch.dtype, int, str], Costs] = {}
 
 
@@ -46,7 +48,7 @@ def known_costs(dtype: torch.dtype) -> Costs | None:
 
 
 def tune(dtype: torch.dtype) -> Costs:
-    """Measure now, whatever is known, and keep the result on disk. Takes one or two seconds."""
+    """Measure now, whatever is known, and keep the result on disk. Takes some seconds."""
     costs = measure(dtype)
     _known[dtype, backend.num_threads(), backend.isa()] = costs
     _write(cost_file(dtype), _key(dtype), costs)
@@ -105,12 +107,18 @@ def _read(path: Path, key: dict[str, Any]) -> Costs | None:
 
 
 def _parse(costs: dict[str, Any]) -> Costs:
-    call = {way: _seconds(costs["call"][way]) for way in TOKENS}
-    tables = {way: tuple(tuple(map(_seconds, line)) for line in costs["per_weight"][way]) for way in TOKENS}
-    for way, table in tables.items():
-        if [len(line) for line in table] != [len(TOKENS[way])] * len(DENSITIES):
-            raise ValueError(f"the table of {way} has another size")
+    call = {way: _seconds(costs["call"][way]) for way in WAYS}
+    tables = {way: _table(way, costs["seconds"][way]) for way in WAYS}
     return Costs(call, tables, int(costs["threads"]))
+
+
+def _table(way: str, given: Any) -> Table:
+    table = tuple(tuple(tuple(map(_seconds, line)) for line in half) for half in given)
+    lines = len(DENSITIES) if WAYS[way].by_density else 1
+    wanted = [[len(WAYS[way].tokens)] * lines] * len(SHAPES)
+    if [[len(line) for line in half] for half in table] != wanted:
+        raise ValueError(f"the table of {way} has another size")
+    return table
 
 
 def _seconds(value: Any) -> float:
@@ -123,7 +131,7 @@ def _write(path: Path, key: dict[str, Any], costs: Costs) -> None:
     """Write beside and rename, so that a reader sees a whole file or none."""
     content = {
         "key": key,
-        "costs": {"call": costs.call, "per_weight": costs.per_weight, "threads": costs.threads},
+        "costs": {"call": costs.call, "seconds": costs.seconds, "threads": costs.threads},
     }
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

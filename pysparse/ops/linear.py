@@ -80,6 +80,10 @@ def needs_dispatcher(x: Tensor, bias: Tensor | None) -> bool:
 
 def bitmap_linear_chunks(x: Tensor, weight: TiledBitmap, bias: Tensor | None = None) -> Tensor:
     """Return :func:`bitmap_linear`'s result by the decode kernel, 16 tokens at a time, however many there are."""
+    if x.shape[-1:] != weight.shape[1:]:
+        raise ValueError(f"x has {x.shape[-1]} features, the weight takes {weight.shape[1]}")
+    if x.dtype is not weight.values.dtype or (bias is not None and bias.dtype is not x.dtype):
+        _check_dtypes(x, weight.values, bias)
     return _decode(x, weight.values, weight.masks, weight.tile_offsets, bias, weight.shape[0])
 
 
