@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from pysparse import huggingface, methods
+from pysparse.api.execution import Running, Task, executing
 from pysparse.api.loading import Texts, Windows, calibration_for, load_model, tokenizer_or_none
-from pysparse.api.search import find_beta, is_searched, part_texts, search_windows
+from pysparse.api.search import is_searched, part_texts, search_windows
+from pysparse.calib.activations import Place
+from pysparse.calib.ranks import joined
 from pysparse.huggingface.folder import is_ours
 from pysparse.huggingface.saving import FORMATS
 from pysparse.measure.progress import progress_on_stderr
-from pysparse.measure.results import to_jsonable
 from pysparse.measure.rounds import torch_threads
 from pysparse.methods import AllocationLike
 from pysparse.models.discover import discover
@@ -32,7 +34,6 @@ from pysparse.pruning import (
     gather_evidence,
     plan,
     resolve_sparsity,
-    run,
 )
 from pysparse.pruning.run import Propagate
 
@@ -63,9 +64,13 @@ def prune(
     recipe: Recipe | str | Path | None = None,
     propagate: Propagate = "pruned",
     output_dir: str | Path | None = None,
+    resume: bool = False,
     save_format: str = "pysparse",
     values: str | None = None,
     group_size: int | None = None,
+    device: torch.device | str | None = None,
+    activations: Place = "memory",
+    activations_dir: str | Path | None = None,
     seed: int = 0,
     threads: int | None = None,
     progress: bool = True,
@@ -98,14 +103,23 @@ def prune(
         recipe: a :class:`pysparse.pruning.Recipe` or a YAML file, in place of method, pattern and allocation.
         propagate: "pruned" calibrates a block on outputs of the pruned blocks before it, "dense" on dense ones.
         output_dir: folder to save the model in, with tokenizer, ``recipe.yaml`` and ``prune_report.json``.
+            While it is made, progress is kept in a folder beside it, "<output_dir>.pruning-progress".
+        resume: go on with that progress after a crash, at the block that was in work. The weights become those
+            of an uninterrupted run bit by bit; another model, recipe or calibration is refused.
         save_format: "pysparse" (packed), "dense" or "compressed-tensors".
         values: "int8" saves int8 values, quantised from the pruned weights, with a float32 scale a row; an n:m
             pattern then has compact indices where they pay. None saves the model's own dtype.
         group_size: inputs that share a scale of int8 values (a multiple of 4, e.g. 128) instead of a whole row.
+        device: where blocks are calibrated and pruned, moved there one by one; None: where the model is.
+        activations: "memory", or "disk": hidden states wait in files, in ``activations_dir`` (None: with the
+            progress, or the system's temporary folder), which are removed at the end.
         seed: of the calibration windows.
         threads: torch threads while pruning; None leaves them alone.
         progress: show blocks done and time left on stderr.
         callbacks: called with a :class:`pysparse.pruning.BlockEvent` after each block.
+
+    Under torchrun (or inside a torch.distributed group) the calibration batches are split over the processes;
+    all get the same weights as a single one would, and only the first writes and shows progress.
 
     Returns the model and a report with the exact count of every layer. Everything is checked before a weight
     is touched. Raises ValueError for a wrong sparsity, an unknown name, contradicting arguments, a model
@@ -115,6 +129,7 @@ def prune(
         _one_of("num_samples", num_samples, "num_calibration_samples", num_calibration_samples),
         _one_of("max_length", max_length, "max_seq_length", max_seq_length), batch_size, seed,
     )  # fmt: skip
+    running = Running(output_dir, resume, device, activations, activations_dir)
     chosen = _recipe(recipe, method, pattern, allocation)
     resolve_sparsity(chosen.structure, sparsity)
     packing = _packing(values, group_size, chosen, save_format)
@@ -132,23 +147,27 @@ def prune(
     data_in = None
     if chosen.needs_calibration:
         data_in = calibration_for(material, model, found, cut, bundled=calibration is None)
-    with torch_threads(threads), progress_on_stderr(progress) as advance:
-        search = None
-        if windows is not None:
-            chosen, search = find_beta(layout, chosen, sparsity, data_in, windows, propagate, advance)
-        advance("pruning blocks", 0, len(layout.blocks))
-        report = run(
-            layout, chosen, sparsity, data_in, propagate=propagate, seed=seed,
-            callbacks=(lambda event: advance("pruning blocks", event.index + 1, event.total), *(callbacks or ())),
-        )  # fmt: skip
-    report = dataclasses.replace(report, search=to_jsonable(search))
-    if calibration is not None and data_in is None:
-        report = report.with_warnings(["calibration was given, but this method needs none: not used"])
-    if output_dir is not None:
-        files = {"recipe.yaml": methods.recipe_to_yaml(chosen), "prune_report.json": report.to_json() + "\n"}
-        huggingface.save_pretrained(
-            model, output_dir, format=save_format, tokenizer=found, extra_files=files, packing=packing
-        )
+    task = Task(layout, chosen, sparsity, data_in, windows, propagate, seed)
+    with (
+        joined() as ranks,
+        torch_threads(threads),
+        progress_on_stderr(progress and ranks.first) as advance,
+        executing(running, ranks, task.identity) as execution,
+    ):
+        settled, report = task.perform(execution, advance, callbacks or ())
+        if calibration is not None and data_in is None:
+            report = report.with_warnings(["calibration was given, but this method needs none: not used"])
+        if output_dir is not None and ranks.first:
+            files = {
+                "recipe.yaml": methods.recipe_to_yaml(settled),
+                "prune_report.json": report.to_json() + "\n",
+            }
+            huggingface.save_pretrained(
+                model, output_dir, format=save_format, tokenizer=found, extra_files=files, packing=packing
+            )
+        if execution.journal is not None:
+            ranks.barrier()
+            execution.journal.remove()
     return PruneResult(model, report)
 
 

@@ -18,7 +18,7 @@ from pysparse.measure.progress import Advance
 from pysparse.measure.quality import safe_exp, score_models
 from pysparse.measure.windows import TokenWindows, choose_window, text_windows
 from pysparse.methods import ATP, BetaSearch, beta_grid, search_beta
-from pysparse.pruning import BlockLayout, Evidence, Recipe, resolve_sparsity, run
+from pysparse.pruning import BlockLayout, Evidence, Execution, Recipe, resolve_sparsity, run
 from pysparse.pruning.run import Propagate
 
 _HELD_BACK = 5  # one document in five is scored instead of calibrated on
@@ -72,10 +72,12 @@ def find_beta(
     windows: TokenWindows,
     propagate: Propagate,
     advance: Advance,
+    execution: Execution,
 ) -> tuple[Recipe, BetaSearch]:
     """Return ``recipe`` with the beta of least perplexity, and what was tried; the weights stay as they were.
 
-    Keeps a copy of the blocks while it runs. Each trial is a whole pruning and one scoring.
+    Keeps a copy of the blocks while it runs. Each trial is a whole pruning and one scoring; the journal of
+    ``execution`` remembers the trials that are done.
     """
     model = layout.model
     score_models({"dense": model}, windows)  # refuses what gives no perplexity before a weight is touched
@@ -83,13 +85,18 @@ def find_beta(
     target = resolve_sparsity(recipe.structure, sparsity)
     betas = beta_grid(layers, target)
 
-    def merit(beta: float) -> float:
-        advance(_PHASE, betas.index(beta), len(betas))
+    journal, trials = execution.journal, dataclasses.replace(execution, journal=None)
+
+    def trial(beta: float) -> float:
         with _restored(layout):
-            trial = dataclasses.replace(recipe, allocation=ATP(beta))
-            run(layout, trial, sparsity, calibration, propagate=propagate)
+            tried = dataclasses.replace(recipe, allocation=ATP(beta))
+            run(layout, tried, sparsity, calibration, propagate=propagate, execution=trials)
             score = score_models({"pruned": model}, windows)["pruned"]
         return safe_exp(score.nats_per_token)
+
+    def merit(beta: float) -> float:
+        advance(_PHASE, betas.index(beta), len(betas))
+        return trial(beta) if journal is None else journal.remember(f"beta={beta!r}", lambda: trial(beta))
 
     with _quiet():
         found = search_beta(betas, merit)

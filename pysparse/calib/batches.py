@@ -84,10 +84,15 @@ class Calibration:
         return sum(batch.sequences for batch in self.batches)
 
     def describe(self) -> dict[str, Any]:
-        """Return where the data came from and how much it is, with a hash of the inputs."""
+        """Return where the data came from and how much it is, with a hash of all inputs and their batches."""
         digest = hashlib.sha256()
         for batch in self.batches:
-            digest.update(batch._first.contiguous().cpu().view(torch.uint8).numpy().tobytes())
+            for name, value in (*enumerate(batch.args), *sorted(batch.kwargs.items())):
+                digest.update(
+                    f"{name} {getattr(value, 'dtype', value)} {getattr(value, 'shape', '')};".encode()
+                )
+                if isinstance(value, Tensor):
+                    digest.update(value.contiguous().cpu().view(-1).view(torch.uint8).numpy().data)
         lengths = sorted({batch.length for batch in self.batches if batch.length is not None})
         return {
             "source": self.source, "sequences": self.sequences, "batches": len(self.batches),

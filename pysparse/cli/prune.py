@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,6 +14,13 @@ from pysparse.cli.output import emit, guarded, say
 
 if TYPE_CHECKING:
     from pysparse.pruning import PruneReport
+
+
+class Place(StrEnum):
+    """Where activations are kept."""
+
+    memory = "memory"
+    disk = "disk"
 
 
 def prune(
@@ -69,6 +78,15 @@ def prune(
     group_size: Annotated[
         int | None, typer.Option(help="Inputs that share a scale of int8 values. [default: a whole row]")
     ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with an interrupted run into the same --output.")
+    ] = False,
+    device: Annotated[
+        str | None, typer.Option(help="Prune blocks on this device, one by one, e.g. cuda.")
+    ] = None,
+    activations: Annotated[
+        Place, typer.Option(help="Where hidden states wait between blocks.")
+    ] = Place.memory,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the plan and sizes; touch nothing.")
     ] = False,
@@ -100,8 +118,11 @@ def prune(
             return
         result = api.prune(
             model, search_texts=search_texts, output_dir=output, save_format=save_format, values=values,
-            group_size=group_size, threads=threads, **options,
+            group_size=group_size, threads=threads, resume=resume, device=device, activations=activations.value,
+            **options,
         )  # fmt: skip
+        if os.environ.get("RANK", "0") != "0":
+            return  # one of several processes under torchrun: the first one speaks
         if report is not None:
             _write_report(result.report, report)
         emit(result.report, json, result.report.to_dict())

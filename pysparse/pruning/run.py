@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -19,10 +19,11 @@ from pysparse.calib.activations import Place
 from pysparse.measure.memory import PeakMemory, peak_memory
 from pysparse.measure.quality import evaluating
 from pysparse.pruning.allocation import allocate
+from pysparse.pruning.journal import Journal
 from pysparse.pruning.layout import BlockLayout, PrunableLayer
 from pysparse.pruning.mixed import mixed_note
 from pysparse.pruning.placement import check_device
-from pysparse.pruning.recipe import Evidence, Recipe
+from pysparse.pruning.recipe import Evidence, Recipe, Stats
 from pysparse.pruning.report import PrunedLayer, PruneReport, describe_recipe, structure_warning
 from pysparse.pruning.solve import merged, prune_layers
 from pysparse.pruning.target import resolve_sparsity
@@ -51,6 +52,7 @@ class Execution:
     device: torch.device | str | None = None  # blocks are pruned on it one by one; None: where the model is
     activations: Place = "memory"  # or on "disk", one batch in memory
     scratch: str | Path | None = None  # folder for activations on disk; None: the system's temporary folder
+    journal: Journal | None = None  # keeps the progress, and brings that of an interrupted run
 
 
 def run(
@@ -96,9 +98,10 @@ def run(
         activations_in(where.activations, where.scratch) as activations,
     ):
         walk = Walk(layout, calibration, activations, device, Ranks.present())
-        job = _Job(layout, recipe, walk, propagate)
-        budgets = dict(zip(layout.layers, allocate(recipe, job.evidence(), target), strict=True))
-        layers = [layer for event in job.events(budgets, callbacks) for layer in event.layers]
+        job = _Job(layout, recipe, walk, propagate, where.journal)
+        budgets = dict(zip(layout.layers, job.budgets(target), strict=True))
+        new = [layer for event in job.events(budgets, callbacks) for layer in event.layers]
+        layers = [*job.restored, *new]
     walk.clock.seconds["total"] = time.perf_counter() - start
     return job.report(target, layers, seed, memory)
 
@@ -122,7 +125,7 @@ def gather_evidence(
         activations_in(where.activations, where.scratch) as activations,
     ):
         walk = Walk(layout, calibration, activations, device, Ranks.present())
-        return _Job(layout, recipe, walk, "dense").evidence()
+        return _Job(layout, recipe, walk, "dense", None).evidence()
 
 
 def _check(layout: BlockLayout, recipe: Recipe, calibration: Calibration | None, propagate: str) -> None:
@@ -156,33 +159,68 @@ class _Job:
     recipe: Recipe
     walk: Walk
     propagate: str
+    journal: Journal | None
+    restored: list[PrunedLayer] = field(default_factory=list)  # by an earlier run
+
+    def budgets(self, target: float) -> list[float]:
+        """Return the sparsity of each layer, from the journal if finding it took a pass of its own."""
+        if self.journal is None or not self.recipe.allocation.needs:
+            return allocate(self.recipe, self.evidence(), target)
+        return self.journal.remember("sparsities", lambda: allocate(self.recipe, self.evidence(), target))
 
     def evidence(self) -> list[Evidence]:
         """Return what the allocation asked for: its statistics take a pass over the dense model."""
-        if not self.recipe.allocation.needs:
+        needs, journal = self.recipe.allocation.needs, self.journal
+        if not needs:
             return [Evidence(layer, {}) for layer in self.layout.layers]
-        found = {
-            layer: Evidence(layer, merged(layer, layer_stats))
-            for _, stats in self.walk.blocks(self.recipe.allocation.needs, "dense")
-            for layer, layer_stats in stats.items()
-        }
-        return [found[layer] for layer in self.layout.layers]
+        found: dict[PrunableLayer, Stats] = {}
+
+        def recall(index: int) -> None:
+            tensors = journal.recall_pass(index) if journal is not None else {}
+            for layer in self.layout.layers_of(index):
+                found[layer] = {name: tensors[f"{layer.path}:{name}"] for name in needs}
+
+        passed = 0 if journal is None else journal.passed
+        for index, stats in self.walk.blocks(needs, "dense", passed, recall):
+            seen = {layer: merged(layer, one) for layer, one in stats.items()}
+            found.update(seen)
+            if journal is not None:
+                journal.record_pass(
+                    index,
+                    {
+                        f"{layer.path}:{name}": one
+                        for layer, all_ in seen.items()
+                        for name, one in all_.items()
+                    },
+                )
+        return [Evidence(layer, found[layer]) for layer in self.layout.layers]
 
     def events(
         self, budgets: Mapping[PrunableLayer, float], callbacks: Sequence[Callable[[BlockEvent], None]]
     ) -> Iterator[BlockEvent]:
         """Prune block by block."""
         begin = time.perf_counter()
-        for index, stats in self.walk.blocks(self.recipe.needs, self.propagate):
+        journal, blocks = self.journal, self.layout.blocks
+        earlier = 0 if journal is None else journal.done
+        for index, stats in self.walk.blocks(self.recipe.needs, self.propagate, earlier, self._restore):
             done = self.prune_block(index, stats, budgets)
+            if journal is not None:
+                journal.record_block(index, blocks[index][1], done, self._unseen(done))
             now = time.perf_counter()
-            event = BlockEvent(
-                index, len(self.layout.blocks), self.layout.blocks[index][0], done, now - begin
-            )
+            event = BlockEvent(index, len(blocks), blocks[index][0], done, now - begin)
             begin = now
             for callback in callbacks:
                 callback(event)
             yield event
+
+    def _restore(self, index: int) -> None:
+        if self.journal is not None:
+            layers, unseen = self.journal.restore_block(index, self.layout.blocks[index][1])
+            self.restored += layers
+            self.walk.warnings.update(unseen)
+
+    def _unseen(self, layers: Sequence[PrunedLayer]) -> dict[str, str]:
+        return {one.path: self.walk.warnings[one.path] for one in layers if one.path in self.walk.warnings}
 
     def prune_block(
         self, index: int, stats: LayerStats, budgets: Mapping[PrunableLayer, float]

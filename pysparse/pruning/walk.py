@@ -58,7 +58,7 @@ class Walk:
         it was. The first ``done`` blocks are not yielded: ``restore`` makes of each what it became in an
         earlier run, and the batches go through it as they did then.
         """
-        replay = self._replay(needs)
+        replay = self._replay(needs) if done < len(self.layout.blocks) else None
         last = len(self.layout.blocks) - 1
         for index, (_, block) in enumerate(self.layout.blocks):
             with on_device(block, self.device):
