@@ -379,3 +379,16 @@ def select_rows(
 def select_nm(
     dtype: int, weight: int, scale: int, rows: int, cols: int, n: int, m: int, keep: int, pruned: int
 ) -> None: ...
+def obs_sweep(
+    weight: int,
+    upper: int,
+    scale: int,
+    keep: int,
+    rows: int,
+    cols: int,
+    block: int,
+    joint: bool,
+    counts: tuple[int, int],
+    n: int,
+    m: int,
+) -> None: ...

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from pysparse import backend, ops
 from pysparse.calib import Gram, load_calibration
 from pysparse.measure import torch_threads
 from pysparse.methods import METHODS, InverseHessian, Magnitude, ObsUpdate, Wanda, recipe_for
@@ -163,6 +164,9 @@ class Chosen(Unstructured):
 
     keep_mask: torch.Tensor = None
 
+    def sweep_pattern(self, shape, sparsity, block_size):
+        return None  # the compiled sweep chooses masks by score
+
     def keep_columns(self, scores, sparsity, start):
         return self.keep_mask[:, start : start + scores.shape[1]]
 
@@ -229,6 +233,95 @@ def test_inputs_that_are_always_zero_go_first_and_the_rest_of_them_stays():
     assert torch.equal(few.weight[:, 20], weight[:, 20])
     nothing = solve(weight, {"gram": torch.zeros(32, 32)}, Unstructured("row"))
     assert torch.equal(nothing.weight, weight * nothing.keep)
+
+
+# --- the compiled sweep ----------------------------------------------------------------------------------
+
+
+def sweeps():
+    return [pytest.param(key, id=str(key), marks=() if key.supported else pytest.mark.skip(
+        reason=f"this CPU lacks {key.isa}")) for key in backend.kernels(op="sweep")]  # fmt: skip
+
+
+def in_torch(monkeypatch):
+    monkeypatch.setattr(ops, "can_sweep", lambda weight: False)
+
+
+@pytest.mark.parametrize("key", sweeps())
+@pytest.mark.parametrize("structure", [*STRUCTURES, NM(8, 16), NM(20, 50)], ids=str)
+def test_the_compiled_sweep_does_what_torch_does(key, structure, monkeypatch):
+    for rows, cols, block in [
+        (1, 1, 128),
+        (3, 7, 16),
+        (24, 48, 48),
+        (37, 130, 128),
+        (9, 300, 200),
+        (5, 257, 64),
+    ]:
+        if isinstance(structure, NM) and structure.m > block:
+            continue
+        weight, x, stats = layer(rows, cols, spread=0.3)
+        for importance in SCORES:
+            with backend.force_isa(key.isa):
+                ours = solve(weight, stats, structure, sparsity_of(structure), importance, block_size=block)
+            with monkeypatch.context() as patch:
+                in_torch(patch)
+                oracle = solve(weight, stats, structure, sparsity_of(structure), importance, block_size=block)
+            # Sums in another order may swap scores that are equal but for their last bits.
+            assert float((ours.keep != oracle.keep).float().mean()) <= 2 / weight.numel()
+            if torch.equal(ours.keep, oracle.keep):
+                torch.testing.assert_close(ours.weight, oracle.weight, rtol=1e-3, atol=1e-4)
+            assert error(weight, ours.weight, x) <= 1.001 * error(weight, oracle.weight, x) + 1e-6
+
+
+@pytest.mark.parametrize("key", sweeps())
+def test_ties_go_by_row_and_column(key):
+    """Equal weights under uncorrelated inputs: in a joint block the first ones in row-major order go."""
+    with backend.force_isa(key.isa):
+        for structure in (Unstructured("matrix"), Unstructured("row"), NM(2, 4), NM(5, 8)):
+            weight = torch.ones(70, 160)
+            pruned = solve(weight, {"gram": torch.eye(160)}, structure, structure.fixed_sparsity or 0.3)
+            parts = weight.split(128 if isinstance(structure, Unstructured) else structure.m, dim=1)
+            start, expected = 0, []
+            for part in parts:
+                expected.append(structure.keep_columns(part, structure.fixed_sparsity or 0.3, start))
+                start += part.shape[1]
+            assert torch.equal(pruned.keep, torch.cat(expected, dim=1))
+
+
+@pytest.mark.parametrize("structure", STRUCTURES, ids=str)
+def test_one_thread_and_two_give_the_same_bits(structure):
+    weight, _, stats = layer(601, 300)
+    results = []
+    for count in (1, 2, 3):
+        with torch_threads(1):
+            inverse_factor(stats["gram"], 0.01)  # the same factor for all
+        with torch_threads(count):
+            results.append(solve(weight, stats, structure, sparsity_of(structure)))
+    for other in results[1:]:
+        assert torch.equal(other.keep, results[0].keep)
+        assert torch.equal(other.weight, results[0].weight)
+
+
+def test_wrong_arguments_of_the_compiled_sweep():
+    weight, upper, scale = torch.randn(3, 8), torch.eye(8), torch.ones(8)
+    pattern = ops.SweepPattern(8, n=2, m=4)
+    with pytest.raises(ValueError, match=r"upper is float32 \(8, 8\) on the CPU, got torch.float32 \(7, 8\)"):
+        ops.obs_sweep(weight, upper[:7], scale, pattern)
+    with pytest.raises(ValueError, match="scale is float32"):
+        ops.obs_sweep(weight, upper, scale.double(), pattern)
+    with pytest.raises(ValueError, match="the factor's diagonal is 0 at column 3"):
+        ops.obs_sweep(weight, upper.index_fill(1, torch.tensor(3), 0.0), scale, pattern)
+    with pytest.raises(ValueError, match="scale -1 of column 0 is negative"):
+        ops.obs_sweep(weight, upper, -scale, pattern)
+    with pytest.raises(ValueError, match="blocks of 6 columns split groups of 4"):
+        ops.obs_sweep(weight, upper, scale, ops.SweepPattern(6, n=2, m=4))
+    with pytest.raises(ValueError, match="counts for 1 blocks, 8 columns have 2"):
+        ops.obs_sweep(weight, upper, scale, ops.SweepPattern(4, (2,)))
+    with pytest.raises(ValueError, match="cannot prune 9 of 8 columns"):
+        ops.obs_sweep(weight, upper, scale, ops.SweepPattern(8, (9,)))
+    with pytest.raises(ValueError, match="scores are NaN"):
+        ops.obs_sweep(weight * float("nan"), upper, scale, ops.SweepPattern(8, (4,)))
 
 
 # --- edges -----------------------------------------------------------------------------------------------

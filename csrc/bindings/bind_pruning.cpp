@@ -1,8 +1,15 @@
+#include <pybind11/stl.h>
+
+#include <utility>
+
 #include "bind.h"
+#include "pysparse/obs.h"
 #include "pysparse/select.h"
 
 namespace pysparse {
 namespace {
+
+using Array = std::pair<uintptr_t, int64_t>;  // an address and the number of entries
 
 ScoredView scored(int dtype, uintptr_t weight, uintptr_t scale, int64_t rows, int64_t cols) {
   return {pointer<const void>(weight), pointer<const float>(scale), rows, cols, dtype_of(dtype)};
@@ -12,9 +19,19 @@ Selection selection(uintptr_t keep, uintptr_t pruned) {
   return {pointer<uint8_t>(keep), pointer<void>(pruned)};
 }
 
+void call_obs_sweep(uintptr_t weight, uintptr_t upper, uintptr_t scale, uintptr_t keep,
+                    int64_t rows, int64_t cols, int64_t block, bool joint, const Array& counts,
+                    int n, int m) {
+  const ObsGroup group = n ? ObsGroup::kNm : joint ? ObsGroup::kMatrix : ObsGroup::kRow;
+  obs_sweep({pointer<float>(weight), pointer<const float>(upper), pointer<const float>(scale),
+             pointer<uint8_t>(keep), rows, cols, block, group, pointer<const int64_t>(counts.first),
+             counts.second, n, m});
+}
+
 }  // namespace
 
 void bind_pruning(pybind11::module_& module) {
+  module.def("obs_sweep", &call_obs_sweep, ReleaseGil());
   module.def(
       "select_rows",
       [](int dtype, uintptr_t weight, uintptr_t scale, int64_t rows, int64_t cols, int64_t count,

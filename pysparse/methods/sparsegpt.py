@@ -9,9 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pysparse.methods.obs import NotPositiveDefiniteError, inverse_factor, sweep
+from pysparse import ops
+from pysparse.methods.obs import Factor, NotPositiveDefiniteError, inverse_factor, sweep
 from pysparse.methods.wanda import Wanda
-from pysparse.pruning import Importance, Keep, MaskStructure, Pruned, Stats, column_scale
+from pysparse.pruning import (
+    Importance,
+    Keep,
+    MaskStructure,
+    Pruned,
+    Stats,
+    Sweeping,
+    column_scale,
+)
 
 SCALE = "inverse_scale"  # 1 / d_j, where a reconstruction has factored the Hessian anyway
 
@@ -86,16 +95,28 @@ class ObsUpdate:
             norms = {"squared_norm": stats["gram"].diagonal()}
             pruned = Keep().solve(weight, norms, Wanda(), structure, sparsity)
             return dataclasses.replace(pruned, warnings=(f"{error}: pruned by Wanda, without an update",))
+        work, keep = self._sweep(weight, factor, stats, importance, structure, sparsity)
+        return Pruned(work.to(weight.dtype), keep, factor.warnings)
+
+    def _sweep(
+        self, weight: Tensor, factor: Factor, stats: Stats, importance: Importance, structure: MaskStructure,
+        sparsity: float,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """Run the compiled sweep where it knows score and structure, else the one in torch."""
         known = {**stats, SCALE: factor.scale}
         scale = column_scale(importance, weight, known)
+        rows, cols = weight.shape
+        if scale is not None and isinstance(structure, Sweeping) and ops.can_sweep(weight):
+            pattern = structure.sweep_pattern((rows, cols), sparsity, self.block_size)
+            if pattern is not None:
+                return ops.obs_sweep(weight, factor.upper, scale, pattern)
 
         def score(part: Tensor, columns: slice) -> Tensor:
             if scale is not None:
                 return part.abs() * scale[columns]
             return importance(part, {name: _of_columns(value, columns) for name, value in known.items()})
 
-        work, keep = sweep(weight, factor.upper, score, structure, sparsity, self.block_size)
-        return Pruned(work.to(weight.dtype), keep, factor.warnings)
+        return sweep(weight, factor.upper, score, structure, sparsity, self.block_size)
 
 
 def _of_columns(value: Tensor, columns: slice) -> Tensor:

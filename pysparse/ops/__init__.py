@@ -31,6 +31,7 @@ from pysparse.ops.nm import (
     nm_linear,
     nm_unpack,
 )
+from pysparse.ops.obs import SweepPattern, can_sweep, obs_sweep
 from pysparse.ops.select import can_select, nm_mask, row_mask, select_nm, select_rows
 
 __all__ = [
@@ -40,6 +41,7 @@ __all__ = [
     "DENSE_TOKENS",
     "KERNEL_DTYPES",
     "STRIP_TOKENS",
+    "SweepPattern",
     "bitmap_linear",
     "bitmap_linear_chunks",
     "bitmap_unpack",
@@ -49,6 +51,7 @@ __all__ = [
     "call_nm_int8_linear",
     "call_nm_linear",
     "can_select",
+    "can_sweep",
     "dense_linear",
     "int8_linear",
     "int8_unpack",
@@ -60,6 +63,7 @@ __all__ = [
     "nm_linear",
     "nm_mask",
     "nm_unpack",
+    "obs_sweep",
     "packed_linear",
     "packed_unpack",
     "pairs_linear",

@@ -19,6 +19,7 @@ from pysparse.pruning.recipe import (
     Reconstruction,
     Selecting,
     Stats,
+    Sweeping,
     column_scale,
 )
 from pysparse.pruning.reconstruction import Keep
@@ -52,6 +53,7 @@ __all__ = [
     "Reconstruction",
     "Selecting",
     "Stats",
+    "Sweeping",
     "TunedUnit",
     "Uniform",
     "Unstructured",

@@ -8,6 +8,7 @@ from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
+from pysparse.ops import SweepPattern
 from pysparse.pruning.layout import PrunableLayer
 
 Stats = Mapping[str, Tensor]  # by the name of the statistic, as in pysparse.calib.STATISTICS
@@ -108,6 +109,14 @@ class Selecting(Protocol):
 
         ``scale`` is a, float32 [in_features] and not negative. The mask is that of ``keep`` on these scores.
         """
+
+
+@runtime_checkable
+class Sweeping(Protocol):
+    """A structure that the compiled sweep knows."""
+
+    def sweep_pattern(self, shape: tuple[int, int], sparsity: float, block_size: int) -> SweepPattern | None:
+        """Return what ``keep_columns`` does to a weight of ``shape`` in blocks of ``block_size`` columns."""
 
 
 class Reconstruction(Protocol):

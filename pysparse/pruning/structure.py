@@ -86,8 +86,19 @@ class Unstructured:
         """
         _check_scores(scores)
         rows, cols = scores.shape
-        until, before = (self._count(rows, end, sparsity) for end in (start + cols, start))
-        return self._keep(scores, until - before)
+        return self._keep(scores, self._count_between(rows, start, start + cols, sparsity))
+
+    def sweep_pattern(
+        self, shape: tuple[int, int], sparsity: float, block_size: int
+    ) -> ops.SweepPattern | None:
+        """Return the count of every block, of a row or of all rows together."""
+        rows, cols = shape
+        starts = range(0, cols, block_size)
+        counts = [self._count_between(rows, i, min(i + block_size, cols), sparsity) for i in starts]
+        return ops.SweepPattern(block_size, tuple(counts), self.group == "matrix")
+
+    def _count_between(self, rows: int, start: int, end: int, sparsity: float) -> int:
+        return self._count(rows, end, sparsity) - self._count(rows, start, sparsity)
 
     def __str__(self) -> str:
         return f"unstructured, by {self.group}"
@@ -166,6 +177,13 @@ class NM:
     def keep_columns(self, scores: Tensor, sparsity: float, start: int) -> Tensor:
         """Keep n of every m of these columns; a group does not see the others."""
         return self.keep(scores, sparsity)
+
+    def sweep_pattern(
+        self, shape: tuple[int, int], sparsity: float, block_size: int
+    ) -> ops.SweepPattern | None:
+        """Return the pattern in blocks of whole groups."""
+        self._check_sparsity(sparsity)
+        return ops.SweepPattern(block_size // self.step(block_size) * self.m, n=self.n, m=self.m)
 
     def __str__(self) -> str:
         return f"{self.n}:{self.m}"

@@ -1,0 +1,51 @@
+"""The optimal brain surgeon's sweep over the columns of a weight, by a compiled kernel on the CPU."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pysparse import backend
+
+
+@dataclass(frozen=True, slots=True)
+class SweepPattern:
+    """Which weights compete: those of a block of columns, in a row or in all rows, or n of every m."""
+
+    block: int  # columns; for n:m a multiple of m
+    counts: tuple[int, ...] = ()  # unstructured: how many weights go in each block, of a row or of all rows
+    joint: bool = False  # unstructured: all rows compete
+    n: int = 0  # n:m: kept
+    m: int = 0
+
+
+def can_sweep(weight: Tensor) -> bool:
+    """Tell whether the compiled sweep is there and ``weight`` is on the CPU."""
+    return backend.available() and weight.device.type == "cpu"
+
+
+def obs_sweep(weight: Tensor, upper: Tensor, scale: Tensor, pattern: SweepPattern) -> tuple[Tensor, Tensor]:
+    """Prune ``weight`` [R, C] from left to right; each error is made good by the columns right of it.
+
+    ``upper`` is U [C, C] with H^-1 = U^T U, ``scale`` [C] makes the score |w| * scale, both float32. Masks are
+    chosen by the weights as updated so far; of equal scores the lower column goes first, in a joint block the
+    upper row. Returns the new weights, float32, and the mask; the same bits for any number of threads.
+    Raises ValueError for other shapes, a diagonal that is not positive or a score that is NaN.
+    """
+    rows, cols = weight.shape
+    for name, tensor, shape in (("upper", upper, (cols, cols)), ("scale", scale, (cols,))):
+        if tensor.dtype != torch.float32 or tuple(tensor.shape) != shape or tensor.device.type != "cpu":
+            raise ValueError(
+                f"{name} is float32 {shape} on the CPU, got {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}"
+            )
+    work = weight.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+    upper, scale = upper.contiguous(), scale.contiguous()
+    keep = torch.empty(work.shape, dtype=torch.bool)
+    counts = torch.tensor(pattern.counts, dtype=torch.int64)
+    backend.core().obs_sweep(
+        work.data_ptr(), upper.data_ptr(), scale.data_ptr(), keep.data_ptr(), rows, cols, pattern.block,
+        pattern.joint, (counts.data_ptr(), len(counts)), pattern.n, pattern.m,
+    )  # fmt: skip
+    return work, keep
