@@ -1,5 +1,6 @@
 // The sweep on 512-bit vectors along a row: what was kept is skipped, not multiplied by zero.
 #include <algorithm>
+#include <cstring>
 
 #include "isa/avx512.h"
 #include "pysparse/obs.h"

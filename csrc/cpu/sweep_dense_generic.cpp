@@ -1,5 +1,6 @@
 // The sweep one weight at a time: the oracle.
 #include <algorithm>
+#include <cstring>
 
 #include "isa/generic.h"
 #include "pysparse/obs.h"

@@ -32,48 +32,117 @@ void update_rows(float* panel, int64_t stride, const ObsErrors& errors, const fl
   }
 }
 
-// Marks the n largest of m scores; of equal ones the lower column goes first.
-inline void choose(const float* w, const float* scale, int n, int m, uint8_t* keep) {
+// Which of m weights, as bits, are not among the n with the largest scores; of equal scores the
+// lower column goes first. kGroup is m where it is known beforehand, so that the loops vanish.
+template <int kGroup>
+uint64_t choose(const float* w, const float* scale, int n, int m) {
+  const int size = kGroup ? kGroup : m;
   float scores[kObsDiagonal];
-  for (int i = 0; i < m; ++i) scores[i] = __builtin_fabsf(w[i]) * scale[i];
-  for (int i = 0; i < m; ++i) {
+  uint64_t gone = 0;
+#pragma GCC unroll 8
+  for (int i = 0; i < size; ++i) scores[i] = __builtin_fabsf(w[i]) * scale[i];
+#pragma GCC unroll 8
+  for (int i = 0; i < size; ++i) {
     int before = 0;
+#pragma GCC unroll 8
     for (int j = 0; j < i; ++j) before += scores[j] <= scores[i];
-    for (int j = i + 1; j < m; ++j) before += scores[j] < scores[i];
-    keep[i] = before >= m - n;
+#pragma GCC unroll 8
+    for (int j = i + 1; j < size; ++j) before += scores[j] < scores[i];
+    gone |= uint64_t{before < size - n} << i;
   }
+  return gone;
+}
+
+inline uint64_t choose_any(const float* w, const float* scale, int n, int m) {
+  if (m == 4) return choose<4>(w, scale, n, m);
+  if (m == 8) return choose<8>(w, scale, n, m);
+  return choose<0>(w, scale, n, m);
+}
+
+inline uint64_t zeros_of(const uint8_t* keep, int count) {
+  uint64_t gone = 0;
+  for (int i = 0; i < count; i += 8) {
+    uint64_t bytes = 0x0101010101010101u;  // what lies beyond is kept
+    std::memcpy(&bytes, keep + i, static_cast<size_t>(std::min(8, count - i)));
+    // Gathers the lowest bit of each byte in the uppermost byte, the first byte lowest.
+    gone |= (~bytes & 0x0101010101010101u) * 0x0102040810204080u >> 56 << i;
+  }
+  return gone;
+}
+
+// One row of a strip, in memory that whole registers may touch.
+template <class V>
+struct RowState {
+  alignas(64) float w[kObsDiagonal] = {};
+  float* values;
+  uint8_t* columns;
+  int count;
+
+  void open(const ObsStrip& strip, const ObsErrors& errors, int64_t r) {
+    const float* row = strip.panel + r * strip.stride;
+    int c = 0;
+    for (; c + V::kLanes <= strip.depth; c += V::kLanes) V::store(w + c, V::load(row + c));
+    for (; c < strip.depth; ++c) w[c] = row[c];
+    values = errors.values + r * errors.depth;
+    columns = errors.columns + r * errors.depth;
+    count = 0;
+  }
+  void close(const ObsStrip& strip, const ObsErrors& errors, int64_t r) const {
+    float* row = strip.panel + r * strip.stride;
+    int c = 0;
+    for (; c + V::kLanes <= strip.depth; c += V::kLanes) V::store(row + c, V::load(w + c));
+    for (; c < strip.depth; ++c) row[c] = w[c];
+    errors.counts[r] = static_cast<uint8_t>(count);
+  }
+  // Prunes the column of the lowest bit of `gone`, and clears the bit.
+  void prune_first(const ObsStrip& strip, uint64_t& gone) {
+    const int j = __builtin_ctzll(gone);
+    gone &= gone - 1;
+    const float error = w[j] * strip.inverse[j];
+    values[count] = error;
+    columns[count++] = static_cast<uint8_t>(j);
+    const auto factor = V::broadcast(error);
+    const float* upper = strip.upper + j * kObsDiagonal;
+    for (int c = j / V::kLanes * V::kLanes; c < strip.depth; c += V::kLanes)
+      V::store(w + c, V::subtract_product(factor, V::load(upper + c), V::load(w + c)));
+    w[j] = 0.0f;  // exactly
+  }
+};
+
+// Each pruned weight waits for the one before it in its row, so kRows rows take turns.
+template <class V, int kRows>
+void sweep_some(const ObsStrip& strip, const ObsErrors& errors, int64_t first) {
+  RowState<V> rows[kRows];
+  for (int i = 0; i < kRows; ++i) rows[i].open(strip, errors, first + i);
+  const int step = strip.n ? strip.m : strip.depth;
+  for (int begin = 0; begin < strip.depth; begin += step) {
+    uint64_t gone[kRows];
+    for (int i = 0; i < kRows; ++i) {
+      uint8_t* keep = strip.keep + (first + i) * strip.keep_stride;
+      if (!strip.n) {
+        gone[i] = zeros_of(keep, strip.depth);
+        continue;
+      }
+      const bool whole = begin + step <= strip.depth;  // a short group at the end of a row stays
+      gone[i] =
+          whole ? choose_any(rows[i].w + begin, strip.scale + begin, strip.n, strip.m) << begin : 0;
+      for (int c = begin; c < std::min(begin + step, strip.depth); ++c)
+        keep[c] = !(gone[i] >> c & 1);
+    }
+    while (kRows > 1 && std::all_of(gone, gone + kRows, [](uint64_t bits) { return bits != 0; }))
+      for (int i = 0; i < kRows; ++i) rows[i].prune_first(strip, gone[i]);
+    for (int i = 0; i < kRows; ++i)
+      while (gone[i]) rows[i].prune_first(strip, gone[i]);
+  }
+  for (int i = 0; i < kRows; ++i) rows[i].close(strip, errors, first + i);
 }
 
 template <class V>
 void sweep_rows(const ObsStrip& strip, const ObsErrors& errors, int64_t begin, int64_t end) {
-  alignas(64) float w[kObsDiagonal] = {};
-  for (int64_t r = begin; r < end; ++r) {
-    float* row = strip.panel + r * strip.stride;
-    uint8_t* keep = strip.keep + r * strip.keep_stride;
-    float* values = errors.values + r * errors.depth;
-    uint8_t* columns = errors.columns + r * errors.depth;
-    int count = 0;
-    std::copy(row, row + strip.depth, w);
-    for (int j = 0; j < strip.depth; ++j) {
-      if (strip.n && j % strip.m == 0) {
-        if (j + strip.m <= strip.depth)
-          choose(w + j, strip.scale + j, strip.n, strip.m, keep + j);
-        else  // a short group at the end of a row stays
-          std::fill(keep + j, keep + strip.depth, uint8_t{1});
-      }
-      if (keep[j]) continue;
-      const float error = w[j] * strip.inverse[j];
-      values[count] = error;
-      columns[count++] = static_cast<uint8_t>(j);
-      const auto factor = V::broadcast(error);
-      const float* upper = strip.upper + j * kObsDiagonal;
-      for (int c = j / V::kLanes * V::kLanes; c < strip.depth; c += V::kLanes)
-        V::store(w + c, V::subtract_product(factor, V::load(upper + c), V::load(w + c)));
-      w[j] = 0.0f;  // exactly
-    }
-    errors.counts[r] = static_cast<uint8_t>(count);
-    std::copy(w, w + strip.depth, row);
-  }
+  constexpr int kRows = 2;
+  int64_t r = begin;
+  for (; r + kRows <= end; r += kRows) sweep_some<V, kRows>(strip, errors, r);
+  for (; r < end; ++r) sweep_some<V, 1>(strip, errors, r);
 }
 
 }  // namespace
