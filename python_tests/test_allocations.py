@@ -629,9 +629,20 @@ def test_a_fixed_pattern_refuses_an_allocation():
 BY_ACTIVATION = [OWL(m=3.0), DLP(), DLP(statistic="mean")]
 
 
+def test_sparsity_zero_changes_no_bit_under_any_allocation():
+    calibration = load_calibration(tiny_models.tokens())
+    for method in ("magnitude", "wanda", "sparsegpt"):
+        for allocation in ("uniform", "owl", "dlp", "atp:beta=0", "global", [0.0] * 3):
+            model, dense = tiny_models.tiny("llama"), tiny_models.tiny("llama")
+            report = run(discover(model), recipe_for(method, None, allocation), 0.0, calibration)
+            assert report.sparsity == 0.0
+            for name, parameter in dense.named_parameters():
+                assert torch.equal(model.get_parameter(name), parameter), (method, allocation, name)
+
+
 def test_every_method_takes_every_allocation():
     calibration = load_calibration(tiny_models.tokens())
-    for method in METHODS:
+    for method in ("magnitude", "magnitude-row", "magnitude-global", "wanda", "sparsegpt"):
         for allocation in ("owl", "dlp", "atp:beta=0.1", "global"):
             for pattern in (None, "4:8"):
                 model = tiny_models.tiny("llama")

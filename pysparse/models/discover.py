@@ -22,8 +22,8 @@ Blocks = tuple[tuple[str, nn.Module], ...]
 
 def discover(
     model: nn.Module,
-    targets: Sequence[str] = ("Linear",),
-    ignore: Sequence[str] = _DEFAULT_IGNORE,
+    targets: Sequence[str] | str = ("Linear",),
+    ignore: Sequence[str] | str = _DEFAULT_IGNORE,
     *,
     whole: bool = False,
 ) -> BlockLayout:
@@ -42,6 +42,7 @@ def discover(
 
     Raises ValueError for a model without such layers, an already packed one, and targets that name nothing.
     """
+    targets, ignore = ([names] if isinstance(names, str) else names for names in (targets, ignore))
     prunable = {path: module for path, module in model.named_modules() if _is_prunable(module)}
     _require_layers(model, prunable)
     blocks = (("", model),) if whole else _find_blocks(model, prunable)
