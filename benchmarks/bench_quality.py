@@ -35,7 +35,17 @@ from pysparse.measure.windows import text_windows
 from pysparse.methods import METHODS, Wanda, allocation_for, recipe_for
 from pysparse.models.discover import discover
 from pysparse.models.sources import load_tokenizer
-from pysparse.pruning import Importance, Keep, MaskStructure, Pruned, Recipe, Reconstruction, Stats, run
+from pysparse.pruning import (
+    Execution,
+    Importance,
+    Keep,
+    MaskStructure,
+    Pruned,
+    Recipe,
+    Reconstruction,
+    Stats,
+    run,
+)
 
 METHOD_NAMES = tuple(name for name in ("magnitude", "wanda", "sparsegpt", "ebf") if name in METHODS)
 ALLOCATION_NAMES = ("uniform", "owl", "dlp", "atp")
@@ -162,7 +172,7 @@ class Bench:
         with progress_on_stderr(False) as advance:
             _, found = find_beta(
                 discover(copy.deepcopy(self.dense)), recipe_for(method, pattern, "atp"), sparsity, calibration,
-                self.search_windows, "pruned", advance,
+                self.search_windows, "pruned", advance, Execution(),
             )  # fmt: skip
         return {
             "what": "search", "method": method, "level": level, "beta": found.beta,
