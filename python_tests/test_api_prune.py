@@ -326,6 +326,21 @@ def test_places_that_cannot_be_saved_to_are_found_before_the_work(small, tmp_pat
         api.prune(tmp_path / "nothing", progress=False)
 
 
+def test_too_little_memory_is_answered_with_what_to_lower(small):
+    def greedy(event):
+        torch.empty(1 << 50)  # bytes enough that no machine gives them
+
+    with pytest.raises(MemoryError, match=r"num_samples=4, max_length=16, batch_size=2: lower one of them"):
+        api.prune(small, calibration=tiny_models.tokens(4, 16), num_samples=4, max_length=16, batch_size=2,
+                  callbacks=[greedy], progress=False)  # fmt: skip
+
+    def broken(event):
+        raise RuntimeError("something else")
+
+    with pytest.raises(RuntimeError, match="^something else$"):
+        api.prune(small, method="magnitude", callbacks=[broken], progress=False)
+
+
 # --- what comes out --------------------------------------------------------------------------------------
 
 

@@ -158,6 +158,8 @@ def test_demo_writes_its_files(tmp_path, monkeypatch):
 def test_wrong_input_is_one_line_and_exit_code_2(dense, tmp_path):
     output = ("-o", tmp_path / "never")
     assert "did you mean 0.7" in refused("prune", dense, *output, "--sparsity", 70)
+    assert "did you mean 0.5" in refused("prune", dense, *output, "--sparsity", "50%")
+    assert "got 'half'" in refused("prune", dense, *output, "--sparsity", "half")
     assert "wanda" in refused("prune", dense, *output, "--method", "wonda")
     assert "no such model folder" in refused("prune", tmp_path / "nothing", *output)
     assert "--output" in refused("prune", dense)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,23 @@ class Windows:
     max_length: int | None = None  # tokens a sequence; None is 2048, or what model and tokenizer take
     batch_size: int = 8
     seed: int = 0
+
+
+@contextmanager
+def explaining_memory(windows: Windows) -> Iterator[None]:
+    """Turn a failed allocation inside the block into a MemoryError that says what can be lowered."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "allocate memory" not in str(
+            error
+        ):
+            raise
+        samples, length = windows.num_samples or "128", windows.max_length or "as long as the model takes"
+        raise MemoryError(
+            f"out of memory while pruning with num_samples={samples}, max_length={length}, "
+            f"batch_size={windows.batch_size}: lower one of them, batch_size first, or pass activations='disk'"
+        ) from error
 
 
 def calibration_for(

@@ -13,7 +13,14 @@ from transformers import PreTrainedModel
 
 from pysparse import huggingface, methods
 from pysparse.api.execution import Running, Task, executing
-from pysparse.api.loading import Texts, Windows, calibration_for, load_model, tokenizer_or_none
+from pysparse.api.loading import (
+    Texts,
+    Windows,
+    calibration_for,
+    explaining_memory,
+    load_model,
+    tokenizer_or_none,
+)
 from pysparse.api.search import is_searched, part_texts, search_windows
 from pysparse.calib.activations import Place
 from pysparse.calib.ranks import joined
@@ -123,7 +130,8 @@ def prune(
 
     Returns the model and a report with the exact count of every layer. Everything is checked before a weight
     is touched. Raises ValueError for a wrong sparsity, an unknown name, contradicting arguments, a model
-    without linear layers, missing or empty calibration data, activations that are not finite.
+    without linear layers, missing or empty calibration data, activations that are not finite; MemoryError that
+    names what can be lowered.
     """
     cut = Windows(
         _one_of("num_samples", num_samples, "num_calibration_samples", num_calibration_samples),
@@ -153,6 +161,7 @@ def prune(
         torch_threads(threads),
         progress_on_stderr(progress and ranks.first) as advance,
         executing(running, ranks, task.identity) as execution,
+        explaining_memory(cut),
     ):
         settled, report = task.perform(execution, advance, callbacks or ())
         if calibration is not None and data_in is None:

@@ -29,8 +29,10 @@ def prune(
         Path | None, typer.Option("--output", "-o", help="Folder to save the sparse model in.")
     ] = None,
     sparsity: Annotated[
-        float | None,
-        typer.Option(help="Fraction of weights to zero. [default: 0.5, or what --pattern implies]"),
+        str | None,
+        typer.Option(
+            metavar="FLOAT", help="Fraction of weights to zero. [default: 0.5, or what --pattern implies]"
+        ),
     ] = None,
     method: Annotated[str, typer.Option(help="wanda, sparsegpt, magnitude, ...")] = "wanda",
     pattern: Annotated[
@@ -107,7 +109,7 @@ def prune(
                 "nowhere to save the pruned model: pass --output DIR (or --dry-run to see the plan)"
             )
         options: dict[str, Any] = {
-            "sparsity": sparsity, "method": method, "pattern": pattern, "recipe": recipe,
+            "sparsity": _number(sparsity), "method": method, "pattern": pattern, "recipe": recipe,
             "allocation": allocation, "targets": tuple(targets) if targets else ("Linear",),
             "ignore": tuple(ignore) if ignore else ("lm_head",), "calibration": _calibration(calib),
             "num_samples": num_samples, "max_length": max_length, "seed": seed,
@@ -127,6 +129,14 @@ def prune(
             _write_report(result.report, report)
         emit(result.report, json, result.report.to_dict())
         say(f"saved in {output}; load it with pysparse.from_pretrained('{output}')")
+
+
+def _number(text: str | None) -> Any:
+    """Return ``text`` as a float where it is one; "50%" goes on as it is, to be answered with a hint."""
+    try:
+        return None if text is None else float(text)
+    except ValueError:
+        return text
 
 
 def _write_report(report: PruneReport, folder: Path) -> None:
