@@ -97,6 +97,8 @@ class Call:
 
     function: Callable[[], Any]
     setting: Callable[[], AbstractContextManager[Any]] = nullcontext
+    # Another process's timing of so many calls: (seconds a call, seconds that its threads waited for a core).
+    remote: Callable[[int], tuple[float, float]] | None = None
 
 
 def time_calls(
@@ -115,8 +117,8 @@ def time_calls(
         run = round_robin(samplers, rounds, warmup)
         for name, count in counts.items():
             seconds[name] += [
-                one if waited <= WAIT_LIMIT * one * count else None
-                for one, waited in zip(run.results[name], run.waits[name], strict=True)
+                one if waited + theirs <= WAIT_LIMIT * one * count else None
+                for (one, theirs), waited in zip(run.results[name], run.waits[name], strict=True)
             ]
         timings = {name: Timing(tuple(seconds[name]), count) for name, count in counts.items()}
         if all(timing.clean >= max(MIN_CLEAN, rounds / 2) for timing in timings.values()):
@@ -127,19 +129,21 @@ def time_calls(
 def _calls_for(call: Call, sample_seconds: float) -> int:
     sample = _sampler(call, 1)
     sample()
-    once = min(sample(), sample())
+    once = min(sample()[0], sample()[0])
     return max(1, round(sample_seconds / once))
 
 
-def _sampler(call: Call, count: int) -> Callable[[], float]:
-    function, setting = call.function, call.setting
+def _sampler(call: Call, count: int) -> Callable[[], tuple[float, float]]:
+    function, setting, remote = call.function, call.setting, call.remote
+    if remote is not None:
+        return lambda: remote(count)
 
-    def sample() -> float:
+    def sample() -> tuple[float, float]:
         with setting():
             start = time.perf_counter()
             for _ in range(count):
                 function()
-            return (time.perf_counter() - start) / count
+            return (time.perf_counter() - start) / count, 0.0
 
     return sample
 

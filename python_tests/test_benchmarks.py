@@ -130,9 +130,60 @@ def test_quality_goes_on_where_it_was(quick, script, tmp_path, monkeypatch):
     assert module.markdown(run["rows"]).count("\n") == 3
 
 
+def test_rivals(quick, monkeypatch):
+    """Engines of this process and of others, what is not installed, and what is then computed."""
+    for variable in ("PYSPARSE_RIVALS_PYTHON", "PYSPARSE_DEEPSPARSE_PYTHON", "PYSPARSE_GGML_LIB"):
+        monkeypatch.setenv(variable, sys.executable if variable.endswith("PYTHON") else "/nowhere")
+    run, printed = quick("rivals")
+    (row,) = run["rows"]
+    missing = run["protocol"]["missing"]
+    assert {"torch", "pysparse sparse", "pysparse int8", "scipy CSR fp32", "numpy fp32"} <= set(
+        row["engines"]
+    )
+    assert row["engines"]["numpy fp32"]["bytes"] == 4 * 2048 * 2048
+    assert row["engines"]["numpy fp32"]["error"] < 1e-5
+    rivals = {"MKL CSR fp32", "onnxruntime fp32", "OpenVINO bf16", "DeepSparse fp32", "llama.cpp Q4_0"}
+    assert rivals <= set(row["engines"]) | set(missing)  # timed or said to be missing, never left out
+    assert missing["llama.cpp Q4_0"].startswith("not installed: OSError: /nowhere")
+    for name, bits in (("llama.cpp Q8_0", 8.5), ("llama.cpp Q4_0", 4.5)):
+        assert name not in row["engines"]
+        if row["computed"]:  # the read probe had clean samples
+            assert row["computed"][name]["bytes"] == 2048 * 2048 * bits / 8
+    assert "llama.cpp Q4_0: not installed: OSError: /nowhere" in " ".join(printed.split())
+
+
+def test_a_worker_answers_samples_and_says_why_it_ended(script):
+    isolated = script("rivals.isolated")
+    weight, x = torch.randn(48, 64), torch.randn(3, 64)
+    engine = isolated.IsolatedEngine("numpy", "numpy_dense", "fp32")
+    with engine.start(weight, x, 1, working_set=5 * weight.nbytes) as remote:
+        torch.testing.assert_close(remote.answer, x @ weight.T, rtol=1e-4, atol=1e-4)
+        assert (remote.nbytes, remote.copies) == (weight.nbytes, 5)
+        seconds, waited = remote.sample(20)
+        assert 0 < seconds < 1
+        assert waited >= 0
+    broken = isolated.IsolatedEngine("none", "numpy_dense", "fp32")
+    with pytest.raises(RuntimeError, match=r"(?s)none ended with 1.*size 63 is different from 64"):  # noqa: SIM117
+        with broken.start(weight, torch.randn(3, 63), 1, 0):
+            pass
+
+
+def test_the_peak_probe_counts_what_it_does(script):
+    probe = script("rivals.peak_probe")
+    if probe.library() is None:
+        pytest.skip("no C++ compiler")
+    one = probe.peak_gigaflops("fp32", 1)
+    assert 1 < one < 1000
+    assert probe.library().peak_fp32(1000) in (1000 * 12 * 8 * 2, 1000 * 12 * 16 * 2)
+
+
 def test_run_all_knows_every_benchmark(script):
     scripts = {path.stem.removeprefix("bench_") for path in FOLDER.glob("bench_*.py")}
     assert set(script("run_all").BENCHMARKS) == scripts - {"cuda", "cuda_end_to_end"}  # run on a GPU, by hand
+
+    assert set(script("run_all").BENCHMARKS) == {
+        name for name in scripts if not name.startswith("cuda")
+    }  # which need a GPU
 
 
 def test_a_wrong_answer_is_never_timed(script):

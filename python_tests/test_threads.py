@@ -84,7 +84,9 @@ def test_python_threads_share_a_kernel(key):
 def test_two_models_on_two_python_threads():
     torch.set_num_threads(2)
     models = [two_layers(sparsity) for sparsity in (0.6, 0.8)]
-    inputs = [[torch.randn(tokens, 512) for tokens in (1, 4, 17, 70)] for _ in models]
+    inputs = [
+        [torch.randn(tokens, 512) for tokens in (1, 3, 8)] for _ in models
+    ]  # by kernel, whatever costs say
     expected = [[model(x) for x in xs] for model, xs in zip(models, inputs, strict=True)]
     found = run_at_once(
         [
