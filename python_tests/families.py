@@ -1,7 +1,7 @@
 """How to draw a weight for each family of compiled kernels, (op, format), and how to judge its answer.
 
 The tests enumerate ``backend.kernels()``: a kernel of a known family is covered without an edit, a new family
-needs one entry of FAMILIES, and a test fails while it has none.
+needs one entry of FAMILIES (or of TESTED_ELSEWHERE), and a test fails while it has none.
 """
 
 from __future__ import annotations
@@ -119,6 +119,10 @@ FAMILIES = {
 }  # fmt: skip
 
 
+# Operations that multiply no activations; their files enumerate the kernels in the same way.
+TESTED_ELSEWHERE = {"select": "test_select.py", "sweep": "test_sparsegpt.py"}
+
+
 def family_of(key):
     if (key.op, key.format) not in FAMILIES:
         pytest.fail(f"{key} belongs to no family of {__file__}: add an entry for it")
@@ -131,13 +135,17 @@ def kernel_params():
         pytest.param(
             key, id=str(key), marks=() if key.supported else pytest.mark.skip(reason=f"this CPU lacks {key.isa}")
         )
-        for key in backend.kernels()
+        for key in products()
     ]  # fmt: skip
+
+
+def products():
+    return [key for key in backend.kernels() if key.op not in TESTED_ELSEWHERE]
 
 
 def kernels_by_family():
     """{(op, format, dtype): the supported kernels of every level}."""
     found = {}
-    for key in backend.kernels(supported_only=True):
+    for key in filter(lambda key: key.supported, products()):
         found.setdefault((key.op, key.format, key.dtype), []).append(key)
     return found
