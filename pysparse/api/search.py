@@ -9,11 +9,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from pysparse import data
 from pysparse.api.loading import Texts
 from pysparse.calib import Calibration, load_texts
+from pysparse.calib.offload import tensors_of
 from pysparse.measure.progress import Advance
 from pysparse.measure.quality import safe_exp, score_models
 from pysparse.measure.windows import TokenWindows, choose_window, text_windows
@@ -107,13 +109,14 @@ def find_beta(
 @contextmanager
 def _restored(layout: BlockLayout) -> Iterator[None]:
     """Put back every parameter and buffer of the blocks afterwards: a reconstruction may change biases too."""
-    tensors = [tensor for _, block in layout.blocks for tensor in (*block.parameters(), *block.buffers())]
-    kept = [tensor.detach().clone() for tensor in tensors]
+    kept = [{name: one.clone() for name, one in tensors_of(block)} for _, block in layout.blocks]
     try:
         yield
     finally:
-        for tensor, value in zip(tensors, kept, strict=True):
-            tensor.data.copy_(value)
+        with torch.no_grad():
+            for (_, block), values in zip(layout.blocks, kept, strict=True):
+                for name, tensor in tensors_of(block, writable=True):
+                    tensor.copy_(values[name])
 
 
 @contextmanager

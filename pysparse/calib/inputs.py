@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from pysparse.calib.offload import data_of
+
 Slot = tuple[str, int]  # a parameter, and which expert or group of channels of it
 WEIGHT: Slot = ("weight", 0)  # of a layer with one matrix
 
@@ -75,15 +77,16 @@ def _expert_rows(experts: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any])
     """Yield each expert's tokens, and what its second matrix sees: the gated outputs of its first."""
     hidden, chosen = _routing(args, kwargs)
     name = expert_input_name(experts)
+    firsts = data_of(experts, name).to(hidden.device)  # an offloaded module's own parameters have no data yet
+    biases = data_of(experts, f"{name}_bias").to(hidden.device) if experts.has_bias else None
     for expert in range(experts.down_proj.shape[0]):
         rows = hidden[(chosen == expert).any(dim=1)]
         if not len(rows):
             continue
         yield Input((name, expert), rows, None)
-        first = getattr(experts, name)[expert]
-        inner = rows @ (first if experts.is_transposed else first.t())
-        if experts.has_bias:
-            inner = inner + getattr(experts, f"{name}_bias")[expert]
+        inner = rows @ (firsts[expert] if experts.is_transposed else firsts[expert].t())
+        if biases is not None:
+            inner = inner + biases[expert]
         gated = experts._apply_gate(inner) if experts.has_gate else experts.act_fn(inner)
         yield Input(("down_proj", expert), gated, None)
 

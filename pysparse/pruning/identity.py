@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pysparse.calib import Calibration
+from pysparse.calib.offload import tensors_of
 from pysparse.pruning.layout import BlockLayout
 from pysparse.pruning.recipe import Recipe
 from pysparse.pruning.report import describe_recipe
@@ -44,7 +45,7 @@ def identity_of(
 def model_hash(layout: BlockLayout) -> str:
     """Return the SHA-256 of all parameters and buffers of the model, with their names, shapes and dtypes."""
     digest = hashlib.sha256()
-    for name, tensor in (*layout.model.named_parameters(), *layout.model.named_buffers()):
+    for name, tensor in tensors_of(layout.model):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype};".encode())
         hash_tensor(digest, tensor)
     return digest.hexdigest()

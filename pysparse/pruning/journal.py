@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from pysparse.calib import Ranks
+from pysparse.calib.offload import tensors_of
 from pysparse.pruning.identity import differences
 from pysparse.pruning.report import PrunedLayer
 
@@ -89,14 +90,14 @@ class Journal:
     ) -> None:
         """Keep block ``index`` as it is now, and what is to be reported about it."""
         report = {"layers": [dataclasses.asdict(one) for one in layers], "unseen": dict(unseen)}
-        self._write(f"block-{index:05}.safetensors", dict(_tensors(block)), {"report": json.dumps(report)})
+        self._write(f"block-{index:05}.safetensors", dict(tensors_of(block)), {"report": json.dumps(report)})
         self.done = index + 1
 
     @torch.no_grad()
     def restore_block(self, index: int, block: nn.Module) -> tuple[list[PrunedLayer], dict[str, str]]:
         """Make of ``block`` what it was when it was recorded, and return its report."""
         tensors, metadata = self._read(f"block-{index:05}.safetensors")
-        for name, tensor in _tensors(block):
+        for name, tensor in tensors_of(block, writable=True):
             tensor.copy_(tensors[name])
         report = json.loads(metadata["report"])
         layers = [
@@ -155,10 +156,6 @@ class Journal:
                 return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
         except SafetensorError as error:
             raise ValueError(f"{path} is damaged ({error}): remove {self.folder} and start over") from None
-
-
-def _tensors(block: nn.Module) -> list[tuple[str, Tensor]]:
-    return [(name, one.detach()) for name, one in (*block.named_parameters(), *block.named_buffers())]
 
 
 def _prepare(folder: Path, identity: dict[str, Any], resume: bool) -> int:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pysparse.calib.inputs import Slot
+from pysparse.calib.offload import data_of, device_of
 
 _EXPERT = re.compile(r"(^|\.)experts\.\d+\.")
 
@@ -32,9 +33,16 @@ class PrunableLayer:
 
     @property
     def stored(self) -> Tensor:
-        """The matrix as it lies in the model, a view."""
-        weight: Tensor = getattr(self.module, self.parameter).detach()
-        return weight if self.expert is None else weight[self.expert]
+        """The matrix as it lies in the model, a view; of an offloaded parameter, in accelerate's store."""
+        return self._matrix(data_of(self.module, self.parameter))
+
+    def _matrix(self, parameter: Tensor) -> Tensor:
+        return parameter if self.expert is None else parameter[self.expert]
+
+    @property
+    def _bare(self) -> Tensor:
+        """The parameter in the module, perhaps without data: enough for shapes."""
+        return self._matrix(getattr(self.module, self.parameter).detach())
 
     @property
     def weight(self) -> Tensor:
@@ -44,7 +52,7 @@ class PrunableLayer:
     @property
     def shape(self) -> tuple[int, int]:
         """(out_features, in_features)."""
-        rows, *cols = self.stored.t().shape if self.transposed else self.stored.shape
+        rows, *cols = self._bare.t().shape if self.transposed else self._bare.shape
         return int(rows), int(torch.Size(cols).numel())
 
     @property
@@ -56,12 +64,12 @@ class PrunableLayer:
     @property
     def size(self) -> int:
         """Number of weights."""
-        return self.stored.numel()
+        return self._bare.numel()
 
     @property
     def device(self) -> torch.device:
-        """Where the matrix is."""
-        return self.stored.device
+        """Where the module computes with the matrix."""
+        return device_of(self.module, self.parameter)
 
     @property
     def slots(self) -> tuple[Slot, ...]:
@@ -75,8 +83,13 @@ class PrunableLayer:
 
     @torch.no_grad()
     def write(self, weight: Tensor) -> None:
-        """Store ``weight`` [out_features, in_features] in place: parameter, dtype, device and ties stay."""
-        self.stored.copy_(weight.t() if self.transposed else weight.reshape(self.stored.shape))
+        """Store ``weight`` [out_features, in_features] in place: parameter, dtype, device and ties stay.
+
+        An offloaded parameter is written where accelerate keeps it. Raises ValueError when that is a file of
+        the checkpoint itself.
+        """
+        stored = self._matrix(data_of(self.module, self.parameter, writable=True))
+        stored.copy_(weight.t() if self.transposed else weight.reshape(stored.shape))
 
 
 @dataclass(frozen=True, slots=True, eq=False)

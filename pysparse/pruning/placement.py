@@ -8,6 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from pysparse.calib.offload import is_offloaded
+
 
 @contextmanager
 def on_device(block: nn.Module, device: torch.device | None) -> Iterator[None]:
@@ -46,9 +48,9 @@ def check_device(model: nn.Module, device: torch.device | str | None) -> torch.d
         raise ValueError(
             "device=meta computes nothing: name the device that blocks are pruned on, e.g. 'cuda'"
         )
-    if getattr(model, "hf_device_map", None) is not None:
+    if len(set(getattr(model, "hf_device_map", {}).values())) > 1 or is_offloaded(model):
         raise ValueError(
-            f"device={device!s} was given, but the model has a device_map: accelerate moves its blocks already; "
-            "leave device out"
+            f"device={device!s} was given, but the model is spread or offloaded by accelerate, which moves its blocks "
+            "itself: leave device out"
         )
     return found

@@ -137,7 +137,7 @@ def _check(layout: BlockLayout, recipe: Recipe, calibration: Calibration | None,
     for layer in layout.layers:
         if layer.weight.is_meta:
             raise ValueError(
-                f"{layer.path} has no data (device meta): load or un-offload the model before pruning"
+                f"{layer.path} has no data (device meta) and accelerate does not keep it either: load the model first"
             )
         _require_finite(layer)
 

@@ -63,7 +63,7 @@ def prune_layer(layer: PrunableLayer, stats: Sequence[Stats], recipe: Recipe, sp
     warnings: tuple[str, ...] = ()
     if pruned_count(layer, structure, sparsity, bool(stats[0])):
         try:
-            pruned = _solve(layer.weight.contiguous(), stats, recipe, structure, sparsity)
+            pruned = _solve(layer.weight.to(layer.device).contiguous(), stats, recipe, structure, sparsity)
             _check_pruned(pruned, layer)
         except ValueError as error:
             raise ValueError(f"{layer.path}: {error}") from error
