@@ -69,29 +69,29 @@ class Dispatch:
     prefill: str = "auto"
     pairs: ColumnPairs | None = None
     dense: Tensor | None = None  # the plain weight
+    bitmap_tokens: int = field(init=False, default=1)  # up to here the bitmap is taken without a question
     _ways: dict[tuple[int, int, int], str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.prefill not in PREFILL:
             raise ValueError(f"prefill is one of {', '.join(PREFILL)}; got '{self.prefill}'")
-
-    @property
-    def bitmap_tokens(self) -> int:
-        """Number of tokens up to which the bitmap is taken without a question."""
-        return 0 if self.prefill == "packed" else 1
+        self.bitmap_tokens = 0 if self.prefill == "packed" else 1
 
     def clear(self) -> None:
         """Drop the other packings and the decisions: the weight or its place has changed."""
         self.pairs = self.dense = None
         self._ways.clear()
 
+    def decided(self, tokens: int) -> str | None:
+        """Return how ``tokens`` rows are computed if that has been decided for the present threads and level."""
+        return self._ways.get((bucket(tokens), torch.get_num_threads(), backend.isa_epoch()))
+
     def way(self, shape: tuple[int, int], nnz: int, dtype: torch.dtype, tokens: int) -> str:
         """Return how ``tokens`` rows are computed; measures the machine's costs if they are not known."""
-        place = (bucket(tokens), torch.get_num_threads(), backend.isa_epoch())
-        found = self._ways.get(place)
+        found = self.decided(tokens)
         if found is None:
-            choice = self.choice(shape, nnz, dtype, tokens, may_measure=True)
-            found = self._ways[place] = choice.way
+            found = self.choice(shape, nnz, dtype, tokens, may_measure=True).way
+            self._ways[bucket(tokens), torch.get_num_threads(), backend.isa_epoch()] = found
         return found
 
     def choice(

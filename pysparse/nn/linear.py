@@ -205,20 +205,18 @@ class SparseLinear(nn.Module):
             raise ValueError(f"x has {x.size(-1)} features, the layer takes {self.in_features}")
         if x.dtype is not values.dtype and torch.is_autocast_enabled("cpu"):
             x = x.to(values.dtype)  # packed weights keep their dtype: autocast moves the input instead
-        if x.numel() > self._dispatch.bitmap_tokens * self.in_features and not ops.needs_dispatcher(
-            x, self._parameters["bias"]
-        ):
-            return self._forward_chosen(x)
-        return ops.call_bitmap_linear(
-            x, values, masks, tile_offsets, self._parameters["bias"], self.out_features
-        )
+        dispatch, bias = self._dispatch, self._parameters["bias"]
+        if x.numel() > dispatch.bitmap_tokens * self.in_features and not ops.needs_dispatcher(x, bias):
+            tokens = x.numel() // self.in_features
+            way = dispatch.decided(tokens) or self._decide(tokens)
+            if way != "bitmap" or tokens > ops.DECODE_TOKENS:
+                return dispatch.run(way, x, self._tiled(), bias)
+        return ops.call_bitmap_linear(x, values, masks, tile_offsets, bias, self.out_features)
 
-    def _forward_chosen(self, x: Tensor) -> Tensor:
-        """Take the way that costs least for this number of tokens."""
+    def _decide(self, tokens: int) -> str:
+        """Find the way that costs least for this number of tokens; measures the costs if they are not known."""
         weight = self._tiled()
-        tokens = x.numel() // self.in_features
-        way = self._dispatch.way(weight.shape, weight.nnz, weight.values.dtype, tokens)
-        return self._dispatch.run(way, x, weight, self._parameters["bias"])
+        return self._dispatch.way(weight.shape, weight.nnz, weight.values.dtype, tokens)
 
     def _tiled(self) -> TiledBitmap:
         buffers = self._buffers
