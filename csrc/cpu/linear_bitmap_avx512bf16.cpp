@@ -28,49 +28,94 @@ inline __m512bh broadcast(const uint32_t* pair) {
   return reinterpret_cast<__m512bh>(_mm512_set1_epi32(static_cast<int>(*pair)));
 }
 
-template <int kTokens>
-void run_tokens(const TiledBitmapView& weight, int64_t tile, const void* input,
-                const OutputView& output, int64_t first_token) {
-  constexpr int kChains = kTokens >= 8   ? 1
-                          : kTokens >= 4 ? 2
-                          : kTokens >= 2 ? 4
-                                         : 8;  // hide dot latency
-  constexpr int kLines =
-      (kChains + 1) / 2;  // of 64 bytes: what the chains consume at 50 % sparsity
-  const uint32_t* pairs = static_cast<const uint32_t*>(input);
-  const uint32_t* masks = weight.masks + tile * weight.pairs();
-  const uint16_t* next = static_cast<const uint16_t*>(weight.values) + weight.tile_offsets[tile];
-  __m512 sums[kChains][kTokens];
-  for (auto& chain : sums)
-    for (auto& sum : chain) sum = _mm512_setzero_ps();
-  int64_t p = 0;
-  for (; p + kChains <= weight.pairs(); p += kChains) {
+// The weights of one tile, cell after cell.
+struct Cells {
+  const uint32_t* masks;
+  const uint16_t* next;
+
+  __m512bh take(int64_t p) {
+    const uint32_t mask = masks[p];
+    const __m512bh weights = expand(mask, next);
+    next += _mm_popcnt_u32(mask);
+    return weights;
+  }
+
+  template <int kLines>  // of 64 bytes
+  void prefetch(int64_t p) const {
 #pragma GCC unroll 4
     for (int line = 0; line < kLines; ++line)
       _mm_prefetch(reinterpret_cast<const char*>(next) + kPrefetchBytes + 64 * line, _MM_HINT_T0);
     if (p % 16 == 0)
       _mm_prefetch(reinterpret_cast<const char*>(masks + p) + kPrefetchBytes / 2, _MM_HINT_T0);
-#pragma GCC unroll 8
-    for (int c = 0; c < kChains; ++c) {
-      const uint32_t mask = masks[p + c];
-      const __m512bh weights = expand(mask, next);
-      next += _mm_popcnt_u32(mask);
+  }
+};
+
+template <int kTokens>
+inline void multiply_add(__m512bh weights, const uint32_t* pairs, __m512 (&sums)[kTokens]) {
 #pragma GCC unroll 16
-      for (int t = 0; t < kTokens; ++t)
-        sums[c][t] =
-            _mm512_dpbf16_ps(sums[c][t], weights, broadcast(pairs + (p + c) * kTokens + t));
-    }
+  for (int t = 0; t < kTokens; ++t)
+    sums[t] = _mm512_dpbf16_ps(sums[t], weights, broadcast(pairs + t));
+}
+
+// Few tokens: several cells in flight, each with sums of its own, hide the latency of a dot.
+template <int kTokens>
+inline void multiply_chains(Cells cells, int64_t count, const uint32_t* pairs,
+                            __m512 (&total)[kTokens]) {
+  constexpr int kChains = kTokens >= 4 ? 2 : kTokens >= 2 ? 4 : 8;
+  constexpr int kLines = (kChains + 1) / 2;  // what the chains consume at 50 % sparsity
+  __m512 sums[kChains][kTokens];
+#pragma GCC unroll 8
+  for (int c = 0; c < kChains; ++c)
+#pragma GCC unroll 8
+    for (int t = 0; t < kTokens; ++t) sums[c][t] = _mm512_setzero_ps();
+  int64_t p = 0;
+  for (; p + kChains <= count; p += kChains) {
+    cells.prefetch<kLines>(p);
+#pragma GCC unroll 8
+    for (int c = 0; c < kChains; ++c)
+      multiply_add(cells.take(p + c), pairs + (p + c) * kTokens, sums[c]);
   }
-  for (; p < weight.pairs(); ++p) {
-    const __m512bh weights = expand(masks[p], next);
-    next += _mm_popcnt_u32(masks[p]);
-    for (int t = 0; t < kTokens; ++t)
-      sums[0][t] = _mm512_dpbf16_ps(sums[0][t], weights, broadcast(pairs + p * kTokens + t));
-  }
+  for (; p < count; ++p) multiply_add(cells.take(p), pairs + p * kTokens, sums[0]);
+#pragma GCC unroll 8
   for (int t = 0; t < kTokens; ++t) {
-    for (int c = 1; c < kChains; ++c) sums[0][t] = _mm512_add_ps(sums[0][t], sums[c][t]);
+    total[t] = sums[0][t];
+#pragma GCC unroll 8
+    for (int c = 1; c < kChains; ++c) total[t] = _mm512_add_ps(total[t], sums[c][t]);
+  }
+}
+
+// Many tokens fill the pipes with dots, but only if a cell is expanded while the one before is
+// multiplied: in turn, 16 tokens take 19.9 cycles a cell on Zen 4, so 17.4, the dots alone 15.9.
+template <int kTokens>
+inline void multiply_ahead(Cells cells, int64_t count, const uint32_t* pairs,
+                           __m512 (&sums)[kTokens]) {
+#pragma GCC unroll 16
+  for (int t = 0; t < kTokens; ++t) sums[t] = _mm512_setzero_ps();
+  if (count == 0) return;
+  __m512bh weights = cells.take(0);
+  for (int64_t p = 0; p + 1 < count; ++p) {
+    cells.prefetch<1>(p);
+    const __m512bh following = cells.take(p + 1);
+    multiply_add(weights, pairs + p * kTokens, sums);
+    weights = following;
+  }
+  multiply_add(weights, pairs + (count - 1) * kTokens, sums);
+}
+
+template <int kTokens>
+void run_tokens(const TiledBitmapView& weight, int64_t tile, const void* input,
+                const OutputView& output, int64_t first_token) {
+  const uint32_t* pairs = static_cast<const uint32_t*>(input);
+  const Cells cells{weight.masks + tile * weight.pairs(),
+                    static_cast<const uint16_t*>(weight.values) + weight.tile_offsets[tile]};
+  __m512 sums[kTokens];
+  if constexpr (kTokens >= 8)
+    multiply_ahead(cells, weight.pairs(), pairs, sums);
+  else
+    multiply_chains(cells, weight.pairs(), pairs, sums);
+  for (int t = 0; t < kTokens; ++t) {
     alignas(64) float rows[kTileRows];
-    _mm512_store_ps(rows, sums[0][t]);
+    _mm512_store_ps(rows, sums[t]);
     store_rows(rows, tile * kTileRows, kTileRows, first_token + t, output);
   }
 }

@@ -1,4 +1,4 @@
-// y = W x by pairs on 256-bit vectors: 32 tokens at a time, two rows of a group in the 16
+// y = W x by pairs on 256-bit vectors: up to 32 tokens at a time, two rows of a group in the 16
 // registers.
 #include "isa/avx2.h"
 #include "pysparse/linear.h"
@@ -54,9 +54,12 @@ struct BFloat16Weights {
 template <class P>
 void run(const PairsView& weight, int64_t row_block, const void* input, int tokens, int width,
          void* scratch, const OutputView& output, int64_t first_token) {
+  const auto* x = static_cast<const float*>(input);
   float* sums = static_cast<float*>(scratch);
-  pairs_block<P, PairsLinear::kNarrow / P::kLanes>(weight, row_block,
-                                                   static_cast<const float*>(input), sums);
+  if (width == PairsLinear::kNarrowest)
+    pairs_block<P, PairsLinear::kNarrowest / P::kLanes>(weight, row_block, x, sums);
+  else
+    pairs_block<P, PairsLinear::kNarrow / P::kLanes>(weight, row_block, x, sums);
   store_pairs(sums, row_block * kPairRows, weight.rows_in(row_block), tokens, width, output,
               first_token);
 }

@@ -43,9 +43,7 @@ struct Tiles {
   int tokens_in(int64_t tile) const {
     return static_cast<int>(std::min<int64_t>(kernel.width, tokens - tile * kernel.width));
   }
-  int width(int64_t tile) const {
-    return tokens_in(tile) <= PairsLinear::kNarrow ? PairsLinear::kNarrow : kernel.width;
-  }
+  int width(int64_t tile) const { return PairsLinear::width_for(tokens_in(tile), kernel.width); }
   // One column more than there are: the padding of a short row names the second column of a block.
   int64_t bytes() const { return (cols + 1) * kernel.width * size_of(kernel.input); }
 };

@@ -51,7 +51,7 @@ WAYS: dict[str, Way] = {
         lambda dense, tiled: partial(linear.bitmap_linear_chunks, weight=tiled), step=16,
     ),
     "unpack": Way(HELD, (16, 64, 256), lambda dense, tiled: partial(linear.unpacked_linear, weight=tiled)),
-    "pairs": Way("pairs", (32, 64, 128, 256), _pairs, step=64, grain=32, task=(256, 64)),
+    "pairs": Way("pairs", (16, 32, 48, 64, 128, 256), _pairs, step=64, grain=16, task=(256, 64)),
     # Two dense ways are timed on copies of their own: the second would find the weight in the cache.
     "kernel": Way(
         DENSE, (1, 2, 4, 8, 12, 16), lambda dense, tiled: partial(linear.dense_linear, weight=dense.clone()),

@@ -119,12 +119,15 @@ void store_block(const float* sums, int64_t first_row, int64_t rows, int tokens,
   }
 }
 
-template <class P, class T>
+// `Narrow` is the policy for 16 tokens.
+template <class P, class T, class Narrow = P>
 void run_pairs(const PairsView& weight, int64_t row_block, const void* input, int tokens, int width,
                void* scratch, const OutputView& output, int64_t first_token) {
   const auto* x = static_cast<const typename P::Input*>(input);
   float* sums = static_cast<float*>(scratch);
-  if (width == PairsLinear::kNarrow)
+  if (width == PairsLinear::kNarrowest)
+    pairs_block<Narrow, PairsLinear::kNarrowest / Narrow::kLanes>(weight, row_block, x, sums);
+  else if (width == PairsLinear::kNarrow)
     pairs_block<P, PairsLinear::kNarrow / P::kLanes>(weight, row_block, x, sums);
   else
     pairs_block<P, PairsLinear::kWidest / P::kLanes>(weight, row_block, x, sums);

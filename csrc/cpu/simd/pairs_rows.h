@@ -10,6 +10,9 @@
 namespace pysparse {
 namespace {
 
+// Without it a cold weight takes a fifth longer at 16 tokens, where a pair costs the fewest cycles.
+constexpr int64_t kPairPrefetchBytes = 2048;
+
 template <class P, int kVectors>
 inline void pairs_group(const typename P::Entry* entry, const uint8_t* index, int count,
                         const typename P::Input* input, const uint8_t* rows, bool first,
@@ -22,10 +25,12 @@ inline void pairs_group(const typename P::Entry* entry, const uint8_t* index, in
     for (int v = 0; v < kVectors; ++v)
       held[u][v] = first ? P::zero() : P::load(sums + rows[u] * kWidth + v * P::kLanes);
   for (; count > 0; --count, entry += kPairGroup, index += 2 * kPairGroup) {
+    _mm_prefetch(reinterpret_cast<const char*>(entry) + kPairPrefetchBytes, _MM_HINT_T0);
+    _mm_prefetch(reinterpret_cast<const char*>(index) + kPairPrefetchBytes / 2, _MM_HINT_T0);
 #pragma GCC unroll 4
     for (int u = 0; u < P::kRows; ++u)
-      P::template add<kVectors>(entry[u], input + index[2 * u] * kWidth,
-                                input + index[2 * u + 1] * kWidth, held[u]);
+      P::template add<kVectors>(entry[u], input + size_t{index[2 * u]} * kWidth,
+                                input + size_t{index[2 * u + 1]} * kWidth, held[u]);
   }
 #pragma GCC unroll 4
   for (int u = 0; u < P::kRows; ++u)

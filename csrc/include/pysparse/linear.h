@@ -51,12 +51,17 @@ struct DenseLinear {
 struct PairsLinear {
   static constexpr const char* op = "linear";
   static constexpr const char* format = "pairs";
-  // A narrow tile takes up to kNarrow tokens, a wide one up to the kernel's width.
+  // A tile of tokens is as wide as the kernel says; the last one 16 or 32 wide where that is
+  // enough.
+  static constexpr int kNarrowest = 16;
   static constexpr int kNarrow = 32;
   static constexpr int kWidest = 64;
+  static constexpr int width_for(int tokens, int widest) {
+    return tokens <= kNarrowest ? kNarrowest : tokens <= kNarrow ? kNarrow : widest;
+  }
   struct Kernel {
     DType input;  // of the transposed activations
-    int width;    // tokens a wide tile: 32 or 64
+    int width;    // tokens of a tile at most: 32 or 64
     // input[col][width] = x[token][col] for the columns of one range, in the order of tokens that
     // the kernel likes, zero beyond `tokens`; false if any value is not finite.
     bool (*transpose)(const void* x, int64_t cols, int tokens, int width, int64_t begin,
