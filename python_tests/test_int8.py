@@ -150,6 +150,21 @@ def test_int8_linear_is_exact_up_to_the_last_roundings(key, tokens, bits):
 
 
 @needs_core
+@pytest.mark.parametrize("key", keys())
+@pytest.mark.parametrize("bits", [8, 16])
+def test_columns_of_unlike_density_in_one_tile(key, bits):
+    """A kernel that judges a tile by its first columns must be right about the others as well."""
+    dtype, keep = DTYPES[key.dtype], torch.rand(33, 1280) < 0.1
+    for dense in (slice(640, None), slice(0, 640), slice(0, None, 2)):
+        uneven = keep.clone()
+        uneven[:, dense] = torch.rand(33, len(range(1280)[dense])) < 0.95
+        packed = quantized((torch.randn(33, 1280) * uneven).to(dtype))
+        x = torch.randn(1, 1280).to(dtype)
+        with backend.force_isa(key.isa):
+            reference.assert_quantized_close(run(x, packed, None, bits), x, packed, None, bits)
+
+
+@needs_core
 @pytest.mark.parametrize("tokens", [65, 130])
 def test_many_tokens_multiply_the_dequantised_weight(tokens):
     packed = quantized(reference.sparse_matrix(100, 257, 0.5, torch.float32), None, 128)

@@ -51,6 +51,20 @@ def test_bitmap_linear_matches_the_oracle(key, tokens):
                     reference.assert_close(ops.bitmap_linear(x, tiled(weight), b), x, weight, b)
 
 
+@pytest.mark.parametrize("key", keys("linear", "bitmap"))
+@pytest.mark.parametrize("tokens", [1, 2, 4])
+def test_columns_of_unlike_density_in_one_tile(key, tokens):
+    """A kernel that judges a tile by its first columns must be right about the others as well."""
+    dtype, keep = DTYPES[key.dtype], torch.rand(33, 640) < 0.1
+    for dense in (slice(320, None), slice(0, 320), slice(0, None, 2)):
+        uneven = keep.clone()
+        uneven[:, dense] = torch.rand(33, len(range(640)[dense])) < 0.95
+        weight = (torch.randn(33, 640) * uneven).to(dtype)
+        x = torch.randn(tokens, 640).to(dtype)
+        with backend.force_isa(key.isa):
+            reference.assert_close(ops.bitmap_linear(x, tiled(weight)), x, weight)
+
+
 @pytest.mark.parametrize("key", keys("linear", "dense"))
 @pytest.mark.parametrize("tokens", [1, 2, 3, 4, 5, 8, 16])
 def test_dense_linear_matches_the_oracle(key, tokens):

@@ -6,10 +6,13 @@
 #include "simd/token_table.h"
 
 PYSPARSE_TARGET_BEGIN(PYSPARSE_AVX512BF16)
+#include "simd/short_cells.h"
 namespace pysparse {
 namespace {
 
 constexpr int kMaxTokens = 16;
+constexpr int kHalfCell = 16;
+constexpr int kShortTokens = 2;  // beyond, dots take the time and not loads
 // How far ahead the streams are asked for. The hardware's prefetcher stops at a page's end and
 // starts late; without this, a cold weight is read at 12 GB/s instead of 20 (two cores of a Xeon,
 // 70 % sparse).
@@ -18,8 +21,7 @@ constexpr int64_t kPrefetchBytes = 3072;
 // In place on purpose: on Zen 5 an expand waits for the old content of its destination register, so
 // letting the compiler pick one register for all of them makes a chain of independent expands
 // serial.
-inline __m512bh expand(__mmask32 mask, const uint16_t* source) {
-  __m512i lanes = _mm512_loadu_si512(source);
+inline __m512bh expand(__mmask32 mask, __m512i lanes) {
   asm("vpexpandw %0, %0%{%1%}%{z%}" : "+v"(lanes) : "Yk"(mask));
   return reinterpret_cast<__m512bh>(lanes);
 }
@@ -33,11 +35,17 @@ struct Cells {
   const uint32_t* masks;
   const uint16_t* next;
 
+  // kShort: most cells keep half their weights or less (simd/short_cells.h).
+  template <bool kShort>
   __m512bh take(int64_t p) {
     const uint32_t mask = masks[p];
-    const __m512bh weights = expand(mask, next);
-    next += _mm_popcnt_u32(mask);
-    return weights;
+    const int count = _mm_popcnt_u32(mask);
+    const __m512i packed =
+        kShort && __builtin_expect(count <= kHalfCell, 1)
+            ? _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(next)))
+            : _mm512_loadu_si512(next);
+    next += count;
+    return expand(mask, packed);
   }
 
   template <int kLines>  // of 64 bytes
@@ -58,7 +66,7 @@ inline void multiply_add(__m512bh weights, const uint32_t* pairs, __m512 (&sums)
 }
 
 // Few tokens: several cells in flight, each with sums of its own, hide the latency of a dot.
-template <int kTokens>
+template <bool kShort, int kTokens>
 inline void multiply_chains(Cells cells, int64_t count, const uint32_t* pairs,
                             __m512 (&total)[kTokens]) {
   constexpr int kChains = kTokens >= 4 ? 2 : kTokens >= 2 ? 4 : 8;
@@ -73,9 +81,9 @@ inline void multiply_chains(Cells cells, int64_t count, const uint32_t* pairs,
     cells.prefetch<kLines>(p);
 #pragma GCC unroll 8
     for (int c = 0; c < kChains; ++c)
-      multiply_add(cells.take(p + c), pairs + (p + c) * kTokens, sums[c]);
+      multiply_add(cells.take<kShort>(p + c), pairs + (p + c) * kTokens, sums[c]);
   }
-  for (; p < count; ++p) multiply_add(cells.take(p), pairs + p * kTokens, sums[0]);
+  for (; p < count; ++p) multiply_add(cells.take<kShort>(p), pairs + p * kTokens, sums[0]);
 #pragma GCC unroll 8
   for (int t = 0; t < kTokens; ++t) {
     total[t] = sums[0][t];
@@ -92,10 +100,10 @@ inline void multiply_ahead(Cells cells, int64_t count, const uint32_t* pairs,
 #pragma GCC unroll 16
   for (int t = 0; t < kTokens; ++t) sums[t] = _mm512_setzero_ps();
   if (count == 0) return;
-  __m512bh weights = cells.take(0);
+  __m512bh weights = cells.take<false>(0);
   for (int64_t p = 0; p + 1 < count; ++p) {
     cells.prefetch<1>(p);
-    const __m512bh following = cells.take(p + 1);
+    const __m512bh following = cells.take<false>(p + 1);
     multiply_add(weights, pairs + p * kTokens, sums);
     weights = following;
   }
@@ -111,8 +119,10 @@ void run_tokens(const TiledBitmapView& weight, int64_t tile, const void* input,
   __m512 sums[kTokens];
   if constexpr (kTokens >= 8)
     multiply_ahead(cells, weight.pairs(), pairs, sums);
+  else if (kTokens <= kShortTokens && mostly_short(cells.masks, weight.pairs()))
+    multiply_chains<true>(cells, weight.pairs(), pairs, sums);
   else
-    multiply_chains(cells, weight.pairs(), pairs, sums);
+    multiply_chains<false>(cells, weight.pairs(), pairs, sums);
   for (int t = 0; t < kTokens; ++t) {
     alignas(64) float rows[kTileRows];
     _mm512_store_ps(rows, sums[t]);

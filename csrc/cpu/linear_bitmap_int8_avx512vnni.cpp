@@ -12,20 +12,23 @@
 PYSPARSE_TARGET_BEGIN(PYSPARSE_AVX512VNNI)
 #include "simd/flush_int8_avx512.h"
 #include "simd/quantize_token.h"
+#include "simd/short_cells.h"
 namespace pysparse {
 namespace {
 
 constexpr int kMaxVectors = 16;
+constexpr int64_t kHalfCell = 32;
+constexpr int kShortVectors = 2;          // beyond, dots take the time and not loads
 constexpr int64_t kPrefetchBytes = 3072;  // see linear_bitmap_avx512bf16.cpp
 
 // In place, for the reason given in linear_bitmap_avx512bf16.cpp.
-inline __m512i expand(__mmask64 mask, const int8_t* source) {
-  __m512i lanes = _mm512_loadu_si512(source);
+inline __m512i expand(__mmask64 mask, __m512i lanes) {
   asm("vpexpandb %0, %0%{%1%}%{z%}" : "+v"(lanes) : "Yk"(mask));
   return lanes;
 }
 
-template <int kVectors>
+// kShort: most cells keep half their weights or less (simd/short_cells.h).
+template <int kVectors, bool kShort>
 void run_vectors(const TiledInt8View& weight, int64_t tile, const QuantizedTokens& input,
                  const OutputView& output, int64_t first_token) {
   constexpr int kChains = kVectors >= 8 ? 1 : kVectors >= 4 ? 2 : 4;
@@ -38,8 +41,13 @@ void run_vectors(const TiledInt8View& weight, int64_t tile, const QuantizedToken
   __m512i sums[kChains][kVectors];
   const auto cell = [&](int64_t q, int c) __attribute__((always_inline)) {
     const uint64_t mask = masks[q];
-    const __m512i weights = expand(mask, next);
-    next += _mm_popcnt_u64(mask);
+    const int64_t count = _mm_popcnt_u64(mask);
+    const __m512i packed =
+        kShort && __builtin_expect(count <= kHalfCell, 1)
+            ? _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(next)))
+            : _mm512_loadu_si512(next);
+    const __m512i weights = expand(mask, packed);
+    next += count;
 #pragma GCC unroll 16
     for (int v = 0; v < kVectors; ++v)
       sums[c][v] =
@@ -71,7 +79,10 @@ struct Tile {
   template <int kVectors>
   static void run(const TiledInt8View& weight, int64_t tile, const QuantizedTokens& input,
                   const OutputView& output, int64_t first_token) {
-    run_vectors<kVectors>(weight, tile, input, output, first_token);
+    if constexpr (kVectors <= kShortVectors)
+      if (mostly_short(weight.masks + tile * weight.quads(), weight.quads()))
+        return run_vectors<kVectors, true>(weight, tile, input, output, first_token);
+    run_vectors<kVectors, false>(weight, tile, input, output, first_token);
   }
 };
 
