@@ -10,7 +10,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 BENCHMARKS = (
     "linear", "overhead", "checkpoint", "encoder", "end_to_end", "prefill", "dispatch", "int8_nm", "quality",
-    "pts", "rivals",
+    "pts", "rivals", "pruning",
 )  # fmt: skip
 
 

@@ -177,6 +177,27 @@ def test_the_peak_probe_counts_what_it_does(script):
     assert probe.library().peak_fp32(1000) in (1000 * 12 * 8 * 2, 1000 * 12 * 16 * 2)
 
 
+def test_pruning(quick):
+    run, printed = quick("pruning", "--only", "selection", "sweeps")
+    assert {row["what"] for row in run["rows"]} == {
+        "row selection", "2:4 selection", "sweep", "factor and sweep, layers sharing inputs: 1",
+        "factor and sweep, layers sharing inputs: 3",
+    }  # fmt: skip
+    assert all("pysparse" in row["engines"] for row in run["rows"])
+    assert all(row["error_over_plain"] <= 1.02 for row in run["rows"] if row["what"] == "sweep")
+    assert "row selection" in printed
+
+
+@pytest.mark.slow
+def test_pruning_a_block(quick):
+    run, _ = quick("pruning", "--only", "block")
+    blocks = {row["detail"]: row["engines"] for row in run["rows"]}
+    assert set(blocks) == {"wanda", "sparsegpt"}
+    assert all(
+        one["seconds"] > 0 and one["peak_bytes"] > 0 for both in blocks.values() for one in both.values()
+    )
+
+
 def test_run_all_knows_every_benchmark(script):
     scripts = {path.stem.removeprefix("bench_") for path in FOLDER.glob("bench_*.py")}
     assert set(script("run_all").BENCHMARKS) == scripts - {"cuda", "cuda_end_to_end"}  # run on a GPU, by hand

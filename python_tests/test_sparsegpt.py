@@ -13,7 +13,7 @@ from torch import nn
 from pysparse import backend, ops
 from pysparse.calib import Gram, load_calibration
 from pysparse.measure import torch_threads
-from pysparse.methods import METHODS, InverseHessian, Magnitude, ObsUpdate, Wanda, recipe_for
+from pysparse.methods import METHODS, InverseHessian, Magnitude, ObsUpdate, Wanda, obs, recipe_for
 from pysparse.methods.obs import NotPositiveDefiniteError, inverse_factor
 from pysparse.models.discover import discover
 from pysparse.pruning import NM, Keep, Recipe, Uniform, Unstructured, plan, run
@@ -76,6 +76,21 @@ def test_the_factor_is_that_of_the_inverse():
     # U_jj^2 is the corner of the inverse of what is left when the columns before j are gone.
     corners = torch.stack([damped[j:, j:].inverse()[0, 0] for j in range(40)])
     torch.testing.assert_close(upper.diagonal().square(), corners, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("size", [1, 5, 8, 17, 100])
+def test_factors_by_halves_are_those_of_the_library(size, monkeypatch):
+    monkeypatch.setattr(obs, "_LEAF", 8)  # several levels, odd halves
+    x = torch.randn(3 * size, size, dtype=torch.float64)
+    matrix = x.T @ x + torch.eye(size)
+    expected = torch.linalg.cholesky(matrix).inverse()
+    lower = matrix.tril()  # what lies above is not read
+    torch.testing.assert_close(obs.inverse_cholesky(lower), expected)
+    if size > 1:
+        matrix[size - 1, size - 1] = -1.0
+        assert obs.inverse_cholesky(matrix.clone()) is None
+        matrix[0, 0] = -1.0
+        assert obs.inverse_cholesky(matrix) is None
 
 
 def test_the_factor_is_made_once_for_layers_that_share_inputs():

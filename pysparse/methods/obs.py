@@ -17,6 +17,7 @@ from pysparse.pruning import MaskStructure
 
 _LARGEST_DAMPING = 1.0
 _SMALLEST_RETRY = 0.01
+_LEAF = 512  # below this size the library's factorisation is as fast
 
 Score = Callable[[Tensor, slice], Tensor]  # of the present weights [R, c] of some columns
 
@@ -98,15 +99,52 @@ def _factor_once(gram: Tensor, damping: float, dtype: torch.dtype) -> Tensor | N
     diagonal = flipped.diagonal()
     mean = diagonal.mean()
     diagonal.masked_fill_(diagonal <= 0, 1.0).add_(damping * mean)
-    lower, info = torch.linalg.cholesky_ex(flipped)
-    if int(info):
+    inverse = inverse_cholesky(flipped)
+    if inverse is None:
         return None
-    identity = torch.eye(len(lower), dtype=dtype, device=device)
-    inverse = torch.linalg.solve_triangular(lower, identity, upper=False)
     upper = inverse.flip(0, 1).to(gram.device, torch.float32)
     diagonal = upper.diagonal()
     usable = bool((diagonal > 0).all()) and bool(torch.isfinite(upper).all())
     return upper.contiguous() if usable else None
+
+
+def inverse_cholesky(matrix: Tensor) -> Tensor | None:
+    """Return ``L^-1`` for the symmetric ``matrix`` = L L^T [n, n], or None when it is not positive definite.
+
+    Only the lower triangle is read; ``matrix`` is overwritten. By halves, so that nearly all the work is in
+    large products: 0.8 n^3 operations at the speed of a product, and none for an inverse that is thrown away.
+    """
+    size = len(matrix)
+    if size <= _LEAF:
+        lower, info = torch.linalg.cholesky_ex(matrix)
+        identity = torch.eye(size, dtype=matrix.dtype, device=matrix.device)
+        return None if int(info) else torch.linalg.solve_triangular(lower, identity, upper=False)
+    half = size // 2
+    first = inverse_cholesky(matrix[:half, :half])
+    if first is None:
+        return None
+    below = torch.empty_like(matrix[half:, :half])  # L's part below its first half
+    for part in _parts(half):  # of a triangle, what is zero is left out
+        torch.mm(matrix[half:, : part.stop], first[part, : part.stop].T, out=below[:, part])
+    rest = matrix[half:, half:]
+    for part in _parts(size - half):
+        rest[part.start :, part].addmm_(below[part.start :], below[part].T, alpha=-1)
+    second = inverse_cholesky(rest)
+    if second is None:
+        return None
+    for part in reversed(_parts(size - half)):  # upwards: what is read below has not been written yet
+        below[part] = second[part, : part.stop] @ below[: part.stop]
+    result = torch.zeros_like(matrix)
+    result[:half, :half], result[half:, half:] = first, second
+    for part in _parts(half):
+        torch.mm(below[:, part.start :], first[part.start :, part], out=result[half:, part])
+    result[half:, :half].neg_()
+    return result
+
+
+def _parts(size: int) -> list[slice]:
+    width = max(_LEAF // 2, size // 8)
+    return [slice(start, min(start + width, size)) for start in range(0, size, width)]
 
 
 def sweep(
