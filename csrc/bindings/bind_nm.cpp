@@ -106,7 +106,8 @@ void bind_nm(pybind11::module_& module) {
          int64_t cols, int64_t first_tile, int64_t rows, uintptr_t dense) {
         const int64_t word = size_of(dtype_of(dtype));
         nm_unpack(view(values, indices, n, m, all_rows, cols, word),
-                  {values.second, indices.second}, first_tile, rows, word, pointer<void>(dense));
+                  {values.second, indices.second}, first_tile, rows, dtype_of(dtype),
+                  pointer<void>(dense));
       },
       ReleaseGil());
   module.def(

@@ -35,6 +35,7 @@ constexpr ByteExpandTable kTable;
 }  // namespace pysparse
 
 PYSPARSE_TARGET_BEGIN(PYSPARSE_AVX2)
+#include "simd/flush_int8_avx2.h"
 #include "simd/quantize_token.h"
 namespace pysparse {
 namespace {
@@ -56,21 +57,6 @@ inline __m256i expand_word(uint32_t mask, const int8_t*& next) {
   const __m128i second = expand_byte(high, next);
   next += _mm_popcnt_u32(high);
   return _mm256_cvtepi8_epi16(_mm_unpacklo_epi64(first, second));
-}
-
-// (r, columns 0 and 1), (r, columns 2 and 3) of four rows in each of four vectors.
-inline void flush(const __m256i (&sums)[4], const RowScales& scales, int64_t group, int64_t tile,
-                  float* rows) {
-  alignas(32) int32_t lanes[8];
-  for (int b = 0; b < 4; ++b) {
-    _mm256_store_si256(reinterpret_cast<__m256i*>(lanes), sums[b]);
-    for (int i = 0; i < 4; ++i) {
-      const int r = 4 * b + i;
-      const int whole =
-          lanes[2 * i] + lanes[2 * i + 1] - kInputZero * scales.sums_of(group, tile)[r];
-      rows[r] += scales.scale_of(group, tile)[r] * static_cast<float>(whole);
-    }
-  }
 }
 
 template <int kVectors>
@@ -100,7 +86,7 @@ void run_vectors(const TiledInt8View& weight, int64_t tile, const QuantizedToken
           sums[v][b] = _mm256_add_epi32(sums[v][b], _mm256_madd_epi16(weights, x[v]));
       }
     }
-    for (int v = 0; v < kVectors; ++v) flush(sums[v], weight.scales, g, tile, rows[v]);
+    for (int v = 0; v < kVectors; ++v) flush_pairs(sums[v], weight.scales, g, tile, rows[v]);
   }
   store_quantized(rows, tile, input, output, first_token);
 }

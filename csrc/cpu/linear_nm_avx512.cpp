@@ -7,22 +7,12 @@
 
 PYSPARSE_TARGET_BEGIN(PYSPARSE_AVX512)
 #include "simd/add_columns_avx512.h"
+#include "simd/nm_decode_avx512.h"
 namespace pysparse {
 namespace {
 
 constexpr int kMaxTokens = 8;
 constexpr int64_t kPrefetchBytes = 4096;
-
-template <class P, int kHalf>
-inline __m512i decode(const uint8_t* indices) {
-  static constexpr IndexSpread<P, uint32_t, 16, 16 * kHalf> spread;
-  const __m512i bytes =
-      _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(indices)));
-  const __m512i lanes = _mm512_shuffle_epi8(bytes, _mm512_load_si512(spread.shuffle));
-  const __m512i shifted = _mm512_srlv_epi32(lanes, _mm512_load_si512(spread.shift));
-  return _mm512_ternarylogic_epi32(shifted, _mm512_set1_epi32(P::kMask),
-                                   _mm512_load_si512(spread.start), 0xea);  // (a & b) | c
-}
 
 template <int kCols>
 inline __m512 load_inputs(const float* x) {
@@ -52,7 +42,7 @@ struct Tile {
     const auto block = [&](int c) __attribute__((always_inline)) {
 #pragma GCC unroll 2
       for (int s = 0; s < P::kSteps; ++s) {
-        const __m512i upper = decode<P, 0>(indices), lower = decode<P, 1>(indices);
+        const __m512i upper = decode_dwords<P, 0>(indices), lower = decode_dwords<P, 1>(indices);
         const __m512 upper_rows = _mm512_loadu_ps(values);
         const __m512 lower_rows = _mm512_loadu_ps(values + 16);
 #pragma GCC unroll 8

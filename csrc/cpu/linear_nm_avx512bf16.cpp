@@ -7,6 +7,7 @@
 #include "simd/token_table.h"
 
 PYSPARSE_TARGET_BEGIN(PYSPARSE_AVX512BF16)
+#include "simd/nm_decode_avx512.h"
 namespace pysparse {
 namespace {
 
@@ -14,17 +15,6 @@ constexpr int kMaxTokens = 8;
 constexpr int64_t kPrefetchBytes = 3072;  // see linear_bitmap_avx512bf16.cpp
 
 inline __m512bh as_bf16(__m512i lanes) { return reinterpret_cast<__m512bh>(lanes); }
-
-template <class P>
-inline __m512i decode(const uint8_t* indices) {
-  static constexpr IndexSpread<P, uint16_t, 32, 0> spread;
-  const __m512i bytes =
-      _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(indices)));
-  const __m512i words = _mm512_shuffle_epi8(bytes, _mm512_load_si512(spread.shuffle));
-  const __m512i shifted = _mm512_srlv_epi16(words, _mm512_load_si512(spread.shift));
-  return _mm512_ternarylogic_epi32(shifted, _mm512_set1_epi16(P::kMask),
-                                   _mm512_load_si512(spread.start), 0xea);  // (a & b) | c
-}
 
 // The inputs of one block, wherever an index may look for them.
 template <int kCols>
@@ -61,7 +51,7 @@ struct Tile {
     const auto block = [&](int first_chain) __attribute__((always_inline)) {
 #pragma GCC unroll 2
       for (int s = 0; s < P::kSteps; ++s) {
-        const __m512i places = decode<P>(indices);
+        const __m512i places = decode_words<P>(indices);
         const __m512i weights = _mm512_loadu_si512(values);
 #pragma GCC unroll 8
         for (int t = 0; t < kTokens; ++t) {

@@ -12,37 +12,13 @@
 
 PYSPARSE_TARGET_BEGIN(PYSPARSE_AVX512VNNI)
 #include "simd/flush_int8_avx512.h"
+#include "simd/nm_decode_bytes_avx512.h"
 #include "simd/quantize_token.h"
 namespace pysparse {
 namespace {
 
 constexpr int kMaxVectors = 8;
 constexpr int64_t kPrefetchBytes = 3072;  // see linear_bitmap_avx512bf16.cpp
-
-// Each group of 8 lanes takes its kBits bytes of fields into one quadword; a shift by any number of
-// bits then lands each field in its lane.
-template <class P>
-struct ByteSpread {
-  alignas(64) uint8_t gather[64] = {}, shift[64] = {}, start[64] = {};
-
-  constexpr ByteSpread() {
-    for (int i = 0; i < 64; ++i) {
-      gather[i] = static_cast<uint8_t>(i / 8 * P::kBits + (i % 8 < P::kBits ? i % 8 : 0));
-      shift[i] = static_cast<uint8_t>(i % 8 * P::kBits);
-      start[i] = static_cast<uint8_t>(P::group_start(i));
-    }
-  }
-};
-
-template <class P>
-inline __m512i decode(const uint8_t* indices) {
-  static constexpr ByteSpread<P> spread;
-  const __m512i bytes =
-      _mm512_permutexvar_epi8(_mm512_load_si512(spread.gather), _mm512_loadu_si512(indices));
-  const __m512i fields = _mm512_multishift_epi64_epi8(_mm512_load_si512(spread.shift), bytes);
-  return _mm512_ternarylogic_epi32(fields, _mm512_set1_epi8(P::kMask),
-                                   _mm512_load_si512(spread.start), 0xea);  // (a & b) | c
-}
 
 template <int kCols>
 inline __m512i load_inputs(const uint8_t* x) {
@@ -76,7 +52,7 @@ struct Tile {
     alignas(64) float rows[kVectors][kTileRows] = {};
     __m512i sums[kChains][kVectors];
     const auto block = [&](int c) __attribute__((always_inline)) {
-      const __m512i places = decode<P>(indices);
+      const __m512i places = decode_bytes<P>(indices);
       const __m512i weights = _mm512_loadu_si512(values);
 #pragma GCC unroll 8
       for (int v = 0; v < kVectors; ++v) {

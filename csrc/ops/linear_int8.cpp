@@ -20,23 +20,6 @@ void check_sizes(const TiledInt8View& weight, const Int8Sizes& sizes) {
         weight.scales.group_cols, " columns: it must be a multiple of ", kQuadCols);
 }
 
-template <class T>
-void unpack_tile(const TiledInt8View& weight, int64_t tile, int64_t rows, T* dense) {
-  const RowScales& scales = weight.scales;
-  const int8_t* next = weight.values + weight.tile_offsets[tile];
-  std::fill(dense, dense + rows * weight.cols, T{});
-  for (int64_t q = 0; q < weight.quads(); ++q) {
-    for (uint64_t bits = weight.masks[tile * weight.quads() + q]; bits; bits &= bits - 1) {
-      const int bit = __builtin_ctzll(bits);
-      const int64_t row = bit / kQuadCols, col = kQuadCols * q + bit % kQuadCols;
-      const float value = static_cast<float>(*next++);
-      if (row < rows)
-        assign(dense[row * weight.cols + col],
-               value * scales.scale_of(col / scales.group_cols, tile)[row]);
-    }
-  }
-}
-
 }  // namespace
 
 void check_scales(const RowScales& scales, int64_t cols, int64_t tiles, int64_t scale_count,
@@ -77,13 +60,12 @@ void int8_unpack(const TiledInt8View& weight, const Int8Sizes& sizes, int64_t fi
   const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
   check(first_tile >= 0 && rows >= 0 && first_tile + tiles <= weight.tiles(), "tiles [", first_tile,
         ", +", tiles, ") of a weight with ", weight.tiles());
-  parallel_for(tiles, rows * weight.cols * size_of(dtype), [&](int64_t i) {
-    const int64_t live = std::min(kTileRows, rows - i * kTileRows);
-    const int64_t start = i * kTileRows * weight.cols;
-    if (dtype == DType::kFloat32)
-      unpack_tile(weight, first_tile + i, live, static_cast<float*>(dense) + start);
-    else
-      unpack_tile(weight, first_tile + i, live, static_cast<BFloat16*>(dense) + start);
+  const auto& kernel =
+      unpack_kernel<Int8BitmapUnpack>(weight.scales, dtype, int8_unpack_generic(dtype));
+  const int64_t tile_bytes = kTileRows * weight.cols * size_of(dtype);
+  parallel_for(tiles, tiles * tile_bytes, [&](int64_t i) {
+    kernel.run(weight, first_tile + i, std::min(kTileRows, rows - i * kTileRows),
+               static_cast<char*>(dense) + i * tile_bytes);
   });
 }
 

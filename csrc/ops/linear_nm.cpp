@@ -116,47 +116,17 @@ int64_t bytes_of_tile(const NmLayout& layout, int64_t word) {
   return layout.tile_values() * word + layout.tile_bytes();
 }
 
-// Calls body(tile, first row in the dense block, rows) for each tile of a range of rows.
+// Calls body(tile, rows, where they go) for each tile of a range of rows.
 template <class Body>
-void for_tiles(const NmLayout& layout, int64_t first_tile, int64_t rows, const Body& body) {
+void for_tiles(const NmLayout& layout, int64_t first_tile, int64_t rows, DType dtype, void* dense,
+               const Body& body) {
   const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
   check(first_tile >= 0 && rows >= 0 && first_tile + tiles <= layout.tiles(), "tiles [", first_tile,
         ", +", tiles, ") of a weight with ", layout.tiles());
-  parallel_for(tiles, rows * layout.cols, [&](int64_t i) {
-    body(first_tile + i, i * kTileRows, std::min(kTileRows, rows - i * kTileRows));
-  });
-}
-
-constexpr auto kKeepAll = [](int64_t) { return true; };
-
-template <class Word>
-void unpack_words(const NmView& weight, int64_t first_tile, int64_t rows, Word* dense) {
-  const NmLayout& layout = weight.layout;
-  std::fill(dense, dense + rows * layout.cols, Word{});
-  for_tiles(layout, first_tile, rows, [&](int64_t tile, int64_t start, int64_t count) {
-    const Word* values = static_cast<const Word*>(weight.values) + tile * layout.tile_values();
-    for (int64_t r = 0; r < count; ++r) {
-      Word* row = dense + (start + r) * layout.cols;
-      for_each_slot(weight, tile, r, kKeepAll,
-                    [&](int64_t col, int64_t place) { row[col] = values[place]; });
-    }
-  });
-}
-
-template <class T>
-void unpack_int8(const NmView& weight, const RowScales& scales, int64_t first_tile, int64_t rows,
-                 T* dense) {
-  const NmLayout& layout = weight.layout;
-  std::fill(dense, dense + rows * layout.cols, T{});
-  for_tiles(layout, first_tile, rows, [&](int64_t tile, int64_t start, int64_t count) {
-    const int8_t* values = static_cast<const int8_t*>(weight.values) + tile * layout.tile_values();
-    for (int64_t r = 0; r < count; ++r) {
-      T* row = dense + (start + r) * layout.cols;
-      for_each_slot(weight, tile, r, kKeepAll, [&](int64_t col, int64_t place) {
-        const float scale = scales.scale_of(col / scales.group_cols, tile)[r];
-        assign(row[col], static_cast<float>(values[place]) * scale);
-      });
-    }
+  const int64_t tile_bytes = kTileRows * layout.cols * size_of(dtype);
+  parallel_for(tiles, tiles * tile_bytes, [&](int64_t i) {
+    body(first_tile + i, std::min(kTileRows, rows - i * kTileRows),
+         static_cast<char*>(dense) + i * tile_bytes);
   });
 }
 
@@ -205,23 +175,25 @@ void nm_int8_linear(const NmView& weight, const NmSizes& sizes, const RowScales&
 }
 
 void nm_unpack(const NmView& weight, const NmSizes& sizes, int64_t first_tile, int64_t rows,
-               int64_t word, void* dense) {
+               DType dtype, void* dense) {
   check_sizes(weight, sizes);
-  check(word == 2 || word == 4, "values have 2 or 4 bytes, got ", word);
-  if (word == 2)
-    unpack_words(weight, first_tile, rows, static_cast<uint16_t*>(dense));
-  else
-    unpack_words(weight, first_tile, rows, static_cast<uint32_t*>(dense));
+  const auto& kernel = kernel_for<NmUnpack>(weight.layout, dtype, nm_unpack_generic(dtype));
+  for_tiles(
+      weight.layout, first_tile, rows, dtype, dense,
+      [&](int64_t tile, int64_t count, void* target) { kernel.run(weight, tile, count, target); });
 }
 
 void nm_int8_unpack(const NmView& weight, const NmSizes& sizes, const RowScales& scales,
                     int64_t first_tile, int64_t rows, DType dtype, void* dense) {
   check_sizes(weight, sizes);
   check_groups(weight.layout, scales);
-  if (dtype == DType::kFloat32)
-    unpack_int8(weight, scales, first_tile, rows, static_cast<float*>(dense));
-  else
-    unpack_int8(weight, scales, first_tile, rows, static_cast<BFloat16*>(dense));
+  const auto& generic = nm_int8_unpack_generic(dtype);
+  const auto& kernel = unpack_kernel<NmInt8Unpack>(scales, dtype, generic);
+  const auto& taken = kernel.covers(weight.layout.n, weight.layout.m) ? kernel : generic;
+  for_tiles(weight.layout, first_tile, rows, dtype, dense,
+            [&](int64_t tile, int64_t count, void* target) {
+              taken.run(weight, scales, tile, count, target);
+            });
 }
 
 }  // namespace pysparse

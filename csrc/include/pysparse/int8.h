@@ -65,6 +65,26 @@ struct Int8BitmapLinear {
   };
 };
 
+struct Int8BitmapUnpack {
+  static constexpr const char* op = "unpack";
+  static constexpr const char* format = "bitmap-int8";  // dtype: of the dense rows
+  struct Kernel {
+    int64_t group_multiple;  // of columns that a scale covers, where a row has several
+    // Writes the rows of one tile, `rows` of them (16 but at the end), at dense[row * cols].
+    void (*run)(const TiledInt8View& weight, int64_t tile, int64_t rows, void* dense);
+  };
+};
+// The generic kernel, which takes every group.
+const Int8BitmapUnpack::Kernel& int8_unpack_generic(DType dtype);
+
+// The best kernel for a group of columns.
+template <class Op>
+const typename Op::Kernel& unpack_kernel(const RowScales& scales, DType dtype,
+                                         const typename Op::Kernel& otherwise) {
+  const auto& best = lookup<Op>(dtype);
+  return scales.groups == 1 || scales.group_cols % best.group_multiple == 0 ? best : otherwise;
+}
+
 struct Int8Sizes {
   int64_t values, masks, tile_offsets, scales, row_sums;
 };

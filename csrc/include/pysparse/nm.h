@@ -77,6 +77,27 @@ struct NmInt8Linear {
   };
 };
 
+struct NmUnpack {
+  static constexpr const char* op = "unpack";
+  static constexpr const char* format = "nm";
+  struct Kernel {
+    bool (*covers)(int n, int m);
+    // Writes the rows of one tile, `rows` of them (16 but at the end), at dense[row * cols].
+    void (*run)(const NmView& weight, int64_t tile, int64_t rows, void* dense);
+  };
+};
+
+struct NmInt8Unpack {
+  static constexpr const char* op = "unpack";
+  static constexpr const char* format = "nm-int8";  // dtype: of the dense rows
+  struct Kernel {
+    int64_t group_multiple;
+    bool (*covers)(int n, int m);
+    void (*run)(const NmView& weight, const RowScales& scales, int64_t tile, int64_t rows,
+                void* dense);
+  };
+};
+
 inline bool covers_all(int, int) { return true; }
 // The patterns that the vector kernels are written for.
 inline bool covers_common(int n, int m) {
@@ -86,6 +107,8 @@ inline bool covers_common(int n, int m) {
 // The generic kernels, which take every pattern.
 const NmLinear::Kernel& nm_generic(DType dtype);
 const NmInt8Linear::Kernel& nm_int8_generic(DType dtype);
+const NmUnpack::Kernel& nm_unpack_generic(DType dtype);
+const NmInt8Unpack::Kernel& nm_int8_unpack_generic(DType dtype);
 // The same product with the zeros written out, x[token][col]: spreads a NaN or an infinity as
 // dense.
 void nm_run_as_dense(const NmView& weight, int64_t tile, const void* x, int64_t tokens,
@@ -116,7 +139,7 @@ int64_t nm_unpack_mask(const NmView& weight, int64_t word, uint8_t* bitmask, int
 void nm_unpack_values(const NmView& weight, int64_t word, const int64_t* row_offsets, void* values);
 // Writes rows of the dense matrix, `rows` of them from a tile's first on.
 void nm_unpack(const NmView& weight, const NmSizes& sizes, int64_t first_tile, int64_t rows,
-               int64_t word, void* dense);
+               DType dtype, void* dense);
 void nm_int8_unpack(const NmView& weight, const NmSizes& sizes, const RowScales& scales,
                     int64_t first_tile, int64_t rows, DType dtype, void* dense);
 // row_sums as in RowScales.

@@ -1,5 +1,6 @@
 #pragma once
 // Walks over the stored weights of an N:M tile.
+#include <algorithm>
 #include <array>
 
 #include "pysparse/nm.h"
@@ -25,12 +26,15 @@ inline SlotPlace tail_place(const NmLayout& layout, int64_t row, int64_t col) {
 // Walks over the groups of one row of a tile, and says where each slot of a group lies.
 class BlockCursor {
  public:
-  BlockCursor(const NmLayout& layout, int64_t row)
+  BlockCursor(const NmLayout& layout, int64_t row, int64_t first_block = 0)
       : n_(layout.n),
         mask_((1 << layout.bits()) - 1),
         block_slots_(layout.block_groups() * layout.n),
         block_values_(layout.block_steps() * int64_t{layout.step_values()}),
-        block_bytes_(layout.block_steps() * int64_t{layout.step_bytes()}) {
+        block_bytes_(layout.block_steps() * int64_t{layout.step_bytes()}),
+        group_(first_block * layout.block_groups()),
+        first_value_(first_block * block_values_),
+        first_byte_(first_block * block_bytes_) {
     for (int j = 0; j < block_slots_; ++j) {  // the same in every block
       const int64_t step = j / layout.per_row, lane = row * layout.per_row + j % layout.per_row;
       const int64_t bit = lane * layout.bits();
@@ -71,21 +75,22 @@ class BlockCursor {
 
   int n_, mask_, block_slots_;
   int64_t block_values_, block_bytes_;
-  int64_t group_ = 0, first_value_ = 0, first_byte_ = 0;
+  int64_t group_, first_value_, first_byte_;
   int first_slot_ = 0;
   std::array<Slot, kMaxGroup * 4> slots_;
 };
 
 // Calls visit(col, value's place in the tile) for each stored weight of one row of a tile, columns
 // ascending. Zeros that fill up a group are passed over, as far as they can be told: where n is 1,
-// and in the tail, a weight is stored if `is_kept(place)`.
+// and in the tail, a weight is stored if `is_kept(place)`. Starts at a block of groups.
 template <class IsKept, class Visit>
 void for_each_slot(const NmView& weight, int64_t tile, int64_t row, const IsKept& is_kept,
-                   const Visit& visit) {
+                   const Visit& visit, int64_t first_block = 0) {
   const NmLayout& layout = weight.layout;
   const int n = layout.n, m = layout.m;
   const uint8_t* indices = weight.indices + tile * layout.tile_bytes();
-  for (BlockCursor cursor(layout, row); cursor.group() < layout.groups(); cursor.next_group()) {
+  for (BlockCursor cursor(layout, row, first_block); cursor.group() < layout.groups();
+       cursor.next_group()) {
     // An empty group starts by a descent.
     if (n > 1 && cursor.read_index(indices, 1) < cursor.read_index(indices, 0)) continue;
     int previous = -1;
@@ -101,6 +106,24 @@ void for_each_slot(const NmView& weight, int64_t tile, int64_t row, const IsKept
     const SlotPlace at = tail_place(layout, row, col);
     const int64_t place = at.step * layout.step_values() + at.lane;
     if (is_kept(place)) visit(layout.groups() * m + col, place);
+  }
+}
+
+// Writes rows of a tile from the first column of a block on; convert(value, column, row) makes what
+// is written.
+template <class Value, class T, class Convert>
+void unpack_from(const NmView& weight, int64_t tile, int64_t rows, int64_t first_block, T* dense,
+                 const Convert& convert) {
+  const NmLayout& layout = weight.layout;
+  const Value* values = static_cast<const Value*>(weight.values) + tile * layout.tile_values();
+  const int64_t first_col = first_block * layout.block_cols();
+  for (int64_t r = 0; r < rows; ++r) {
+    T* row = dense + r * layout.cols;
+    std::fill(row + first_col, row + layout.cols, T{});
+    for_each_slot(
+        weight, tile, r, [](int64_t) { return true; },
+        [&](int64_t col, int64_t place) { row[col] = convert(values[place], col, r); },
+        first_block);
   }
 }
 
