@@ -155,6 +155,7 @@ class Bench:
             "text": {key: self.windows.protocol[key] for key in ("window", "windows", "text_sha256")},
             "loss": "mean cross-entropy of all positions but the first of each held-out window, no overlap",
             "n:m with an allocation": "each layer has its own n of m, with the zeros of n:m in all",
+            "sensitivity": "one block alone pruned by magnitude to 70 %",
             "output_error": "||X (W - W')^T||^2 / ||X W^T||^2 of each layer, inputs of the pruned model so far",
         }
 
@@ -163,6 +164,13 @@ class Bench:
 
     def dense_row(self) -> Row:
         return {"what": "dense", **self._score(self.dense)}
+
+    def sensitivity_row(self, block: int) -> Row:
+        """Prune one block alone, by magnitude to 70 %: what an allocation by block would have to know."""
+        model = copy.deepcopy(self.dense)
+        path = discover(model).blocks[block][0]
+        run(discover(model, targets=f"{path}.*"), recipe_for("magnitude"), 0.7)
+        return {"what": "sensitivity", "block": block, **self._score(model)}
 
     def search_row(self, method: str, level: str) -> Row:
         """Search ATP's beta for one method and level."""
@@ -219,6 +227,9 @@ class Bench:
         """Yield the rows that are not there yet, each as soon as it is computed."""
         if self.find({"what": "dense"}) is None:
             yield self.dense_row()
+        for block in range(len(discover(self.dense).blocks)):
+            if self.find({"what": "sensitivity", "block": block}) is None:
+                yield self.sensitivity_row(block)
         for cell in cells(self.options):
             search = {"what": "search", "method": cell.method, "level": cell.level}
             if cell.allocation == "atp" and self.find(search) is None:

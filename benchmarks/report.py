@@ -76,6 +76,33 @@ def _logits(dtype: str) -> Callable[[Row], float | None]:
     return figure
 
 
+def _quality(level: str, ratio: str) -> Callable[[Row], float | None]:
+    def figure(row: Row) -> float | None:
+        if (row["what"], row.get("level"), row.get("allocation")) != ("comparison", level, "uniform"):
+            return None
+        return row.get(ratio)
+
+    return figure
+
+
+def _layer_errors(row: Row) -> float | None:
+    return row["largest_over_mask_only"] if row["what"] == "layer errors" else None
+
+
+def _quality_claims() -> Iterator[Claim]:
+    for level in ("60%", "70%", "2:4", "4:8"):
+        for ours, theirs in (("sparsegpt", "wanda"), ("wanda", "magnitude")):
+            text = f"bundled model, {level}: perplexity of {ours} over {theirs}"
+            yield Claim(text, "quality", 1.0, _quality(level, f"{ours}_over_{theirs}"), at_most=True)
+    yield Claim(
+        "SparseGPT, any layer and level: output error over its mask's alone, at most",
+        "quality",
+        1.0,
+        _layer_errors,
+        True,
+    )
+
+
 def _claims() -> Iterator[Claim]:
     for shape in ("4096x4096", "11008x4096"):
         for dtype, sparsity, over, bound in (
@@ -109,7 +136,7 @@ def _claims() -> Iterator[Claim]:
     )
 
 
-CLAIMS = tuple(_claims())
+CLAIMS = (*_claims(), *_quality_claims())
 
 
 def figures(claim: Claim, runs: list[tuple[str, Row]]) -> list[float]:

@@ -642,7 +642,7 @@ def test_sparsity_zero_changes_no_bit_under_any_allocation():
 
 def test_every_method_takes_every_allocation():
     calibration = load_calibration(tiny_models.tokens())
-    for method in ("magnitude", "magnitude-row", "magnitude-global", "wanda", "sparsegpt"):
+    for method in ("magnitude", "magnitude-row", "magnitude-global", "wanda", "wanda-variant", "sparsegpt"):
         for allocation in ("owl", "dlp", "atp:beta=0.1", "global"):
             for pattern in (None, "4:8"):
                 model = tiny_models.tiny("llama")

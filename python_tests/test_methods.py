@@ -20,7 +20,7 @@ from pysparse.methods import (
     recipe_for,
     recipe_to_yaml,
 )
-from pysparse.pruning import NM, Keep, Recipe, Uniform, Unstructured
+from pysparse.pruning import NM, Keep, Recipe, RowMass, Uniform, Unstructured
 
 WEIGHT = torch.tensor([[1.0, -2, 3, -4], [4, 3, -2, 1]])
 NORMS = torch.tensor([4.0, 1, 1, 0.5])
@@ -73,6 +73,46 @@ def test_inputs_that_are_always_zero_go_first():
     assert int(keep.sum()) == 50 * 14
 
 
+# --- Wanda's variant -------------------------------------------------------------------------------------
+
+
+def bisected(scores, sparsity):
+    """The released code's way: one share alpha of each row's total, by bisection, here to the last bit."""
+    ordered, order = scores.double().sort(dim=1, stable=True)
+    mass = ordered.cumsum(dim=1)
+    low, high = 0.0, 1.0
+    for _ in range(60):
+        alpha = (low + high) / 2
+        gone = mass <= alpha * mass[:, -1:]
+        low, high = (alpha, high) if gone.double().mean() <= sparsity else (low, alpha)
+    gone = mass <= low * mass[:, -1:]
+    return torch.ones(scores.shape, dtype=torch.bool).scatter_(1, order, ~gone)
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 999), sparsity=st.floats(0.05, 0.9))
+def test_the_variant_prunes_one_share_of_every_rows_score(seed, sparsity):
+    scores = torch.rand(7, 24, generator=torch.Generator().manual_seed(seed)) ** 3 + 1e-3
+    keep, reference = RowMass().keep(scores, sparsity), bisected(scores, sparsity)
+    assert int((~keep).sum()) == int(sparsity * scores.numel() + 1e-9) == int((~reference).sum())
+    assert torch.equal(keep, reference)
+    assert torch.equal(RowMass().keep(scores * torch.logspace(-2, 2, 7)[:, None], sparsity), keep)
+    assert not (~RowMass().keep(scores, sparsity / 2) & keep).any()  # nested
+    counts = (~RowMass().keep(scores * (1 + 9 * torch.rand(7, 24)), 0.5)).sum(dim=1)
+    assert int(counts.sum()) == 84
+
+
+def test_the_variant_gives_rows_their_own_counts():
+    scores = torch.tensor([[1.0, 1, 1, 1], [0.1, 0.1, 0.1, 9]])
+    assert RowMass().keep(scores, 0.5).tolist() == [[False, True, True, True], [False, False, False, True]]
+    assert RowMass().keep(scores, 0.0).all()  # no share, nothing pruned
+    assert RowMass().keep(torch.zeros(2, 4), 0.25).tolist() == [[False, False, True, True], [True] * 4]
+    with pytest.raises(ValueError, match="1 of 8 scores are NaN or negative"):
+        RowMass().keep(torch.tensor([[1.0, 1, 1, 1], [1, 1, float("nan"), 1]]), 0.5)
+    with pytest.raises(ValueError, match="known for whole rows alone"):
+        RowMass().step(128)
+
+
 # --- the registry ----------------------------------------------------------------------------------------
 
 
@@ -109,7 +149,7 @@ RECIPES = [
     Recipe(importance, Uniform(), structure, reconstruction)
     for importance in (Magnitude(), Wanda(), InverseHessian(damping=0.1))
     for reconstruction in (Keep(), ObsUpdate(damping=0.02, block_size=64))
-    for structure in (Unstructured("row"), Unstructured("matrix"), NM(2, 4), NM(1, 16))
+    for structure in (Unstructured("row"), Unstructured("matrix"), NM(2, 4), NM(1, 16), RowMass())
 ]
 
 

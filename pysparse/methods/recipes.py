@@ -26,7 +26,7 @@ from pysparse.methods.owl import OWL
 from pysparse.methods.profile import DLPProfile, Profile
 from pysparse.methods.sparsegpt import InverseHessian, ObsUpdate
 from pysparse.methods.wanda import Wanda
-from pysparse.pruning import NM, Correct, Filters, Keep, MixedNM, Recipe, Uniform, Unstructured
+from pysparse.pruning import NM, Correct, Filters, Keep, MixedNM, Recipe, RowMass, Uniform, Unstructured
 from pysparse.pruning.report import describe_recipe
 
 COMPONENTS: dict[str, dict[str, type[Any]]] = {
@@ -38,7 +38,9 @@ COMPONENTS: dict[str, dict[str, type[Any]]] = {
         "Uniform": Uniform, "OWL": OWL, "DLP": DLP, "ATP": ATP, "GlobalMagnitude": GlobalMagnitude,
         "Profile": Profile, "DLPProfile": DLPProfile, "ErdosRenyi": ErdosRenyi, "LAMP": LAMP,
     },
-    "structure": {"NM": NM, "MixedNM": MixedNM, "Unstructured": Unstructured, "Filters": Filters},
+    "structure": {
+        "NM": NM, "MixedNM": MixedNM, "Unstructured": Unstructured, "RowMass": RowMass, "Filters": Filters,
+    },
     "reconstruction": {"Keep": Keep, "ObsUpdate": ObsUpdate, "Correct": Correct},
 }  # fmt: skip
 _LIMIT = 1 << 12  # bytes; a recipe has some ten lines, and the parser's time grows with the square

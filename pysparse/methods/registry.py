@@ -32,6 +32,7 @@ from pysparse.pruning import (
     MaskStructure,
     MixedNM,
     Recipe,
+    RowMass,
     Uniform,
     Unstructured,
 )
@@ -46,6 +47,7 @@ METHODS: dict[str, Recipe] = {
     "magnitude-row": Recipe(Magnitude(), Uniform(), Unstructured("row"), Keep()),
     "magnitude-global": Recipe(Magnitude(), GlobalMagnitude(), Unstructured("matrix"), Keep()),
     "wanda": Recipe(Wanda(), Uniform(), Unstructured("row"), Keep()),
+    "wanda-variant": Recipe(Wanda(), Uniform(), RowMass(), Keep()),
     "sparsegpt": Recipe(InverseHessian(), Uniform(), Unstructured("matrix"), ObsUpdate()),
     "pot": Recipe(Magnitude(), GlobalMagnitude("l2"), Unstructured("matrix"), Correct()),
     "filter-l1": Recipe(Magnitude(), Uniform(), Filters(), Keep()),

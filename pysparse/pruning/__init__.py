@@ -24,6 +24,7 @@ from pysparse.pruning.recipe import (
 )
 from pysparse.pruning.reconstruction import Keep
 from pysparse.pruning.report import PrunedLayer, PruneReport
+from pysparse.pruning.row_mass import RowMass
 from pysparse.pruning.run import BlockEvent, Execution, gather_evidence, run
 from pysparse.pruning.structure import NM, Unstructured
 from pysparse.pruning.target import check_sparsity, resolve_sparsity
@@ -51,6 +52,7 @@ __all__ = [
     "PrunedLayer",
     "Recipe",
     "Reconstruction",
+    "RowMass",
     "Selecting",
     "Stats",
     "Sweeping",
