@@ -22,7 +22,13 @@ from pysparse.pruning.identity import model_hash
 from pysparse.pruning.journal import Journal
 from pysparse.pruning.placement import on_device
 
-accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed (pip install accelerate)")
+try:
+    import accelerate
+except ImportError:
+    accelerate = None
+ACCELERATE = pytest.mark.skipif(
+    accelerate is None, reason="accelerate is not installed (pip install accelerate)"
+)
 
 
 @pytest.fixture(autouse=True)
@@ -216,6 +222,7 @@ def contents(model, name):
     return found
 
 
+@ACCELERATE
 @pytest.mark.parametrize(("kind", "name", "method"), [
     ("memory", "llama", "wanda"), ("files", "llama", "sparsegpt"), ("checkpoint", "llama", "wanda"),
     ("files", "mixtral", "wanda"), ("memory", "gpt2", "magnitude"), ("memory", "mixtral", "sparsegpt"),
@@ -241,6 +248,7 @@ def test_offloaded_models_are_pruned_where_their_weights_are(kind, name, method,
     assert before == {path.name: path.read_bytes() for path in tmp_path.glob("checkpoint/*")}
 
 
+@ACCELERATE
 def test_an_offloaded_model_has_the_hash_of_a_whole_one_and_can_be_resumed(tmp_path):
     whole = discover(tiny_models.tiny("llama", torch.bfloat16))
     layout = discover(offloaded("files", "llama", tmp_path))
@@ -254,6 +262,7 @@ def test_an_offloaded_model_has_the_hash_of_a_whole_one_and_can_be_resumed(tmp_p
     assert model_hash(discover(again)) == model_hash(layout) != model_hash(whole)
 
 
+@ACCELERATE
 def test_a_device_beside_a_device_map_is_refused(tmp_path):
     model = offloaded("memory", "llama", tmp_path)
     with pytest.raises(
@@ -262,6 +271,7 @@ def test_a_device_beside_a_device_map_is_refused(tmp_path):
         pruned(model, device="cpu")
 
 
+@ACCELERATE
 def test_a_checkpoint_is_never_overwritten(tmp_path):
     model = offloaded("checkpoint", "llama", tmp_path)
     store = model.model.layers[1].mlp.up_proj._hf_hook.weights_map.dataset
