@@ -13,10 +13,13 @@ from transformers import AutoModelForCausalLM
 
 from pysparse.calib import load_calibration
 from pysparse.calib.activations import OnDisk, activations_in
+from pysparse.calib.offload import data_of
 from pysparse.calib.ranks import ALONE
+from pysparse.huggingface import from_pretrained, save_pretrained
 from pysparse.measure import torch_threads
 from pysparse.methods import recipe_for
 from pysparse.models.discover import discover
+from pysparse.nn import SparseLinear
 from pysparse.pruning import Execution, run
 from pysparse.pruning.identity import model_hash
 from pysparse.pruning.journal import Journal
@@ -105,6 +108,7 @@ from pysparse.calib import load_calibration
 from pysparse.measure import peak_memory
 from pysparse.methods import METHODS
 from pysparse.models.discover import discover
+from pysparse.nn import SparseLinear
 from pysparse.pruning import Execution, run
 
 class Block(nn.Module):
@@ -260,6 +264,19 @@ def test_an_offloaded_model_has_the_hash_of_a_whole_one_and_can_be_resumed(tmp_p
     journal.remove()
     assert [one.zeros for one in restored.layers] == [one.zeros for one in report.layers]
     assert model_hash(discover(again)) == model_hash(layout) != model_hash(whole)
+
+
+@ACCELERATE
+@pytest.mark.parametrize("kind", ["memory", "files", "checkpoint"])
+def test_an_offloaded_model_is_saved_packed(kind, tmp_path):
+    model = offloaded(kind, "llama", tmp_path)
+    pruned(model)
+    save_pretrained(model, tmp_path / "packed")
+    loaded = from_pretrained(tmp_path / "packed", format="dense")
+    assert sum(isinstance(one, SparseLinear) for one in from_pretrained(tmp_path / "packed").modules()) == 21
+    for name, value in loaded.named_parameters():
+        module, _, own = name.rpartition(".")
+        assert torch.equal(value, data_of(model.get_submodule(module), own)), name
 
 
 @ACCELERATE

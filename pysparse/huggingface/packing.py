@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from pysparse.calib.offload import data_of
 from pysparse.formats import BitmapTensor
 from pysparse.formats.bitmap import VALUE_DTYPES
 from pysparse.huggingface.layout import BITMASK, PARTS, SCALES, TRIPWIRE, Layout
@@ -38,7 +39,7 @@ def choose_layers(model: nn.Module, min_sparsity: float = MIN_SPARSITY) -> tuple
         if isinstance(module, SparseLinear | CompactLinear):
             packed.add(path)
         elif isinstance(module, nn.Linear | Conv1D):
-            sparsity = zero_fraction(module.weight)
+            sparsity = zero_fraction(data_of(module, "weight"))
             eligible = type(module) in (nn.Linear, DenseLinear) and module.weight.dtype in VALUE_DTYPES
             if eligible and module is not head and names[id(module.weight)] == 1 and sparsity >= min_sparsity:
                 packed.add(path)
@@ -145,13 +146,19 @@ def legacy_config(layout: Layout, sparsity: float) -> dict[str, Any]:
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, str, Tensor]]:
-    """Yield (module path, tensor name, tensor) of the state dict; ValueError for what has no data."""
+    """Yield (module path, tensor name, tensor) of the state dict; ValueError for what has no data.
+
+    What accelerate has offloaded is read from where it lies, file by file as it is asked for.
+    """
     for key, tensor in model.state_dict().items():
-        if tensor.device.type == "meta":
-            raise ValueError(
-                f"'{key}' has no data (device meta): an offloaded or unloaded model cannot be saved"
-            )
         path, _, name = key.rpartition(".")
+        if tensor.is_meta:
+            tensor = data_of(model.get_submodule(path), name)
+        if tensor.is_meta:
+            raise ValueError(
+                f"'{key}' has no data (device meta): an unloaded model cannot be saved, nor one whose offloaded "
+                "weights are gone"
+            )
         yield path, name, tensor
 
 

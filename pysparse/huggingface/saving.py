@@ -144,6 +144,9 @@ def _write_model(model: Any, export: Export, folder: Path, max_shard_size: int |
     stand_in = copy.copy(model)  # shares every module; only the attributes set below differ
     stand_in.config = copy.deepcopy(model.config)
     stand_in.hf_quantizer = None
+    stand_in.__dict__.pop(
+        "hf_device_map", None
+    )  # the state is complete: nothing is to be fetched from a store
     if export.quantization_config is None:
         if hasattr(stand_in.config, "quantization_config"):
             del stand_in.config.quantization_config
