@@ -117,7 +117,7 @@ def time_calls(
         run = round_robin(samplers, rounds, warmup)
         for name, count in counts.items():
             seconds[name] += [
-                one if waited + theirs <= WAIT_LIMIT * one * count else None
+                one if (waited if theirs is None else theirs) <= WAIT_LIMIT * one * count else None
                 for (one, theirs), waited in zip(run.results[name], run.waits[name], strict=True)
             ]
         timings = {name: Timing(tuple(seconds[name]), count) for name, count in counts.items()}
@@ -133,17 +133,17 @@ def _calls_for(call: Call, sample_seconds: float) -> int:
     return max(1, round(sample_seconds / once))
 
 
-def _sampler(call: Call, count: int) -> Callable[[], tuple[float, float]]:
+def _sampler(call: Call, count: int) -> Callable[[], tuple[float, float | None]]:
     function, setting, remote = call.function, call.setting, call.remote
     if remote is not None:
         return lambda: remote(count)
 
-    def sample() -> tuple[float, float]:
+    def sample() -> tuple[float, float | None]:
         with setting():
             start = time.perf_counter()
             for _ in range(count):
                 function()
-            return (time.perf_counter() - start) / count, 0.0
+            return (time.perf_counter() - start) / count, None
 
     return sample
 

@@ -132,7 +132,7 @@ def test_quality_goes_on_where_it_was(quick, script, tmp_path, monkeypatch):
 
 def test_rivals(quick, monkeypatch):
     """Engines of this process and of others, what is not installed, and what is then computed."""
-    for variable in ("PYSPARSE_RIVALS_PYTHON", "PYSPARSE_DEEPSPARSE_PYTHON", "PYSPARSE_GGML_LIB"):
+    for variable in ("RIVALS_PYTHON", "DEEPSPARSE_PYTHON", "GGML_LIB"):
         monkeypatch.setenv(variable, sys.executable if variable.endswith("PYTHON") else "/nowhere")
     run, printed = quick("rivals")
     (row,) = run["rows"]

@@ -1,6 +1,6 @@
 """DeepSparse 1.8.0, the last release with wheels: unstructured sparsity in fp32, closed source, discontinued.
 
-It pins old packages, so it has an environment of its own, named by PYSPARSE_DEEPSPARSE_PYTHON.
+It pins old packages, so it has an environment of its own, named by DEEPSPARSE_PYTHON.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 ENGINES = {"DeepSparse fp32": "fp32"}
 PACKAGES = ("deepsparse",)
 ERROR_BOUND = {"fp32": 1e-4}
-PYTHON_VARIABLE = "PYSPARSE_DEEPSPARSE_PYTHON"
+PYTHON_VARIABLE = "DEEPSPARSE_PYTHON"
 
 
 def load() -> None:

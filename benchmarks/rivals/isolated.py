@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 HERE = Path(__file__).resolve().parent
-PYTHON_VARIABLE = "PYSPARSE_RIVALS_PYTHON"  # an interpreter whose environment has the rivals' packages
+PYTHON_VARIABLE = "RIVALS_PYTHON"  # an interpreter whose environment has the rivals' packages
 # One file each, with ENGINES {name: variant}, PACKAGES, ERROR_BOUND, load() and build();
 # another PYTHON_VARIABLE where its pins exclude the others'.
 MODULES = ("numpy_dense", "mkl_csr", "onnxruntime_dense", "openvino_dense", "deepsparse_sparse", "llama_cpp")
@@ -72,7 +72,14 @@ class IsolatedEngine:
             request = {
                 "module": self.module, "variant": self.variant, "threads": threads, "working_set": working_set, **paths
             }  # fmt: skip
-            environment = os.environ | {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+            count = str(threads)
+            # Intel's OpenMP spins for 200 ms after its work unless told otherwise; calls of one sample follow at once.
+            environment = {
+                "KMP_BLOCKTIME": "20",
+                **os.environ,
+                "OMP_NUM_THREADS": count,
+                "MKL_NUM_THREADS": count,
+            }
             process = subprocess.Popen(
                 [self.python, str(HERE / "worker.py")], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE, text=True, env=environment,

@@ -1,6 +1,6 @@
 """llama.cpp's CPU product (ggml_mul_mat) on dense Q8_0 and Q4_0: what most people run a model of this size with.
 
-The libraries are those inside llama-cpp-python, or those in the folder that PYSPARSE_GGML_LIB names. Q4_0 takes
+The libraries are those inside llama-cpp-python, or those in the folder that GGML_LIB names. Q4_0 takes
 the layout that llama.cpp repacks it to at load on this CPU, where it has one.
 """
 
@@ -19,7 +19,7 @@ import numpy as np
 ENGINES = {"llama.cpp Q8_0": "q8_0", "llama.cpp Q4_0": "q4_0"}
 PACKAGES = ("llama-cpp-python",)
 ERROR_BOUND = {"q8_0": 0.02, "q4_0": 0.3}  # 4 bits have no exact zero: the sparser, the more of them move
-LIBRARY_VARIABLE = "PYSPARSE_GGML_LIB"
+LIBRARY_VARIABLE = "GGML_LIB"
 TYPES = {"q8_0": 8, "q4_0": 2}  # enum ggml_type
 BLOCK_BYTES = {"q8_0": 34, "q4_0": 18}  # of 32 weights and their scale
 FLOAT32 = 0

@@ -19,7 +19,9 @@ from typing import Any
 
 import numpy as np
 
-SETTLE_SECONDS = 0.02  # after a sample: spinning threads of this engine go to sleep before another's turn
+# Before and after a sample: OpenMP, BLAS and other pools spin for up to 25 ms before they sleep, and would hold the
+# cores of the engine whose turn comes next.
+SETTLE_SECONDS = 0.04
 
 
 def queue_wait_seconds() -> float:
@@ -54,6 +56,7 @@ class Copies:
         return self._calls[self._next]()
 
     def sample(self, count: int) -> dict[str, float]:
+        time.sleep(SETTLE_SECONDS)
         self.call()  # wakes the threads
         waited, start = queue_wait_seconds(), time.perf_counter()
         for _ in range(count):
