@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 
 import numpy as np
 
@@ -15,6 +16,14 @@ def load() -> None:
     """Raise ImportError with the reason when it cannot run here."""
     import onnx  # noqa: F401
     import onnxruntime  # noqa: F401
+
+
+@cache
+def share_pool(threads: int) -> None:
+    """Make one pool for all copies: else the threads of one session spin while another's are timed."""
+    import onnxruntime
+
+    onnxruntime.set_global_thread_pool_sizes(threads, 1)
 
 
 def model_bytes(weight: np.ndarray, tokens: int) -> bytes:
@@ -40,7 +49,8 @@ def build(
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
+    share_pool(threads)
+    options.use_per_session_threads = False
     session = onnxruntime.InferenceSession(
         model_bytes(weight, len(x)), options, providers=["CPUExecutionProvider"]
     )
