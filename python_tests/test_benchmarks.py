@@ -73,10 +73,21 @@ def test_end_to_end(quick):
     run, printed = quick("end_to_end")
     (row,) = run["rows"]
     assert list(row["decode"]) == list(row["prefill"])
-    assert {"torch dense", "pysparse dense", "sparse 70%"} < set(row["decode"])
+    assert {"torch dense", "pysparse dense", "sparse 70%", "sparse 70%, int8 values"} < set(row["decode"])
+    assert row["computed_q4_0"]["what"].startswith("computed, not run")
     assert all(one["tokens_per_second"] > 0 for one in row["decode"].values())
     assert row["memory"]["peak"] > 0
     assert "RANDOM WEIGHTS" in printed
+
+
+def test_end_to_end_one_after_other(quick):
+    run, printed = quick("end_to_end", "--one-after-other")
+    (row,) = run["rows"]
+    assert row["blocks"] == 2
+    dense, sparse, int8 = (one["bytes"] for one in row["engines"].values())
+    assert dense > sparse > int8
+    assert row["engines"]["torch dense"]["speedup"] == 1.0
+    assert "one engine after the other, RANDOM WEIGHTS" in printed
 
 
 def test_checkpoint(quick):

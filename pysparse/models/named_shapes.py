@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -100,6 +101,28 @@ def random_model(
     _fill(model, pool, dtype)
     _rebuild_rotary(model)
     return model.eval()
+
+
+def repeat_block_(model: nn.Module, blocks: int) -> nn.Module:
+    """Give a model of one block ``blocks`` of them, in place: copies with memory of their own, packed or not.
+
+    So a packed model is built without its dense self, which may not fit. ValueError for a model of more blocks,
+    or ``blocks`` below 1.
+    """
+    stack: Any = model.base_model.layers  # type: ignore[union-attr]
+    if len(stack) != 1 or blocks < 1:
+        raise ValueError(f"{len(stack)} blocks cannot become {blocks}: one becomes one or more")
+    for index in range(1, blocks):
+        block = copy.deepcopy(stack[0])
+        for module in block.modules():
+            if hasattr(module, "layer_idx"):
+                module.layer_idx = index  # its place in the KV cache
+        stack.append(block)
+    config: Any = model.config
+    config.num_hidden_layers = blocks
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types * blocks
+    return model
 
 
 def _meta_model(shape: NamedShape, blocks: int, dtype: torch.dtype) -> nn.Module:
