@@ -9,7 +9,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 BENCHMARKS = (
-    "linear", "overhead", "checkpoint", "encoder", "end_to_end", "prefill", "dispatch", "int8_nm", "quality",
+    "linear", "overhead", "fused", "checkpoint", "encoder", "end_to_end", "prefill", "dispatch", "int8_nm", "quality",
     "pts", "rivals", "pruning",
 )  # fmt: skip
 

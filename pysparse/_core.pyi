@@ -122,6 +122,19 @@ def bitmap_linear(
     y: int,
     rows: int,
 ) -> None: ...
+def bitmap_linear_group(
+    dtype: int, x: int, tokens: int, cols: int, operands: list[tuple[int, ...]], outputs: list[int]
+) -> None: ...
+def bitmap_gated_linear(
+    dtype: int,
+    x: int,
+    tokens: int,
+    cols: int,
+    gate: tuple[int, ...],
+    up: tuple[int, ...],
+    activation: int,
+    y: int,
+) -> None: ...
 def bitmap_unpack(
     dtype: int,
     values: int,

@@ -30,8 +30,7 @@ def load_model(
     that holds no model, ValueError when a model object does not have the ``dtype`` asked for.
     """
     if not isinstance(source, nn.Module):
-        options = {} if dtype is None else {"dtype": dtype}
-        return huggingface.from_pretrained(check_source(source), format=format, **options)
+        return huggingface.from_pretrained(check_source(source), format=format, dtype=dtype)
     have = getattr(source, "dtype", None)
     if dtype is not None and have != dtype:
         raise ValueError(

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 
 from pysparse.huggingface.layout import CheckpointError
-from pysparse.huggingface.quantizer import ALLOW_OTHER_SHAPES
+from pysparse.huggingface.quantizer import ALLOW_OTHER_SHAPES, FUSE
 from pysparse.huggingface.saving import FORMATS, write_folder
 from pysparse.huggingface.source import Source
 from pysparse.nn import Packing
@@ -30,6 +30,7 @@ def from_pretrained(
     format: str = "sparse",
     dtype: torch.dtype | str | None = None,
     device_map: Any = None,
+    fuse: bool = False,
     **kwargs: Any,
 ) -> nn.Module:
     """Load the model in a folder (or of that name on the hub) and return it in evaluation mode.
@@ -39,7 +40,8 @@ def from_pretrained(
     ready for the kernels; with "dense" they become ordinary ``nn.Linear``
     with zeros. An ordinary dense checkpoint loads as it is, either way. Folders in compressed-tensors'
     ``sparse-bitmask`` and ``sparse-24-bitmask`` layouts, which its later releases no longer read, load like
-    our own. ``dtype`` converts values and leaves the masks alone; ``kwargs`` go to transformers.
+    our own. ``dtype`` converts values and leaves the masks alone; with ``fuse`` sparse layers that share an input
+    are computed in fewer calls (see :func:`pysparse.nn.fuse_`); ``kwargs`` go to transformers.
 
     Raises CheckpointError (a ValueError) that names file, tensor and bound when anything in the folder is
     damaged or contradicts the rest, FileNotFoundError for a missing folder or config.json.
@@ -54,11 +56,13 @@ def from_pretrained(
         kwargs["dtype"] = dtype
     if not _is_cpu(device_map):
         kwargs["device_map"] = device_map
-    token = ALLOW_OTHER_SHAPES.set(bool(kwargs.get("ignore_mismatched_sizes", False)))
+    shapes = ALLOW_OTHER_SHAPES.set(bool(kwargs.get("ignore_mismatched_sizes", False)))
+    fusing = FUSE.set(fuse)
     try:
         model = _build(source, config, kwargs)
     finally:
-        ALLOW_OTHER_SHAPES.reset(token)
+        FUSE.reset(fusing)
+        ALLOW_OTHER_SHAPES.reset(shapes)
     if format == "dense" and source.layout is not None:
         model.dequantize()
     loaded: nn.Module = model.eval()

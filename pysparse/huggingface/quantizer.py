@@ -32,13 +32,16 @@ from pysparse.huggingface.layout import (
 )
 from pysparse.huggingface.packing import packed_state_dict
 from pysparse.huggingface.reader import Checkpoint
-from pysparse.nn import CompactLinear, DenseLinear, Packing, SparseLinear, densify_
+from pysparse.nn import CompactLinear, DenseLinear, Packing, SparseLinear, densify_, fuse_
 from pysparse.nn.packing import RowMajor
 
 _NAMES = (*PARTS[BITMASK], SCALES, TRIPWIRE)
 
 # Set by from_pretrained(ignore_mismatched_sizes=True), which transformers does not tell a quantizer.
 ALLOW_OTHER_SHAPES: ContextVar[bool] = ContextVar("pysparse_allow_other_shapes", default=False)
+
+# Set by from_pretrained(fuse=...): whether layers that share an input are computed in fewer calls.
+FUSE: ContextVar[bool] = ContextVar("pysparse_fuse", default=False)
 
 
 @register_quantization_config(QUANT_METHOD)
@@ -161,6 +164,8 @@ class PysparseQuantizer(HfQuantizer):
         for path, module in list(model.named_modules()):
             if path and type(module) is nn.Linear:
                 model.set_submodule(path, DenseLinear.from_linear(module))
+        if FUSE.get():
+            fuse_(model)
         # Names on disk are the model's own: nothing is to be renamed back when it is saved.
         model._weight_conversions = []
         nnz = {layer.path: layout.nnz[layer.stored] for layer in self._layers}

@@ -2,6 +2,7 @@
 
 from pysparse.nn.compact import CompactLinear
 from pysparse.nn.convert import ConversionReport, densify_, sparsify_
+from pysparse.nn.fused import FusionReport, fuse_, unfuse_
 from pysparse.nn.linear import DenseLinear, SparseLinear
 from pysparse.nn.packing import Packing
 
@@ -9,8 +10,11 @@ __all__ = [
     "CompactLinear",
     "ConversionReport",
     "DenseLinear",
+    "FusionReport",
     "Packing",
     "SparseLinear",
     "densify_",
+    "fuse_",
     "sparsify_",
+    "unfuse_",
 ]

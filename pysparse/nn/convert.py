@@ -12,6 +12,7 @@ from torch import nn
 from pysparse.formats import BitmapTensor
 from pysparse.nn.compact import CompactLinear
 from pysparse.nn.dispatch import MIN_SPARSITY, OPTIMIZE, Verdict, judge
+from pysparse.nn.fused import fuse_, unfuse_
 from pysparse.nn.linear import DenseLinear, SparseLinear
 from pysparse.nn.match import matches
 from pysparse.nn.packing import Packing
@@ -42,6 +43,7 @@ def sparsify_(
     pattern: str | None = None,
     group_size: int | None = None,
     activation_bits: int = 8,
+    fuse: bool = False,
 ) -> ConversionReport:
     """Replace, in place, each ``nn.Linear`` whose zeros pay by a :class:`SparseLinear`; prunes nothing.
 
@@ -61,6 +63,7 @@ def sparsify_(
     ``pattern="n:m"`` (n kept of m) is checked in every layer, and packed with compact indices where these take
     no more bytes than a mask and have a vector kernel (2:4, 1:4, 2:8, 1:8, 2:16), else under a mask.
     Either is packed from 0.3 zeros on, or ``min_sparsity``.
+    With ``fuse``, layers that share an input are computed in fewer calls, see :func:`pysparse.nn.fuse_`.
     Raises ValueError, before any layer is changed, for an unknown ``optimize``, ``tokens`` below 1, a
     ``min_sparsity`` outside [0, 1] and, naming the layer, for weights that cannot be kept so: a crowded group,
     a NaN or infinity in int8, over 65536 inputs.
@@ -91,6 +94,8 @@ def sparsify_(
             kernel = packed.kernel if isinstance(packed, DenseLinear) else "dense torch"
             report.dense[path] += f"; {kernel}"
         _replace(model, path, packed.train(layer.training))
+    if fuse:
+        fuse_(model)
     return report
 
 
@@ -139,6 +144,7 @@ def _verdict(
 
 def densify_(model: nn.Module) -> nn.Module:
     """Put plain ``nn.Linear`` layers back in place of every sparse and dense kernel layer; return ``model``."""
+    unfuse_(model)
     for path, module in [
         (p, m) for p, m in model.named_modules() if isinstance(m, SparseLinear | CompactLinear | DenseLinear)
     ]:

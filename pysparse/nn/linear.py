@@ -14,6 +14,7 @@ from pysparse.formats import BitmapTensor, TiledBitmap
 from pysparse.nn.device import DeviceWeight
 from pysparse.nn.dispatch import Dispatch, dense_kernel_tokens
 from pysparse.nn.packing import check_pattern
+from pysparse.nn.shared_input import InputGroup
 from pysparse.ops.costs import Choice
 
 _CANONICAL = ("compressed", "bitmask", "row_offsets", "shape")
@@ -41,6 +42,7 @@ class SparseLinear(nn.Module):
     masks: Tensor | None
     tile_offsets: Tensor | None
     bias: nn.Parameter | None
+    _seat: tuple[InputGroup, int] | None = None  # among siblings called with the same input, see fuse_
 
     def __init__(
         self,
@@ -195,6 +197,13 @@ class SparseLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return [..., out_features] for ``x`` [..., in_features] of the weight's dtype."""
+        seat = self._seat
+        if seat is not None and not torch.compiler.is_dynamo_compiling():
+            return seat[0].linear(seat[1], self, x)
+        return self.multiply(x)
+
+    def multiply(self, x: Tensor) -> Tensor:
+        """Compute :meth:`forward` by this layer alone."""
         buffers = self._buffers
         masks, values, tile_offsets = buffers["masks"], buffers["values"], buffers["tile_offsets"]
         if masks is None or values is None or tile_offsets is None:
@@ -217,6 +226,27 @@ class SparseLinear(nn.Module):
         """Find the way that costs least for this number of tokens; measures the costs if they are not known."""
         weight = self._tiled()
         return self._dispatch.way(weight.shape, weight.nnz, weight.values.dtype, tokens)
+
+    def operand(self, x: Tensor) -> ops.Operand | None:
+        """Return what a call shared with other layers needs of this one; None unless it would decode ``x`` itself.
+
+        Under torch.compile, where ways are not measured, any number of tokens may come.
+        """
+        b = self._buffers
+        values, masks, tile_offsets = b["values"], b["masks"], b["tile_offsets"]
+        if values is None or masks is None or tile_offsets is None or not masks.is_cpu:
+            return None
+        if x.dtype is not values.dtype or x.dtype not in ops.KERNEL_DTYPES or x.size(-1) != self.in_features:
+            return None
+        if (
+            x.numel() > self._dispatch.bitmap_tokens * self.in_features
+            and not torch.compiler.is_dynamo_compiling()
+        ):
+            tokens = x.numel() // self.in_features
+            way = self._dispatch.decided(tokens) or self._decide(tokens)
+            if tokens > ops.DECODE_TOKENS or way != "bitmap":
+                return None
+        return values, masks, tile_offsets, self._parameters["bias"], self.out_features
 
     def _tiled(self) -> TiledBitmap:
         buffers = self._buffers
@@ -315,7 +345,7 @@ class SparseLinear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"nnz={self.nnz}, sparsity={self.sparsity:.3f}, dtype={str(self.dtype).removeprefix('torch.')}, "
             f"{self._dispatch}"
-        )
+        ) + (f", {self._seat[0].describe(self._seat[1])}" if self._seat else "")
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         bitmap = self.bitmap()

@@ -8,6 +8,15 @@ from pysparse.ops.cuda import (
     packed_linear,
     packed_unpack,
 )
+from pysparse.ops.fused import (
+    ACTIVATIONS,
+    Operand,
+    bitmap_linear_group,
+    call_bitmap_linear_group,
+    call_gated_linear,
+    gated_linear,
+    needs_gradient,
+)
 from pysparse.ops.int8 import ACTIVATION_BITS, call_int8_linear, int8_linear, int8_unpack
 from pysparse.ops.linear import (
     DECODE_TOKENS,
@@ -35,29 +44,36 @@ from pysparse.ops.obs import SweepPattern, can_sweep, obs_sweep
 from pysparse.ops.select import can_select, nm_mask, row_mask, select_nm, select_rows
 
 __all__ = [
+    "ACTIVATIONS",
     "ACTIVATION_BITS",
     "DECODE_TOKENS",
     "DELTA_TOKENS",
     "DENSE_TOKENS",
     "KERNEL_DTYPES",
     "STRIP_TOKENS",
+    "Operand",
     "SweepPattern",
     "bitmap_linear",
     "bitmap_linear_chunks",
+    "bitmap_linear_group",
     "bitmap_unpack",
     "call_arrays",
     "call_bitmap_linear",
+    "call_bitmap_linear_group",
+    "call_gated_linear",
     "call_int8_linear",
     "call_nm_int8_linear",
     "call_nm_linear",
     "can_select",
     "can_sweep",
     "dense_linear",
+    "gated_linear",
     "int8_linear",
     "int8_unpack",
     "is_kernel_dtype",
     "max_tokens",
     "needs_dispatcher",
+    "needs_gradient",
     "nm_int8_linear",
     "nm_int8_unpack",
     "nm_linear",

@@ -1,0 +1,70 @@
+// y = activation(gate) * up on 16 lanes; bf16 values widen by a shift and round by whole numbers.
+#include <type_traits>
+
+#include "isa/avx512.h"
+#include "pysparse/fused.h"
+
+PYSPARSE_TARGET_BEGIN(PYSPARSE_AVX512)
+#include "simd/gate_vectors.h"
+namespace pysparse {
+namespace {
+
+struct Vectors {
+  using Float = __m512;
+  static constexpr int kLanes = 16;
+
+  static Float set(float value) { return _mm512_set1_ps(value); }
+  static Float load(const float* p) { return _mm512_load_ps(p); }
+  static Float load(const BFloat16* p) {
+    return widen(_mm512_cvtepu16_epi32(_mm256_load_si256(reinterpret_cast<const __m256i*>(p))));
+  }
+  static void store(float* p, Float v) { _mm512_store_ps(p, v); }
+  static void store(BFloat16* p, Float v) {
+    _mm256_store_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(bf16_bits(v)));
+  }
+  template <class T>
+  static Float round_to(Float v) {
+    if constexpr (std::is_same_v<T, float>)
+      return v;
+    else
+      return widen(bf16_bits(v));
+  }
+  static Float add(Float a, Float b) { return _mm512_add_ps(a, b); }
+  static Float sub(Float a, Float b) { return _mm512_sub_ps(a, b); }
+  static Float mul(Float a, Float b) { return _mm512_mul_ps(a, b); }
+  static Float div(Float a, Float b) { return _mm512_div_ps(a, b); }
+  static Float fma(Float a, Float b, Float c) { return _mm512_fmadd_ps(a, b, c); }
+  static Float min(Float a, Float b) { return _mm512_min_ps(a, b); }
+  static Float max(Float a, Float b) { return _mm512_max_ps(a, b); }
+  static Float round(Float v) {
+    return _mm512_roundscale_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  }
+  static Float negative(Float v, Float a, Float b) {
+    return _mm512_mask_mov_ps(b, _mm512_cmp_ps_mask(v, _mm512_setzero_ps(), _CMP_LT_OQ), a);
+  }
+  static Float scale(Float v, Float n) { return _mm512_scalef_ps(v, n); }
+
+ private:
+  static Float widen(__m512i bits) { return _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16)); }
+  // Nearest even, a NaN stays one: as assign(BFloat16&, float).
+  static __m512i bf16_bits(Float v) {
+    const __m512i bits = _mm512_castps_si512(v), high = _mm512_srli_epi32(bits, 16);
+    const __m512i odd = _mm512_and_si512(high, _mm512_set1_epi32(1));
+    const __m512i up = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+    return _mm512_mask_mov_epi32(_mm512_srli_epi32(up, 16), _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q),
+                                 _mm512_set1_epi32(0x7fc0));
+  }
+};
+
+}  // namespace
+}  // namespace pysparse
+PYSPARSE_TARGET_END
+
+namespace pysparse {
+namespace {
+constexpr GatedProduct::Kernel kFloat32{gate_values<Vectors, float>};
+constexpr GatedProduct::Kernel kBFloat16{gate_values<Vectors, BFloat16>};
+const Register<GatedProduct> registered[] = {{DType::kFloat32, isa::kAvx512, kFloat32},
+                                             {DType::kBFloat16, isa::kAvx512, kBFloat16}};
+}  // namespace
+}  // namespace pysparse

@@ -1,0 +1,67 @@
+"""Fewer calls for the same numbers: gated MLPs, and sibling layers that share an input."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from pysparse.nn.gated import GatedMLP, GatedPlan
+from pysparse.nn.linear import SparseLinear
+from pysparse.nn.shared_input import InputGroup
+
+
+@dataclass(slots=True)
+class FusionReport:
+    """What :func:`fuse_` found, by the path of the parent module."""
+
+    gated: dict[str, str] = field(default_factory=dict)  # what one call computes there
+    watched: dict[str, tuple[str, ...]] = field(default_factory=dict)  # sibling layers, by name
+
+
+def fuse_(model: nn.Module) -> FusionReport:
+    """Let the sparse layers of ``model`` be computed in fewer calls, in place; modules, names and hooks stay.
+
+    A module whose forward is ``down(activation(gate(x)) * up(x))`` computes activation and product along with the
+    two weights (:class:`GatedMLP`). Other sparse layers with one parent and one input size are watched, and those
+    that turn out to be called with the same tensor, such as query, key and value, are computed in one call
+    (:class:`InputGroup`). Both concern a few tokens without gradients on the CPU; any other call goes the way it
+    would without. ``state_dict()`` and saved files are the same. What is fused already stays as it is.
+    """
+    report = FusionReport()
+    for path, module in list(model.named_modules()):
+        children = {n: m for n, m in module.named_children() if type(m) is SparseLinear and m._seat is None}
+        if isinstance(module, GatedMLP) or len(children) < 2:
+            continue
+        plan = GatedPlan.of(module)
+        if plan is not None:
+            GatedMLP.fuse(module, plan)
+            report.gated[path] = str(plan)
+            children.pop(plan.gate)
+            children.pop(plan.up)
+        for names in _candidates(children):
+            group = InputGroup(names)
+            for seat, name in enumerate(names):
+                children[name]._seat = (group, seat)
+            report.watched[path] = report.watched.get(path, ()) + names
+    return report
+
+
+def _candidates(children: dict[str, SparseLinear]) -> list[tuple[str, ...]]:
+    """Return the names of layers that could be called with one input: those of one size and dtype."""
+    alike: dict[tuple[int, torch.dtype], list[str]] = defaultdict(list)
+    for name, layer in children.items():
+        alike[layer.in_features, layer.dtype].append(name)
+    return [tuple(names) for names in alike.values() if len(names) > 1]
+
+
+def unfuse_(model: nn.Module) -> nn.Module:
+    """Undo :func:`fuse_`, in place, and return ``model``: every layer is computed by a call of its own again."""
+    for module in model.modules():
+        if isinstance(module, GatedMLP):
+            GatedMLP.unfuse(module)
+        if isinstance(module, SparseLinear):
+            module._seat = None
+    return model

@@ -1,0 +1,687 @@
+"""Several products in one call: the ops, and how a model gets them."""
+
+import copy
+import gc
+import itertools
+import multiprocessing
+import pickle
+import threading
+
+import pytest
+import reference
+import tiny_models
+import torch
+from torch import nn
+from torch.nn import functional
+
+from pysparse import backend, ops
+from pysparse.formats import BitmapTensor, TiledBitmap
+from pysparse.measure.twins import zero_at_random_
+from pysparse.nn import SparseLinear, densify_, fuse_, sparsify_, unfuse_
+from pysparse.nn.gated import GatedMLP
+from pysparse.nn.shared_input import ALONE_CALLS, PATIENCE
+
+pytestmark = pytest.mark.skipif(
+    not backend.available(), reason=f"no compiled core: {backend.missing_reason()}"
+)
+
+DTYPES = [torch.float32, torch.bfloat16]
+LEVELS = [isa for isa, supported in backend.isa_levels() if supported]
+
+
+def tiled(weight):
+    return TiledBitmap.from_bitmap(BitmapTensor.from_dense(weight))
+
+
+def weights(cols, rows, dtype, sparsity=0.6):
+    return [reference.sparse_matrix(n, cols, sparsity, dtype) for n in rows]
+
+
+@pytest.fixture(params=[1, 2], ids=["1thread", "2threads"])
+def threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+# --- the operations
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("isa", LEVELS)
+def test_a_group_has_the_bits_of_separate_calls(dtype, isa):
+    with backend.force_isa(isa):
+        for cols, tokens in itertools.product((1, 31), (0, 1, 3, 16, 17, 64, 65)):
+            parts = [tiled(w) for w in weights(cols, (33, 1, 16, 0, 70), dtype)]
+            biases = [torch.randn(w.shape[0]).to(dtype) if i % 2 else None for i, w in enumerate(parts)]
+            x = torch.randn(tokens, cols).to(dtype)
+            together = ops.bitmap_linear_group(x, parts, biases)
+            for y, weight, bias in zip(together, parts, biases, strict=True):
+                assert torch.equal(y, ops.bitmap_linear(x, weight, bias))
+
+
+def test_a_group_is_shared_out_over_threads(threads):
+    parts = [tiled(w) for w in weights(513, (1030, 16, 700), torch.bfloat16)]
+    x = torch.randn(3, 513).bfloat16()
+    for y, weight in zip(ops.bitmap_linear_group(x, parts), parts, strict=True):
+        assert torch.equal(y, ops.bitmap_linear(x, weight))
+    gated = ops.gated_linear(x, parts[0], parts[0], "silu")
+    torch.set_num_threads(3 - threads)
+    assert torch.equal(gated, ops.gated_linear(x, parts[0], parts[0], "silu"))
+
+
+def separate(x, gate, up, activation, gate_bias=None, up_bias=None):
+    active = ops.ACTIVATIONS[activation](ops.bitmap_linear(x, gate, gate_bias))
+    return active, active * ops.bitmap_linear(x, up, up_bias)
+
+
+def assert_gated_close(actual, x, gate, up, activation, biases=(None, None)):
+    """Allow what the docstring does: the activation may differ by a few float32 units of its argument and one
+    rounding of its result; products with it are rounded once more."""
+    active, expected = separate(x, gate, up, activation, *biases)
+    argument, factor = (
+        ops.bitmap_linear(x, w, b).double().abs() for w, b in zip((gate, up), biases, strict=True)
+    )
+    step = 2 * reference.EPSILON[actual.dtype]
+    off_activation = step * active.double().abs() + 2.0**-21 * argument
+    bound = off_activation * factor * (1 + step) + step * expected.double().abs() + 1e-37
+    excess = (actual.double() - expected.double()).abs() - bound
+    assert actual.dtype == expected.dtype
+    assert actual.shape == expected.shape
+    assert not (excess > 0).any(), f"{activation}: off by {excess.max().item():.3e} beyond the bound"
+
+
+@pytest.mark.parametrize("activation", list(ops.ACTIVATIONS))
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("isa", LEVELS)
+def test_gated_linear_matches_separate_operations(dtype, isa, activation):
+    with backend.force_isa(isa):
+        for cols, rows, tokens in itertools.product((1, 33), (0, 1, 45), (0, 1, 16, 17, 65)):
+            gate, up = map(tiled, weights(cols, (rows, rows), dtype))
+            biases = [torch.randn(rows).to(dtype) for _ in range(2)]
+            x = 2 * torch.randn(tokens, cols).to(dtype)
+            for pair in ((None, None), biases, (biases[0], None)):
+                actual = ops.gated_linear(x, gate, up, activation, *pair)
+                assert_gated_close(actual, x, gate, up, activation, pair)
+
+
+def every_number(dtype):
+    """All bfloat16 numbers, infinities and NaNs among them."""
+    return torch.arange(-(1 << 15), 1 << 15).to(torch.int16).view(torch.bfloat16).to(dtype)
+
+
+def activate_every_number(activation, dtype):
+    numbers = every_number(dtype)
+    zeros, ones = tiled(torch.zeros(len(numbers), 1, dtype=dtype)), torch.ones(len(numbers), dtype=dtype)
+    return ops.gated_linear(torch.zeros(1, 1, dtype=dtype), zeros, zeros, activation, numbers, ones)[0]
+
+
+EXACT = {  # in double, in forms that keep their digits where the result is tiny
+    "silu": lambda x: x * torch.sigmoid(x),
+    "gelu": lambda x: 0.5 * x * torch.special.erfc(-x / 2**0.5),
+    "gelu_pytorch_tanh": lambda x: x * torch.sigmoid((8 / torch.pi) ** 0.5 * (x + 0.044715 * x**3)),
+    "relu": functional.relu,
+}
+
+
+@pytest.mark.parametrize("activation", list(ops.ACTIVATIONS))
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("isa", sorted({key.isa for key in backend.kernels(op="gate") if key.supported}))
+def test_activations_over_every_bfloat16_number(isa, dtype, activation):
+    numbers = every_number(dtype)
+    with backend.force_isa(isa):
+        actual = activate_every_number(activation, dtype)
+    exact = EXACT[activation](numbers.double())
+    assert torch.equal(actual.isnan(), exact.isnan())
+    finite = numbers.isfinite()
+    # A few float32 roundings of the result, one of exp's argument (at most 104: beyond, nothing is left), one to
+    # the dtype; an exponential that overflows, from e^88.7 on, takes results below 3e-37 to zero.
+    argument = numbers.double().abs().clamp(max=15 if "gelu" in activation else 104)[finite]
+    roundings = 6 + (argument.square() if "gelu" in activation else argument)
+    bound = exact[finite].abs() * (roundings * 2.0**-23 + reference.EPSILON[dtype]) + 3e-37
+    assert ((actual.double() - exact)[finite].abs() <= bound).all()
+    assert torch.equal(actual[~finite].isinf(), exact[~finite].isinf())
+
+
+def test_silu_in_bfloat16_has_the_bits_of_torch():
+    actual, expected = (
+        activate_every_number("silu", torch.bfloat16),
+        functional.silu(every_number(torch.bfloat16)),
+    )
+    usable = ~expected.isnan()
+    assert torch.equal(actual[usable], expected[usable])
+
+
+def test_inputs_of_any_rank_and_stride():
+    gate, up = map(tiled, weights(30, (24, 24), torch.float32))
+    x = torch.randn(4, 5, 60)[..., ::2]
+    for y, weight in zip(ops.bitmap_linear_group(x, [gate, up]), (gate, up), strict=True):
+        assert torch.equal(y, ops.bitmap_linear(x, weight))
+    assert ops.gated_linear(x, gate, up, "relu").shape == (4, 5, 24)
+    assert ops.gated_linear(torch.randn(30), gate, up, "relu").shape == (24,)
+
+
+def test_wrong_arguments_are_refused():
+    gate, other = map(tiled, weights(30, (24, 25), torch.float32))
+    x = torch.randn(1, 30)
+    with pytest.raises(ValueError, match="x has 31 features, the weight takes 30"):
+        ops.bitmap_linear_group(torch.randn(1, 31), [gate])
+    with pytest.raises(ValueError, match="0 weights and 0 biases"):
+        ops.bitmap_linear_group(x, [])
+    with pytest.raises(ValueError, match="2 weights and 1 biases"):
+        ops.bitmap_linear_group(x, [gate, gate], [None])
+    with pytest.raises(ValueError, match=r"gate is \(24, 30\) and up \(25, 30\)"):
+        ops.gated_linear(x, gate, other, "silu")
+    with pytest.raises(ValueError, match="activation is one of silu, .*; got 'tanh'"):
+        ops.gated_linear(x, gate, gate, "tanh")
+    for mixed in ([gate, tiled(torch.ones(3, 30).bfloat16())], [tiled(torch.ones(3, 30).bfloat16())]):
+        with pytest.raises(ValueError, match="x is torch.float32, the weight torch.bfloat16"):
+            ops.bitmap_linear_group(x, mixed)
+    with pytest.raises(ValueError, match="the bias torch.bfloat16"):
+        ops.gated_linear(x, gate, gate, "silu", torch.zeros(24).bfloat16())
+    short = TiledBitmap(gate.values[:5], gate.masks, gate.tile_offsets, gate.shape)
+    with pytest.raises(ValueError, match="only 5 values are there"):
+        ops.bitmap_linear_group(x, [gate, short])
+
+
+def test_operator_contract_and_gradients():
+    gate, up = map(tiled, weights(30, (24, 24), torch.float32))
+    x, bias = torch.randn(3, 30), torch.randn(24)
+    arrays = [
+        [w.values for w in (gate, up)],
+        [w.masks for w in (gate, up)],
+        [w.tile_offsets for w in (gate, up)],
+    ]
+    torch.library.opcheck(
+        torch.ops.pysparse.bitmap_linear_group.default, (x, *arrays, [bias, None], [24, 24])
+    )
+    torch.library.opcheck(torch.ops.pysparse.gated_linear.default, (x, *arrays, [bias, None], 24, "gelu"))
+    x.requires_grad_()
+    bias.requires_grad_()
+    ops.gated_linear(x, gate, up, "silu", bias).sum().backward()
+    y, z = x.detach().clone().requires_grad_(), bias.detach().clone().requires_grad_()
+    dense = [w.to_bitmap().to_dense() for w in (gate, up)]
+    (functional.silu(functional.linear(y, dense[0], z)) * functional.linear(y, dense[1])).sum().backward()
+    torch.testing.assert_close(x.grad, y.grad, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(bias.grad, z.grad, rtol=1e-4, atol=1e-4)
+    both = ops.bitmap_linear_group(x, [gate, up], [bias, None])
+    assert all(part.requires_grad for part in both)
+
+
+# --- layers
+
+
+class Attention(nn.Module):
+    """q, k, v of one input, an output layer of the same size with another."""
+
+    def __init__(self, cols=32, dtype=torch.float32, bias=True):
+        super().__init__()
+        for name, rows in (("q", cols), ("k", 16), ("v", 16), ("o", 16)):
+            linear = nn.Linear(cols, rows, bias=bias, dtype=dtype)
+            linear.weight.data = reference.sparse_matrix(rows, cols, 0.6, dtype)
+            self.add_module(name, linear)
+
+    def forward(self, x):
+        q, k, v = self.q(x), self.k(x), self.v(x)
+        return q, k, v, self.o(q * 0.5)
+
+
+class MLP(nn.Module):
+    def __init__(self, activation, cols=32, rows=48, dtype=torch.float32, bias=False):
+        super().__init__()
+        self.gate, self.up = (nn.Linear(cols, rows, bias=bias, dtype=dtype) for _ in range(2))
+        self.down = nn.Linear(rows, cols, bias=bias, dtype=dtype)
+        for linear in (self.gate, self.up, self.down):
+            linear.weight.data = reference.sparse_matrix(*linear.weight.shape, 0.6, dtype)
+        self.act = activation
+
+    def forward(self, x):
+        return self.down(self.act(self.gate(x)) * self.up(x))
+
+
+class FunctionalMLP(MLP):
+    def forward(self, states):
+        return self.down(self.up(states) * functional.gelu(self.gate(states), approximate="tanh"))
+
+
+def packed(module):
+    """A module with sparse layers, each computed by a call of its own."""
+    sparsify_(module.eval(), fuse=False)
+    return module
+
+
+class Counted:
+    """Counts the compiled core's calls of one function, and calls it."""
+
+    def __init__(self, monkeypatch, name):
+        self.calls, function = 0, getattr(backend.core(), name)
+
+        def call(*arguments):
+            self.calls += 1
+            return function(*arguments)
+
+        monkeypatch.setattr(backend.core(), name, call)
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    names = ("bitmap_linear", "bitmap_linear_group", "bitmap_gated_linear")
+    return {name: Counted(monkeypatch, name) for name in names}
+
+
+def calls(counted):
+    """Return the counts since the last time: alone, in groups, gated."""
+    now = tuple(one.calls for one in counted.values())
+    for one in counted.values():
+        one.calls = 0
+    return now
+
+
+@pytest.fixture(autouse=True)
+def no_gradients(request):
+    with torch.set_grad_enabled("gradient" in request.node.name):
+        yield
+
+
+def assert_same(actual, expected):
+    for a, b in zip(actual, expected, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_siblings_are_found_by_their_calls(counted, dtype):
+    model = packed(Attention(dtype=dtype))
+    expected_of = copy.deepcopy(model)
+    assert fuse_(model).watched == {"": ("q", "k", "v", "o")}
+    assert "watched for calls shared with k, v, o" in repr(model.q)
+    for tokens in (1, 1, 1, 8, 200):  # watched; and many tokens go their own way
+        x = torch.randn(tokens, 32).to(dtype)
+        assert_same(model(x), expected_of(x))
+    assert "one call with k, v" in repr(model.q)
+    assert "call" not in repr(model.o)
+    calls(counted)
+    x = torch.randn(2, 32).to(dtype)
+    model(x)
+    assert calls(counted) == (1, 1, 0)
+    model(torch.randn(200, 32).to(dtype))
+    assert calls(counted) == (0, 0, 0)  # torch multiplies unpacked rows
+    unfuse_(model)
+    model(x)
+    assert calls(counted) == (4, 0, 0)
+    assert "call" not in repr(model.q)
+
+
+def shared(model=None):
+    """Return a model whose q, k, v are computed together."""
+    model = packed(model or Attention())
+    fuse_(model)
+    x = torch.randn(1, model.q.in_features).to(model.q.dtype)
+    for _ in range(2):
+        model(x.clone())
+    return model
+
+
+def test_a_changed_input_weight_or_bias_is_never_overlooked(counted):
+    model = shared()
+    plain = unfuse_(copy.deepcopy(model))
+    x = torch.randn(1, 32)
+    calls(counted)
+    model.q(x)
+    assert calls(counted) == (0, 1, 0)
+    x.add_(1)
+    assert torch.equal(model.k(x), plain.k(x))  # x is another one now
+    model.q(x)
+    assert torch.equal(model.k(x.clone()), plain.k(x))  # the same numbers in another tensor: computed
+    model.q(x)
+    model.v.bias.data.add_(1)
+    plain.v.bias.data.add_(1)
+    model.v.bias.add_(1)
+    plain.v.bias.add_(1)
+    assert torch.equal(model.v(x), plain.v(x))
+    model.q(x)
+    model.v.values.mul_(2)
+    plain.v.values.mul_(2)
+    assert torch.equal(model.v(x), plain.v(x))
+    model.q(x)
+    other = Attention()
+    other.load_state_dict(densify_(copy.deepcopy(plain)).state_dict())
+    packed(other)
+    other.v.bias.data.zero_()
+    model.v.load_state_dict(other.v.state_dict())
+    assert torch.equal(model.v(x), other.v(x))
+
+
+def test_results_do_not_outlive_the_input():
+    model = shared()
+    x = torch.randn(1, 32)
+    model.q(x)
+    group = model.q._seat[0]
+    results = group._calls.pending.results
+    assert set(results) == {1, 2}
+    del x
+    gc.collect()
+    assert not results
+    assert group._calls.pending.input() is None
+
+
+def test_a_group_whose_results_nobody_fetches_is_given_up(counted):
+    model = shared()
+    for _ in range(PATIENCE):
+        model.q(torch.randn(1, 32))
+    calls(counted)
+    model(torch.randn(1, 32))
+    model(torch.randn(1, 32))
+    assert calls(counted) == (8, 0, 0)
+    assert model.q._seat is None
+
+
+class Cross(Attention):
+    def forward(self, x, states):
+        return self.q(x), self.k(states), self.v(states), self.o(x + 1)
+
+
+def test_layers_with_inputs_of_their_own_are_left_alone(counted):
+    model = packed(Cross())
+    fuse_(model)
+    for _ in range(ALONE_CALLS + 2):
+        model(torch.randn(1, 32), torch.randn(1, 32))
+    calls(counted)
+    model(torch.randn(1, 32), torch.randn(1, 32))
+    assert calls(counted) == (2, 1, 0)  # k and v share
+    assert [model.get_submodule(n)._seat is not None for n in "qkvo"] == [False, True, True, False]
+
+
+def test_hooks_see_every_call():
+    model, seen = shared(), []
+    for name in "qkv":
+        model.get_submodule(name).register_forward_hook(lambda m, a, y, name=name: seen.append((name, y)))
+    plain = unfuse_(copy.deepcopy(model))
+    x = torch.randn(1, 32)
+    outputs = model(x)
+    assert [name for name, _ in seen] == ["q", "k", "v"]
+    assert_same([y for _, y in seen], outputs[:3])
+    model.k.register_forward_pre_hook(lambda m, a: (a[0] + 1,))
+    assert torch.equal(model(x)[1], plain.k(x + 1))
+
+
+def test_copies_pickles_and_state_dicts(counted):
+    model = nn.ModuleList([Attention(), MLP(nn.SiLU())])
+    packed(model)
+    x = torch.randn(1, 32)
+    expected = (*model[0](x), model[1](x))
+    state = model.state_dict()
+    fuse_(model)
+    model[0](x)
+    assert list(model.state_dict()) == list(state)
+    assert_same(model.state_dict().values(), state.values())
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        for _ in range(2):
+            other[0](x)
+        assert other[0].q._seat[0] is not model[0].q._seat[0]
+        assert other[0].q._seat[0] is other[0].k._seat[0]
+        calls(counted)
+        assert_same(other[0](x), expected[:4])
+        torch.testing.assert_close(other[1](x), expected[4], rtol=1e-5, atol=1e-4)
+        assert calls(counted) == (2, 1, 1)
+        other[0].k.bias.data.zero_()
+        assert not torch.equal(other[0](x)[1], expected[1])
+    assert_same(model[0](x), expected[:4])
+
+
+def test_a_model_is_freed_without_the_garbage_collector():
+    import weakref
+
+    model = nn.ModuleList([shared(), packed(MLP(nn.SiLU()))])
+    fuse_(model)
+    model[1](torch.randn(1, 32))
+    gc.collect()
+    gc.disable()
+    try:
+        gone = [weakref.ref(module) for module in model.modules() if isinstance(module, SparseLinear)]
+        del model
+        assert [one() for one in gone] == [None] * len(gone)
+    finally:
+        gc.enable()
+
+
+ACTIVATIONS = {
+    "silu": nn.SiLU(),
+    "gelu": nn.GELU(),
+    "gelu_pytorch_tanh": nn.GELU(approximate="tanh"),
+    "relu": nn.ReLU(),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", list(ACTIVATIONS))
+@pytest.mark.parametrize("bias", [False, True])
+def test_gated_mlps_are_found_by_what_they_compute(counted, name, dtype, bias):
+    model = packed(MLP(copy.deepcopy(ACTIVATIONS[name]), dtype=dtype, bias=bias))
+    plain = copy.deepcopy(model)
+    assert fuse_(model).gated == {"": f"one call for {name}(gate) * up"}
+    assert isinstance(model, MLP)
+    assert type(model).__name__ == "MLP"
+    assert f"one call for {name}(gate) * up" in repr(model)
+    for tokens in (0, 1, 8, 200):
+        x = torch.randn(tokens, 32).to(dtype)
+        scale = plain(x).abs().max().item() if tokens else 0.0
+        torch.testing.assert_close(
+            model(x), plain(x), rtol=0, atol=4 * reference.EPSILON[dtype] * max(scale, 1) * 2
+        )
+    calls(counted)
+    model(torch.randn(2, 32).to(dtype))
+    assert calls(counted) == (1, 0, 1)
+    unfuse_(model)
+    assert type(model) is MLP
+    x = torch.randn(2, 32).to(dtype)
+    assert torch.equal(model(x), plain(x))
+
+
+def test_a_functional_activation_and_any_order_of_factors(counted):
+    model = packed(FunctionalMLP(nn.Identity()))
+    expected = model(torch.ones(1, 32))
+    fuse_(model)
+    calls(counted)
+    torch.testing.assert_close(model(torch.ones(1, 32)), expected)
+    assert calls(counted) == (1, 0, 1)
+    torch.testing.assert_close(model(states=torch.ones(1, 32)), expected)
+    assert calls(counted) == (1, 0, 1)
+
+
+class Scaled(MLP):
+    def forward(self, x):
+        return self.down(self.act(self.gate(x)) * self.up(x) * 0.5)
+
+
+class Dropping(MLP):
+    def forward(self, x):
+        return self.down(functional.dropout(self.act(self.gate(x)) * self.up(x), training=self.training))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: MLP(nn.Tanh()),
+        lambda: MLP(nn.PReLU(init=0.0)),  # a relu for now, but it learns
+        lambda: MLP(nn.Softmax(dim=-1)),
+        lambda: Scaled(nn.SiLU()),
+        lambda: Dropping(nn.SiLU()),
+        lambda: Attention(),
+    ],
+)
+def test_other_modules_are_no_gated_mlps(make):
+    model = packed(make())
+    assert not fuse_(model).gated
+    assert not isinstance(model, GatedMLP)
+
+
+def test_whoever_watches_a_part_sees_it_called(counted):
+    x = torch.randn(1, 32)
+    for part in ("gate", "up", "act"):
+        model, seen = packed(MLP(nn.SiLU())), []
+        fuse_(model)
+        handle = model.get_submodule(part).register_forward_hook(lambda m, a, y, seen=seen: seen.append(y))
+        calls(counted)
+        model(x)
+        assert len(seen) == 1
+        assert calls(counted) == (3, 0, 0)
+        handle.remove()
+        model(x)
+        assert calls(counted) == (1, 0, 1)
+    model.act = nn.Tanh()
+    model(x)
+    assert calls(counted) == (3, 0, 0)
+    model.act, model.up = nn.SiLU(), densify_(nn.Sequential(copy.deepcopy(model.up)))[0]
+    model(x)
+    assert calls(counted) == (2, 0, 0)
+
+
+def test_a_gradient_goes_through_the_separate_layers():
+    for model in (Attention(), MLP(nn.SiLU(), bias=True)):
+        packed(model)
+        plain = copy.deepcopy(model)
+        fuse_(model)
+        x, y = (torch.ones(2, 32, requires_grad=True) for _ in range(2))
+        for _ in range(3):
+            sum(part.square().sum() for part in model(x)).backward()
+            sum(part.square().sum() for part in plain(y)).backward()
+        assert torch.equal(x.grad, y.grad)
+        for a, b in zip(model.parameters(), plain.parameters(), strict=True):
+            assert torch.equal(a.grad, b.grad)
+
+
+def test_inference_mode_is_right_too():
+    model, plain = nn.ModuleList([Attention(), MLP(nn.SiLU())]), None
+    packed(model)
+    plain = copy.deepcopy(model)
+    fuse_(model)
+    with torch.inference_mode():
+        for _ in range(3):
+            x = torch.randn(1, 32)
+            assert_same(model[0](x), plain[0](x))
+            torch.testing.assert_close(model[1](x), plain[1](x), rtol=1e-5, atol=1e-4)
+            q = model[0].q(x)
+            x.add_(1)  # unseen by a version counter: inference tensors have none
+            assert torch.equal(model[0].k(x), plain[0].k(x))
+            assert not torch.equal(q, model[0].q(x))
+
+
+def test_other_dtypes_and_states_take_their_own_way():
+    model = shared()
+    plain = unfuse_(copy.deepcopy(model))
+    x = torch.randn(1, 32)
+    for dtype in (torch.bfloat16, torch.float32):
+        model.to(dtype)
+        plain.to(dtype)
+        assert_same(model(x.to(dtype)), plain(x.to(dtype)))
+    model.k.bfloat16()
+    assert torch.equal(model.q(x), plain.q(x))
+    model.k.float()
+    plain.k.bfloat16().float()
+    with pytest.raises(ValueError, match="x has 31 features, the layer takes 32"):
+        model.q(torch.randn(1, 31))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_same(model(x), plain(x))
+
+
+def test_two_threads_on_one_model():
+    model = nn.ModuleList([shared(Attention(64)), packed(MLP(nn.SiLU(), 64, 96))])
+    fuse_(model)
+    for _ in range(2):
+        model[0](torch.randn(1, 64))
+    plain, failures = unfuse_(copy.deepcopy(model)), []
+
+    def work(seed):
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for _ in range(100):
+                x = torch.randn(1, 64, generator=generator)
+                for actual, expected in zip(model[0](x), plain[0](x), strict=True):
+                    if not torch.equal(actual, expected):
+                        failures.append(seed)
+                if not torch.allclose(model[1](x), plain[1](x), atol=1e-4):
+                    failures.append(-seed)
+
+    workers = [threading.Thread(target=work, args=(seed,)) for seed in (1, 2)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert not failures
+
+
+def _child(model, x, queue):
+    torch.set_num_threads(1)
+    queue.put([part.tolist() for part in model(x)])
+
+
+def test_fork_after_use():
+    model = shared()
+    x = torch.randn(1, 32)
+    expected = [part.tolist() for part in model(x)]
+    context = multiprocessing.get_context("fork")
+    queue = context.SimpleQueue()
+    child = context.Process(target=_child, args=(model, x, queue))
+    child.start()
+    child.join(60)
+    assert child.exitcode == 0
+    assert queue.get() == expected
+
+
+@pytest.mark.parametrize("mode", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiled_models_take_the_kernels(counted, mode):
+    model = nn.ModuleList([shared(), packed(MLP(nn.SiLU()))])
+    fuse_(model)
+    x = torch.randn(1, 32)
+    expected = (*model[0](x), model[1](x))
+    compiled = [torch.compile(part, fullgraph=True, backend=mode) for part in model]
+    for _ in range(2):
+        calls(counted)
+        assert_same(compiled[0](x), expected[:4])
+        assert calls(counted) == (4, 0, 0)  # every layer on the decode kernel
+        torch.testing.assert_close(compiled[1](x), expected[4], rtol=1e-5, atol=1e-4)
+        assert calls(counted) == (1, 0, 1)
+    many = torch.randn(100, 32)
+    torch.testing.assert_close(compiled[1](many), model[1](many), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("tokens", [1, 16, 64])
+def test_a_compiled_layer_takes_the_decode_kernel(counted, tokens):
+    layer = packed(nn.Sequential(reference_linear()))
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    x = torch.randn(tokens, 32)
+    expected = layer(x)
+    calls(counted)
+    assert torch.equal(compiled(x), expected)
+    assert calls(counted) == (1, 0, 0)
+
+
+def reference_linear():
+    linear = nn.Linear(32, 16)
+    linear.weight.data = reference.sparse_matrix(16, 32, 0.6, torch.float32)
+    return linear
+
+
+# --- whole models
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma", "opt", "bert", "qwen2_moe"])
+def test_models_generate_the_same(counted, name):
+    model = tiny_models.tiny(name)
+    zero_at_random_(model, 0.6)
+    packed(model)
+    plain = copy.deepcopy(model)
+    report = fuse_(model)
+    assert report.watched
+    assert bool(report.gated) == (name not in ("opt", "bert"))
+    ids = tiny_models.tokens(1, 4)
+    for _ in range(3):
+        torch.testing.assert_close(model(input_ids=ids)[0], plain(input_ids=ids)[0], rtol=1e-4, atol=1e-4)
+    calls(counted)
+    model(input_ids=ids)
+    assert calls(counted)[1] == 3  # q/k/v of each of the three blocks
+    assert list(model.state_dict()) == list(plain.state_dict())
+    if name != "bert":
+        settings = {"max_new_tokens": 6, "do_sample": False}
+        assert torch.equal(model.generate(ids, **settings), plain.generate(ids, **settings))
