@@ -405,3 +405,20 @@ def obs_sweep(
     n: int,
     m: int,
 ) -> None: ...
+
+CHOLESKY_LEAF: int
+
+def add_product(
+    c: int,
+    c_stride: int,
+    a: int,
+    a_stride: int,
+    b: int,
+    b_row_stride: int,
+    b_col_stride: int,
+    rows: int,
+    depth: int,
+    cols: int,
+    alpha: float,
+) -> None: ...
+def inverse_cholesky_leaf(matrix: int, size: int, stride: int) -> bool: ...

@@ -9,8 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from transformers import AutoModelForCausalLM
 
-from pysparse import backend, ops
+from pysparse import backend, data, ops
 from pysparse.calib import Gram, load_calibration
 from pysparse.measure import torch_threads
 from pysparse.methods import METHODS, InverseHessian, Magnitude, ObsUpdate, Wanda, obs, recipe_for
@@ -91,6 +92,46 @@ def test_factors_by_halves_are_those_of_the_library(size, monkeypatch):
         assert obs.inverse_cholesky(matrix.clone()) is None
         matrix[0, 0] = -1.0
         assert obs.inverse_cholesky(matrix) is None
+
+
+def products():
+    return [pytest.param(key, id=str(key), marks=() if key.supported else pytest.mark.skip(
+        reason=f"this CPU lacks {key.isa}")) for key in backend.kernels(op="product")]  # fmt: skip
+
+
+@pytest.mark.parametrize("key", products())
+def test_compiled_products_match_float64(key):
+    for rows, depth, cols in [(0, 3, 4), (3, 0, 4), (1, 1, 1), (7, 5, 65), (13, 300, 17), (6, 64, 64)]:
+        left, target = torch.randn(rows, depth + 3)[:, 2 : depth + 2], torch.randn(rows, cols + 2)[:, 1:-1]
+        for right in (torch.randn(depth, cols), torch.randn(cols, depth).T):
+            expected = target.double() - 2 * left.double() @ right.double()
+            bound = (depth + 3) * 2.0**-23 * (target.abs() + 2 * left.abs() @ right.abs()).double() + 1e-30
+            result = target.clone()
+            with backend.force_isa(key.isa):
+                ops.add_product(result, left, right, -2.0)
+            assert ((result.double() - expected).abs() <= bound).all()
+    with pytest.raises(ValueError, match=r"\(2, 3\) @ \(4, 5\) does not give \(2, 5\)"):
+        ops.add_product(torch.zeros(2, 5), torch.zeros(2, 3), torch.zeros(4, 5))
+    with pytest.raises(ValueError, match="products are of float32 matrices on the CPU"):
+        ops.add_product(torch.zeros(2, 5).double(), torch.zeros(2, 3), torch.zeros(3, 5))
+    with pytest.raises(ValueError, match="a leaf has up to 64 columns, got 65"):
+        ops.inverse_cholesky_leaf(torch.eye(65))
+
+
+def test_compiled_factors_have_the_same_bits_for_any_number_of_threads():
+    x = torch.randn(900, 333)
+    matrix = x.T @ x / 900 + 0.1 * torch.eye(333)
+    results = []
+    for count in (1, 2, 3):
+        with torch_threads(count):
+            results.append(obs.inverse_cholesky(matrix.clone()))
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+    expected = torch.linalg.cholesky(matrix.double()).inverse()
+    scale = expected.abs().max()
+    assert float((results[0].double() - expected).abs().max() / scale) < 333 * 2.0**-24
+    matrix[300, 300] = -1.0
+    assert obs.inverse_cholesky(matrix) is None
 
 
 def test_the_factor_is_made_once_for_layers_that_share_inputs():
@@ -309,8 +350,7 @@ def test_one_thread_and_two_give_the_same_bits(structure):
     weight, _, stats = layer(601, 300)
     results = []
     for count in (1, 2, 3):
-        with torch_threads(1):
-            inverse_factor(stats["gram"], 0.01)  # the same factor for all
+        stats = {**stats, "gram": stats["gram"].clone()}  # another one: it is factored anew
         with torch_threads(count):
             results.append(solve(weight, stats, structure, sparsity_of(structure)))
     for other in results[1:]:
@@ -457,3 +497,24 @@ def test_crosses_fall_out_of_the_recipe():
     assert recipe_for("sparsegpt", "2:4").structure == NM(2, 4)
     assert recipe_for("sparsegpt").needs == ("gram",)
     assert Recipe(Wanda(), Uniform(), NM(2, 4), ObsUpdate()).needs == ("squared_norm", "gram")
+
+
+def test_no_layer_of_the_bundled_model_loses_by_the_update(monkeypatch):
+    """||W X - W' X|| with the update is at most that of the same mask without it, for every layer."""
+    model = AutoModelForCausalLM.from_pretrained(data.demo_model_path()).float().eval()
+    ratios, solve_one = [], ObsUpdate.solve
+
+    def watched(self, weight, stats, *rest):
+        pruned = solve_one(self, weight, stats, *rest)
+        gram, losses = stats["gram"].double(), []
+        for other in (pruned.weight, weight * pruned.keep):
+            lost = weight.double() - other.double()
+            losses.append(float(((lost @ gram) * lost).sum()))
+        ratios.append(losses[0] / losses[1])
+        return pruned
+
+    monkeypatch.setattr(ObsUpdate, "solve", watched)
+    ids = torch.randint(3, 500, (8, 128), generator=torch.Generator().manual_seed(0))
+    report = run(discover(model), METHODS["sparsegpt"], 0.6, load_calibration(ids))
+    assert len(ratios) == len(report.layers) > 10
+    assert max(ratios) <= 1.0

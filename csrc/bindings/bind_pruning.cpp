@@ -3,6 +3,7 @@
 #include <utility>
 
 #include "bind.h"
+#include "pysparse/cholesky.h"
 #include "pysparse/obs.h"
 #include "pysparse/select.h"
 
@@ -19,6 +20,13 @@ Selection selection(uintptr_t keep, uintptr_t pruned) {
   return {pointer<uint8_t>(keep), pointer<void>(pruned)};
 }
 
+void call_add_product(uintptr_t c, int64_t c_stride, uintptr_t a, int64_t a_stride, uintptr_t b,
+                      int64_t b_row_stride, int64_t b_col_stride, int64_t rows, int64_t depth,
+                      int64_t cols, float alpha) {
+  add_product(pointer<float>(c), c_stride, {pointer<const float>(a), rows, depth, a_stride, 1},
+              {pointer<const float>(b), depth, cols, b_row_stride, b_col_stride}, alpha);
+}
+
 void call_obs_sweep(uintptr_t weight, uintptr_t upper, uintptr_t scale, uintptr_t keep,
                     int64_t rows, int64_t cols, int64_t block, bool joint, const Array& counts,
                     int n, int m) {
@@ -31,6 +39,14 @@ void call_obs_sweep(uintptr_t weight, uintptr_t upper, uintptr_t scale, uintptr_
 }  // namespace
 
 void bind_pruning(pybind11::module_& module) {
+  module.attr("CHOLESKY_LEAF") = kLeaf;
+  module.def("add_product", &call_add_product, ReleaseGil());
+  module.def(
+      "inverse_cholesky_leaf",
+      [](uintptr_t matrix, int64_t size, int64_t stride) {
+        return inverse_cholesky_leaf(pointer<float>(matrix), size, stride);
+      },
+      ReleaseGil());
   module.def("obs_sweep", &call_obs_sweep, ReleaseGil());
   module.def(
       "select_rows",

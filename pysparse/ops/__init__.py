@@ -40,7 +40,15 @@ from pysparse.ops.nm import (
     nm_linear,
     nm_unpack,
 )
-from pysparse.ops.obs import SweepPattern, can_sweep, obs_sweep
+from pysparse.ops.obs import (
+    SweepPattern,
+    add_product,
+    can_factor,
+    can_sweep,
+    cholesky_leaf,
+    inverse_cholesky_leaf,
+    obs_sweep,
+)
 from pysparse.ops.select import can_select, nm_mask, row_mask, select_nm, select_rows
 
 __all__ = [
@@ -53,6 +61,7 @@ __all__ = [
     "STRIP_TOKENS",
     "Operand",
     "SweepPattern",
+    "add_product",
     "bitmap_linear",
     "bitmap_linear_chunks",
     "bitmap_linear_group",
@@ -64,12 +73,15 @@ __all__ = [
     "call_int8_linear",
     "call_nm_int8_linear",
     "call_nm_linear",
+    "can_factor",
     "can_select",
     "can_sweep",
+    "cholesky_leaf",
     "dense_linear",
     "gated_linear",
     "int8_linear",
     "int8_unpack",
+    "inverse_cholesky_leaf",
     "is_kernel_dtype",
     "max_tokens",
     "needs_dispatcher",

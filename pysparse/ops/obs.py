@@ -26,6 +26,43 @@ def can_sweep(weight: Tensor) -> bool:
     return backend.available() and weight.device.type == "cpu"
 
 
+def can_factor(matrix: Tensor) -> bool:
+    """Tell whether the compiled products take ``matrix``: float32 on the CPU, rows contiguous."""
+    return can_sweep(matrix) and matrix.dtype == torch.float32 and matrix.stride(1) == 1
+
+
+def cholesky_leaf() -> int:
+    """Return the largest size that :func:`inverse_cholesky_leaf` takes."""
+    return int(backend.core().CHOLESKY_LEAF)
+
+
+def add_product(target: Tensor, left: Tensor, right: Tensor, alpha: float = 1.0) -> None:
+    """Add ``alpha * left @ right`` to ``target``, with the same bits for any number of threads.
+
+    Float32 matrices on the CPU, views included; ``left`` and ``target`` have contiguous rows, ``right`` any
+    strides, and ``target`` overlaps neither. Raises ValueError for other shapes or types.
+    """
+    (rows, depth), cols = left.shape, right.shape[1]
+    matrices = (target, left, right)
+    if right.shape[0] != depth or tuple(target.shape) != (rows, cols):
+        raise ValueError(f"{tuple(left.shape)} @ {tuple(right.shape)} does not give {tuple(target.shape)}")
+    if any(one.dtype != torch.float32 or one.device.type != "cpu" for one in matrices) or (
+        left.stride(1) != 1 or target.stride(1) != 1
+    ):
+        raise ValueError("products are of float32 matrices on the CPU, the left one with contiguous rows")
+    backend.core().add_product(
+        target.data_ptr(), target.stride(0), left.data_ptr(), left.stride(0), right.data_ptr(), right.stride(0),
+        right.stride(1), rows, depth, cols, alpha,
+    )  # fmt: skip
+
+
+def inverse_cholesky_leaf(matrix: Tensor) -> bool:
+    """Replace a small symmetric L L^T by L^-1 in place; False when it is not positive definite."""
+    if not can_factor(matrix) or matrix.shape[0] != matrix.shape[1]:
+        raise ValueError(f"a leaf is a square float32 matrix on the CPU, got {tuple(matrix.shape)}")
+    return bool(backend.core().inverse_cholesky_leaf(matrix.data_ptr(), len(matrix), matrix.stride(0)))
+
+
 def obs_sweep(weight: Tensor, upper: Tensor, scale: Tensor, pattern: SweepPattern) -> tuple[Tensor, Tensor]:
     """Prune ``weight`` [R, C] from left to right; each error is made good by the columns right of it.
 
