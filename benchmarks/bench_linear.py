@@ -18,6 +18,7 @@ from harness import (
     Timing,
     cold_copies,
     command_line,
+    restart_for_isa,
     show,
     threads_of,
     time_calls,
@@ -177,6 +178,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--hot", action="store_true", help="one copy a weight: cached where it fits")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--sample-seconds", type=float, default=0.008, help="calls of one sample fill this")
+    parser.add_argument(
+        "--isa", choices=("avx2",), help="force this level on our kernels, torch and oneDNN alike"
+    )
     options = parser.parse_args(arguments)
     if options.quick:
         options.shape, options.sparsity = [shapes.QUICK_SHAPE], [0.5, 0.9]
@@ -186,12 +190,14 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
+    restart_for_isa(options.isa)
     this = Run.start("linear", options)
     with torch_threads(options.threads), torch.no_grad():
         rows = run(options)
         cold = f"cold: copies of over {COLD_BYTES / 1e6:.0f} MB in turn"
         protocol = {
             "threads": threads_of(options),
+            "isa": options.isa or "as the machine has",
             "rounds": options.rounds,
             "sample_seconds": options.sample_seconds,
             "order": "round robin, turned every round",

@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import os
 import re
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -238,6 +240,14 @@ def show(*tables: Table, path: Path | None = None) -> None:
         console.print(table)
     if path is not None:
         console.print(f"written to {path}", markup=False, highlight=False)
+
+
+def restart_for_isa(level: str | None) -> None:
+    """Start this command anew with ``level`` ("avx2") forced on us, torch and oneDNN, which read it as they load."""
+    if level is None or os.environ.get("PYSPARSE_ISA") == level:
+        return
+    forced = {"PYSPARSE_ISA": level, "ATEN_CPU_CAPABILITY": level, "ONEDNN_MAX_CPU_ISA": level.upper()}
+    os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **forced})
 
 
 def threads_of(options: argparse.Namespace) -> int:

@@ -238,6 +238,22 @@ def test_copies_take_turns(script):
     assert harness.COLD_BYTES >= 160e6
 
 
+@pytest.mark.slow
+def test_limits(quick):
+    run, printed = quick("limits")
+    assert {(row["kernel"], row["tokens"]) for row in run["rows"]} == {
+        ("pysparse sparse", 1), ("pysparse sparse", 4), ("pysparse sparse", 16), ("pysparse pairs", 16),
+        ("pysparse int8", 1), ("pysparse n:m", 1),
+    }  # fmt: skip
+    for row in run["rows"]:
+        assert row["bytes"] > 0
+        assert set(row["timings"]) == {"cold", "cached", "call", "read", "gemm"}
+        if "limit" in row:  # enough clean samples
+            assert row["limit"] in ("memory", "instructions")
+            assert min(row["memory_us"], row["dots_us"]) > 0
+    assert "what memory, instructions and dots alone take" in printed
+
+
 def test_disturbed_samples_are_left_out(script):
     timing = script("harness").Timing((1e-6, None, 3e-6, 2e-6), 5)
     other = script("harness").Timing((2e-6, 9e-6, 6e-6, None), 5)
