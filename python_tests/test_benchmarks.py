@@ -90,6 +90,12 @@ def test_end_to_end_one_after_other(quick):
     assert "one engine after the other, RANDOM WEIGHTS" in printed
 
 
+def test_int8_quality(quick):
+    run, _ = quick("int8_quality")
+    assert len(run["rows"]) == 8
+    assert all(0.9 < row["over_own_dtype"] < 1.1 for row in run["rows"])
+
+
 def test_checkpoint(quick):
     run, printed = quick("checkpoint")
     (model,) = [row for row in run["rows"] if row["what"] == "bundled model"]
