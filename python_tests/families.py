@@ -88,6 +88,16 @@ def judge_unpacked(actual, x, weight, packed, bias, option):
     assert same.all(), f"{int((~same).sum())} weights differ in their bits"
 
 
+def judge_values(actual, x, weight, packed, bias, option):
+    """The stored weights exactly; n:m holds no negative zeros."""
+    same = (actual == weight) | (actual.isnan() & weight.isnan())
+    assert same.all(), f"{int((~same).sum())} weights differ"
+
+
+def judge_dequantised(actual, x, weight, packed, bias, option):
+    assert torch.equal(actual, packed.to_int8().to_dense(weight.dtype)), "not the container's numbers"
+
+
 FAMILIES = {
     ("linear", "bitmap"): Family(
         lambda weight, _: tiled(weight), lambda x, packed, bias, _: ops.bitmap_linear(x, packed, bias), judge_product
@@ -116,11 +126,24 @@ FAMILIES = {
         nm_int8, lambda x, packed, bias, option: ops.nm_int8_linear(x, packed, bias, bits_of(option)),
         judge_quantised, fit_pattern, non_finite_weights=False, spreads=False, max_tokens=64,
     ),
+    ("unpack", "bitmap-int8"): Family(
+        int8, lambda x, packed, bias, _: ops.int8_unpack(packed, x.dtype), judge_dequantised, non_finite_weights=False
+    ),
+    ("unpack", "nm"): Family(nm, lambda x, packed, bias, _: ops.nm_unpack(packed), judge_values, fit_pattern),
+    ("unpack", "nm-int8"): Family(
+        nm_int8, lambda x, packed, bias, _: ops.nm_int8_unpack(packed, x.dtype), judge_dequantised, fit_pattern,
+        non_finite_weights=False,
+    ),
 }  # fmt: skip
 
 
 # Operations that multiply no activations; their files enumerate the kernels in the same way.
-TESTED_ELSEWHERE = {"select": "test_select.py", "sweep": "test_sparsegpt.py"}
+TESTED_ELSEWHERE = {
+    "select": "test_select.py",
+    "sweep": "test_sparsegpt.py",
+    "product": "test_sparsegpt.py",
+    "gate": "test_fused.py",
+}
 
 
 def family_of(key):

@@ -139,8 +139,10 @@ def test_pairs_wait_for_the_last_of_uneven_tasks_and_round_tokens_up():
     assert MADE_UP.predict("pairs", (rows - 256, cols), 0.5, 64) == pytest.approx(
         even, rel=0.01
     )  # 7 tasks of 2
-    assert MADE_UP.predict("pairs", (rows, cols), 0.5, 33) == pytest.approx(even)
-    assert MADE_UP.predict("pairs", (rows, cols), 0.5, 65) == pytest.approx(1.5 * even)
+    for tokens, whole in ((33, 48), (49, 64), (65, 80), (97, 112)):
+        assert MADE_UP.predict("pairs", (rows, cols), 0.5, tokens) == pytest.approx(
+            MADE_UP.predict("pairs", (rows, cols), 0.5, whole)
+        )
 
 
 def test_noise_is_cleaned_away():
