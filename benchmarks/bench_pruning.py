@@ -289,11 +289,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser = command_line("pruning", __doc__ or "")
     parser.add_argument("--only", nargs="+", choices=("selection", "sweeps", "block"))
     parser.add_argument("--shape", choices=shapes.LINEAR, default="4096x4096")
+    parser.add_argument("--rounds", type=int, default=9, help="of short calls; half as many of long ones")
     parser.add_argument("--sequences", type=int, default=4, help="of calibration, for the block")
     parser.add_argument("--length", type=int, default=512, help="tokens a sequence, for the block")
     parser.add_argument("--worker", nargs=2, metavar=("ENGINE", "METHOD"), help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
-    options.rounds, options.long_rounds = (3, 3) if options.quick else (9, 5)
+    options.rounds = 3 if options.quick else options.rounds
+    options.long_rounds = max(3, (options.rounds + 1) // 2)
     options.shape = shapes.QUICK_SHAPE if options.quick else options.shape
     with torch_threads(threads_of(options)) as threads:
         options.threads = threads

@@ -114,6 +114,9 @@ def _claims() -> Iterator[Claim]:
         ):
             text = f"{shape} {dtype}, 1 token, {sparsity:.0%} zeros: speed over {over}"
             yield Claim(text, "linear", bound, _linear(shape, dtype, sparsity, over))
+        for dtype, bound in (("bf16", 1.1), ("fp32", 3.0)):
+            text = f"{shape} {dtype}, 1 token, 70% zeros, AVX2 alone for both: speed over torch"
+            yield Claim(text, "linear-avx2", bound, _linear(shape, dtype, 0.7, "torch"))
         for dtype in ("bf16", "fp32"):
             share = _linear(shape, dtype, 0.5, "read probe", "dense_kernel_speedup_over")
             yield Claim(f"{shape} {dtype}: our dense kernel over the read probe", "linear", 0.85, share)
@@ -136,7 +139,57 @@ def _claims() -> Iterator[Claim]:
     )
 
 
-CLAIMS = (*_claims(), *_quality_claims())
+def _prefill(shape: str, dtype: str, tokens: int) -> Callable[[Row], float | None]:
+    """The layer's speed-up over torch as a part of its target: one figure for each sparsity."""
+
+    def figure(row: Row) -> float | None:
+        if (row["shape"], row["dtype"], row["tokens"]) != (shape, dtype, tokens) or not row.get("target"):
+            return None
+        speedup = _median(row["speedup_over_torch"].get("chosen"))
+        return None if speedup is None else speedup / row["target"]
+
+    return figure
+
+
+def _prefill_claims() -> Iterator[Claim]:
+    for dtype, tokens in (("bf16", 16), ("bf16", 64), ("bf16", 256), ("fp32", 256)):
+        for shape in ("4096x4096", "11008x4096", "4096x11008", "14336x4096"):
+            text = f"{shape} {dtype}, {tokens} tokens, 50 to 90 % zeros: speed over torch, of its target"
+            yield Claim(text, "prefill", 1.0, _prefill(shape, dtype, tokens))
+
+
+def _dispatched(row: Row, ours: str, others: Callable[[str], bool]) -> float | None:
+    """``ours``' time over the least of the engines that ``others`` names; None for rows of an older protocol."""
+    times = row["microseconds"]
+    known = {"torch": "nn.Linear"}.get(ours, ours)
+    if "default_way" not in row or known not in times:
+        return None
+    return float(times[known] / min(time for name, time in times.items() if others(name)))
+
+
+def _dispatch_claims() -> Iterator[Claim]:
+    def is_way(name: str) -> bool:
+        return name not in ("chosen", "default")
+
+    def is_dense(name: str) -> bool:
+        return name in ("nn.Linear", "kernel")
+
+    def way(row: Row) -> float | None:
+        return _dispatched(row, row["way"].removeprefix("kept dense: "), is_way)
+
+    yield Claim("random layers: the way taken over the best way", "dispatch", 1.03, way, True)
+    for layer, mode in (("chosen", 'optimize="speed"'), ("default", "the default")):
+        for what, others in (("dense", is_dense), ("the best way", is_way)):
+            yield Claim(
+                f"random layers, {mode}: the layer's call over {what}",
+                "dispatch",
+                1.03,
+                lambda row, layer=layer, others=others: _dispatched(row, layer, others),  # type: ignore[misc]
+                True,
+            )
+
+
+CLAIMS = (*_claims(), *_prefill_claims(), *_dispatch_claims(), *_quality_claims())
 
 
 def figures(claim: Claim, runs: list[tuple[str, Row]]) -> list[float]:
@@ -160,7 +213,9 @@ def load(folder: Path) -> list[tuple[str, Row]]:
     runs = []
     for path in sorted(folder.glob("*.json")):
         name = json.loads(path.read_text(encoding="utf-8")).get("benchmark")
-        runs += [(name, run) for run in read_runs(path)]
+        for run in read_runs(path):
+            forced = run.get("protocol", {}).get("isa", "")  # a level below the machine's is another question
+            runs.append((f"{name}-avx2" if forced.startswith("avx2") else name, run))
     return runs
 
 
