@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bench_prefill import target
 from harness import RESULTS, read_runs, show
+from shapes import DECODE_SHAPES, LINEAR
 
 from pysparse.measure.results import make_table
 from pysparse.measure.rounds import Spread
@@ -55,7 +57,34 @@ def _overhead(call: str, mode: str) -> Callable[[Row], float | None]:
 
 
 def _end_to_end(row: Row) -> float | None:
-    return row["decode"].get("sparse 70%", {}).get("speedup", {}).get("median")
+    return row.get("decode", {}).get("sparse 70%", {}).get("speedup", {}).get("median")
+
+
+def _all_blocks(engine: str) -> Callable[[Row], float | None]:
+    return lambda row: row.get("engines", {}).get(engine, {}).get("speedup") if row["blocks"] == 32 else None
+
+
+def _pruning(what: str, detail: str, over: str) -> Callable[[Row], float | None]:
+    def figure(row: Row) -> float | None:
+        found = (row["what"], row["detail"]) == (what, detail)
+        return _median(row["speedup_over"].get(over)) if found else None
+
+    return figure
+
+
+def _pruning_claims() -> Iterator[Claim]:
+    for dtype in ("bf16", "fp32"):
+        for over, bound in (("torch stable sort", 90.0), ("torch topk", 18.0)):
+            text = f"Wanda's score and row selection, {dtype}: speed over {over}"
+            yield Claim(text, "pruning", bound, _pruning("row selection", dtype, over))
+        text = f"Wanda's score and 2:4 selection, {dtype}: speed over torch's best form"
+        yield Claim(text, "pruning", 25.0, _pruning("2:4 selection", dtype, "torch comparisons"))
+    shared = "factor and sweep, layers sharing inputs: 3"
+    for what, plain, tuned in (("sweep", 6.0, 2.0), (shared, 4.0, 2.0)):
+        for detail in ("50 %", "2:4"):
+            for over, bound in (("torch as published", plain), ("torch tuned", tuned)):
+                text = f"SparseGPT's {what}, {detail}: speed over {over}"
+                yield Claim(text, "pruning", bound, _pruning(what, detail, over))
 
 
 def _model(field: str) -> Callable[[Row], float | None]:
@@ -123,6 +152,9 @@ def _claims() -> Iterator[Claim]:
     yield Claim(
         "generate(), Llama-2-7B blocks, bf16, 70 % zeros: tokens/s over torch", "end_to_end", 3.5, _end_to_end
     )
+    text = "generate(), all 32 blocks, 70 % zeros: tokens/s over torch bf16"
+    yield Claim(text, "end_to_end", 4.5, _all_blocks("sparse 70%"))
+    yield Claim(f"{text}, int8 values", "end_to_end", 7.0, _all_blocks("sparse 70%, int8 values"))
     for call in ("ops.bitmap_linear", "SparseLinear"):
         for mode in ("no_grad", "inference_mode"):
             text = f"{call}, {mode}: microseconds beyond the kernel"
@@ -143,17 +175,18 @@ def _prefill(shape: str, dtype: str, tokens: int) -> Callable[[Row], float | Non
     """The layer's speed-up over torch as a part of its target: one figure for each sparsity."""
 
     def figure(row: Row) -> float | None:
-        if (row["shape"], row["dtype"], row["tokens"]) != (shape, dtype, tokens) or not row.get("target"):
+        if (row["shape"], row["dtype"], row["tokens"]) != (shape, dtype, tokens):
             return None
+        wanted = target(dtype, tokens, LINEAR[shape][1], row["sparsity"])
         speedup = _median(row["speedup_over_torch"].get("chosen"))
-        return None if speedup is None else speedup / row["target"]
+        return None if wanted is None or speedup is None else speedup / wanted
 
     return figure
 
 
 def _prefill_claims() -> Iterator[Claim]:
     for dtype, tokens in (("bf16", 16), ("bf16", 64), ("bf16", 256), ("fp32", 256)):
-        for shape in ("4096x4096", "11008x4096", "4096x11008", "14336x4096"):
+        for shape in DECODE_SHAPES[: 2 if tokens == 16 else None]:
             text = f"{shape} {dtype}, {tokens} tokens, 50 to 90 % zeros: speed over torch, of its target"
             yield Claim(text, "prefill", 1.0, _prefill(shape, dtype, tokens))
 
@@ -189,7 +222,7 @@ def _dispatch_claims() -> Iterator[Claim]:
             )
 
 
-CLAIMS = (*_claims(), *_prefill_claims(), *_dispatch_claims(), *_quality_claims())
+CLAIMS = (*_claims(), *_prefill_claims(), *_dispatch_claims(), *_pruning_claims(), *_quality_claims())
 
 
 def figures(claim: Claim, runs: list[tuple[str, Row]]) -> list[float]:
