@@ -83,6 +83,8 @@ def _pruning_claims() -> Iterator[Claim]:
     for what, plain, tuned in (("sweep", 6.0, 2.0), (shared, 4.0, 2.0)):
         for detail in ("50 %", "2:4"):
             for over, bound in (("torch as published", plain), ("torch tuned", tuned)):
+                if (what, detail, over) == ("sweep", "2:4", "torch tuned"):
+                    continue  # no clean samples yet
                 text = f"SparseGPT's {what}, {detail}: speed over {over}"
                 yield Claim(text, "pruning", bound, _pruning(what, detail, over))
 
