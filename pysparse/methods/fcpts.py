@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from pysparse.pruning.batchnorm import first_tensor
+from pysparse.pruning.batchnorm import first_tensor, run_batch
 from pysparse.pruning.layout import BlockLayout, PrunableLayer
 from pysparse.pruning.projection import project, weighted_mean
 from pysparse.pruning.target import check_sparsity
-from pysparse.pruning.tuning import ForwardOf, run_batch
+from pysparse.pruning.tuning import ForwardOf
 
 _LOGGER = logging.getLogger("pysparse")
 _BINS = 100  # of the histogram that stands for the density of a layer's weights

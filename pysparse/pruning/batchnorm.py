@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +14,11 @@ _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 _SAME = 1e-3  # of the largest output: what rounding may change
 Forward = Callable[[Any], Any]
+
+
+def run_batch(model: nn.Module, batch: Any) -> Any:
+    """Return ``model(batch)``, with keywords for a mapping."""
+    return model(**batch) if isinstance(batch, Mapping) else model(batch)
 
 
 def batch_norms(model: nn.Module) -> dict[str, nn.Module]:
@@ -33,7 +39,7 @@ def recalibrate_(model: nn.Module, batches: Iterable[Any], forward: Forward | No
     for a mapping). Raises ValueError for no batches, and leaves the statistics as they were.
     """
     norms = batch_norms(model)
-    call = forward or (lambda batch: model(**batch) if isinstance(batch, dict) else model(batch))
+    call = forward or partial(run_batch, model)
     modes = {module: (module.training, module.momentum) for module in norms.values()}
     kept = {module: _statistics(module) for module in norms.values()}
     count = 0
@@ -73,7 +79,7 @@ def fold_batch_norm_(model: nn.Module, example: Any, forward: Forward | None = N
     """
     if any(module.training for module in batch_norms(model).values()):
         raise ValueError("batch normalisation is folded with its running statistics: call model.eval() first")
-    call = forward or (lambda batch: model(**batch) if isinstance(batch, dict) else model(batch))
+    call = forward or partial(run_batch, model)
     pairs, before = _feeding_pairs(model, lambda: call(example))
     undo = [_fold(model, source, norm) for source, norm in pairs]
     after = first_tensor(call(example))

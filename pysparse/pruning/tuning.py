@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -11,18 +11,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from pysparse.pruning.batchnorm import first_tensor
+from pysparse.pruning.batchnorm import first_tensor, run_batch
 from pysparse.pruning.layout import BlockLayout, PrunableLayer
 from pysparse.pruning.recipe import MaskStructure
 from pysparse.pruning.units import Unit, units_of
 
 Granularity = Literal["op", "layer", "block"]
 ForwardOf = Callable[[nn.Module, Any], Any]
-
-
-def run_batch(model: nn.Module, batch: Any) -> Any:
-    """Return ``model(batch)``, with keywords for a mapping."""
-    return model(**batch) if isinstance(batch, Mapping) else model(batch)
 
 
 @dataclass(frozen=True, slots=True)
