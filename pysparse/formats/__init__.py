@@ -6,6 +6,7 @@ from pysparse.formats.device import PACKINGS, DeltaRows, FragmentBitmap, PairBlo
 from pysparse.formats.int8 import Int8Bitmap, TiledInt8
 from pysparse.formats.nm import NMInt8, NMTensor
 from pysparse.formats.pairs import ColumnPairs
+from pysparse.formats.stripe import BlockIndex, StripeIndex
 from pysparse.formats.tiled import TiledBitmap
 
 FORMATS: dict[str, type[BitmapTensor] | type[CsrTensor]] = {
@@ -17,6 +18,7 @@ __all__ = [
     "FORMATS",
     "PACKINGS",
     "BitmapTensor",
+    "BlockIndex",
     "ColumnPairs",
     "CsrTensor",
     "DeltaRows",
@@ -25,6 +27,7 @@ __all__ = [
     "NMInt8",
     "NMTensor",
     "PairBlocks",
+    "StripeIndex",
     "TiledBitmap",
     "TiledInt8",
 ]
