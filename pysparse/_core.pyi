@@ -422,3 +422,22 @@ def add_product(
     alpha: float,
 ) -> None: ...
 def inverse_cholesky_leaf(matrix: int, size: int, stride: int) -> bool: ...
+
+class LowRankView:
+    def __init__(
+        self,
+        bitmask: int,
+        row_offsets: int,
+        rows: int,
+        cols: int,
+        values: int,
+        up: int,
+        down: int,
+        rank: int,
+        scale: float,
+    ) -> None: ...
+
+def lowrank_expand(view: LowRankView, dtype: int, begin: int, end: int, tile: int) -> None: ...
+def lowrank_contract(
+    view: LowRankView, dtype: int, gradient: int, begin: int, end: int, up: int, down: int, values: int
+) -> None: ...

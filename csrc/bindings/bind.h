@@ -15,6 +15,7 @@ void bind_int8(pybind11::module_& module);
 void bind_device_formats(pybind11::module_& module);
 void bind_kernels(pybind11::module_& module);
 void bind_linear(pybind11::module_& module);
+void bind_lowrank(pybind11::module_& module);
 void bind_nm(pybind11::module_& module);
 void bind_pruning(pybind11::module_& module);
 

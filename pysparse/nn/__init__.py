@@ -4,13 +4,16 @@ from pysparse.nn.compact import CompactLinear
 from pysparse.nn.convert import ConversionReport, densify_, sparsify_
 from pysparse.nn.fused import FusionReport, fuse_, unfuse_
 from pysparse.nn.linear import DenseLinear, SparseLinear
+from pysparse.nn.lowrank import Adapter, MaskedLowRank
 from pysparse.nn.packing import Packing
 
 __all__ = [
+    "Adapter",
     "CompactLinear",
     "ConversionReport",
     "DenseLinear",
     "FusionReport",
+    "MaskedLowRank",
     "Packing",
     "SparseLinear",
     "densify_",

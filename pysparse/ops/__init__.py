@@ -48,6 +48,12 @@ from pysparse.ops.linear import (
     pairs_linear,
     unpacked_linear,
 )
+from pysparse.ops.lowrank import (
+    LowRankTerm,
+    dense_lowrank_linear,
+    masked_lowrank_linear,
+    masked_lowrank_weight,
+)
 from pysparse.ops.nm import (
     call_nm_int8_linear,
     call_nm_linear,
@@ -77,6 +83,7 @@ __all__ = [
     "STRIP_TOKENS",
     "AnchorRegion",
     "AttentionState",
+    "LowRankTerm",
     "Operand",
     "ProxyGrid",
     "StripeRule",
@@ -103,6 +110,7 @@ __all__ = [
     "can_sweep",
     "cholesky_leaf",
     "dense_linear",
+    "dense_lowrank_linear",
     "flash_attention",
     "flash_attention_state",
     "gated_linear",
@@ -111,6 +119,8 @@ __all__ = [
     "int8_unpack",
     "inverse_cholesky_leaf",
     "is_kernel_dtype",
+    "masked_lowrank_linear",
+    "masked_lowrank_weight",
     "max_tokens",
     "needs_dispatcher",
     "needs_gradient",
