@@ -441,3 +441,13 @@ def lowrank_expand(view: LowRankView, dtype: int, begin: int, end: int, tile: in
 def lowrank_contract(
     view: LowRankView, dtype: int, gradient: int, begin: int, end: int, up: int, down: int, values: int
 ) -> None: ...
+
+MAX_PLAYERS: int
+
+def philox(key: int, a: int, b: int, c: int, d: int) -> tuple[int, int, int, int]: ...
+def shapley_words(
+    seed: int, first: int, visit: int, purpose: int, rows: int, cols: int, words: int
+) -> None: ...
+def shapley_permutations(
+    seed: int, first: int, visit: int, purpose: int, rows: int, cols: int, orders: int
+) -> None: ...

@@ -144,6 +144,7 @@ TESTED_ELSEWHERE = {
     "product": "test_sparsegpt.py",
     "gate": "test_fused.py",
     "lowrank": "test_lowrank.py",
+    "shapley": "test_shapley.py",
 }
 
 

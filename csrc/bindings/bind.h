@@ -18,6 +18,7 @@ void bind_linear(pybind11::module_& module);
 void bind_lowrank(pybind11::module_& module);
 void bind_nm(pybind11::module_& module);
 void bind_pruning(pybind11::module_& module);
+void bind_shapley(pybind11::module_& module);
 
 template <class T>
 T* pointer(uintptr_t address) {

@@ -11,4 +11,5 @@ PYBIND11_MODULE(_core, module) {
   pysparse::bind_lowrank(module);
   pysparse::bind_nm(module);
   pysparse::bind_pruning(module);
+  pysparse::bind_shapley(module);
 }

@@ -72,6 +72,7 @@ from pysparse.ops.obs import (
     obs_sweep,
 )
 from pysparse.ops.select import can_select, nm_mask, row_mask, select_nm, select_rows
+from pysparse.ops.shapley import draw_permutations, draw_words, philox
 
 __all__ = [
     "ACTIVATIONS",
@@ -111,6 +112,8 @@ __all__ = [
     "cholesky_leaf",
     "dense_linear",
     "dense_lowrank_linear",
+    "draw_permutations",
+    "draw_words",
     "flash_attention",
     "flash_attention_state",
     "gated_linear",
@@ -133,6 +136,7 @@ __all__ = [
     "packed_linear",
     "packed_unpack",
     "pairs_linear",
+    "philox",
     "proxy_scores",
     "row_mask",
     "select_nm",

@@ -1,0 +1,37 @@
+"""Floor 6: Shapley values of any cooperative game, with a budget, standard errors and a seed.
+
+An estimator is a value with ``estimate(game, budget, seed, options)``; a game is anything with ``n_players`` that
+turns coalitions, bool [B, n_players], into B numbers. A new estimator is one frozen dataclass.
+"""
+
+from pysparse.shapley.adaptive import TopK, TopPlayers, Truncated
+from pysparse.shapley.control import Control, Quadratic, fit_quadratic
+from pysparse.shapley.estimators import Banzhaf, KernelSHAP, Owen, Permutation, PositionStratified
+from pysparse.shapley.exact import Exact
+from pysparse.shapley.game import FunctionGame, Game, WalkingGame
+from pysparse.shapley.sampling import Options, UnitEstimator
+from pysparse.shapley.state import read_state, write_state
+from pysparse.shapley.values import ShapleyValues
+
+__all__ = [
+    "Banzhaf",
+    "Control",
+    "Exact",
+    "FunctionGame",
+    "Game",
+    "KernelSHAP",
+    "Options",
+    "Owen",
+    "Permutation",
+    "PositionStratified",
+    "Quadratic",
+    "ShapleyValues",
+    "TopK",
+    "TopPlayers",
+    "Truncated",
+    "UnitEstimator",
+    "WalkingGame",
+    "fit_quadratic",
+    "read_state",
+    "write_state",
+]
