@@ -26,7 +26,7 @@ from pysparse.measure.twins import zero_rows_at_random_
 from pysparse.nn import SparseLinear
 from pysparse.nn.dispatch import Dispatch
 from pysparse.ops import cost_cache
-from pysparse.ops.ways import WAYS
+from pysparse.ops.ways import BITMAP, SECOND, WAYS
 
 SIDES = (768, 1024, 2048, 3072, 4096, 5632, 8192, 11008)  # of published models' layers
 TOKENS = (1, 4096)  # from, to; as likely below as above their geometric mean
@@ -101,7 +101,7 @@ def engines(case: Case, x: Tensor) -> tuple[dict[str, Callable[[], object]], dic
         if ways[name] not in copies:
             copies[ways[name]] = cold(layer, read_by(ways[name], layer))
         calls[name] = caller(copies[ways[name]], lambda layer: layer(x))
-    for way in WAYS:
+    for way in (name for name, one in WAYS.items() if one.packing in (BITMAP, *SECOND)):
         name = LINEAR if way == "torch" else way
         own = copies.get(way, copies.get(f"kept dense: {way}"))
         if own is not None:

@@ -19,8 +19,8 @@ PACKINGS = {
     "int8, a scale a row, 16-bit tokens": Packing("int8", activation_bits=16),
     "int8, a scale for 128 inputs": Packing("int8", group_size=128),
 }
-# Up to 64 tokens a call quantises them; beyond, the weights alone are int8.
-PROTOCOLS = {"tokens quantised too": (64, 1), "weights alone": (512, 4)}  # window, batch
+WEIGHTS_ALONE = "weights alone"  # written out again, so that nothing quantises tokens
+PROTOCOLS = {"tokens quantised too": (64, 1), WEIGHTS_ALONE: (512, 4)}  # window, batch
 
 
 def models_of(options: argparse.Namespace) -> dict[str, nn.Module]:
@@ -40,6 +40,8 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
     rows, models = [], models_of(options)
     for what, (window, batch) in PROTOCOLS.items():
         for name, model in models.items():
+            if what == WEIGHTS_ALONE:
+                pysparse.densify_(model)
             count = options.windows * 512 // window
             found = pysparse.evaluate(
                 model, data.demo_model_path(), window=window, batch_size=batch, max_windows=count

@@ -15,8 +15,8 @@ from pysparse import backend
 from pysparse.nn import DenseLinear, SparseLinear, sparsify_
 from pysparse.nn.dispatch import Dispatch, bucket, dense_kernel_tokens, judge, pairs_stay_small
 from pysparse.ops import cost_cache, cost_measure
-from pysparse.ops.costs import DENSITIES, SHAPES, Costs
-from pysparse.ops.ways import WAYS
+from pysparse.ops.costs import SHAPES, Costs
+from pysparse.ops.ways import BITMAP, SECOND, WAYS
 
 pytestmark = pytest.mark.skipif(
     not backend.available(), reason=f"no compiled core: {backend.missing_reason()}"
@@ -25,13 +25,13 @@ SHAPE = (512, 640)  # more entries than a small weight has
 
 
 def made_up(**picoseconds):
-    """Costs of so many picoseconds per entry and token; of pairs, per entry that is kept."""
+    """Costs of so many picoseconds per entry and token (3 where not given); of pairs, per entry that is kept."""
 
     def half(name, size):
         way, entries = WAYS[name], SHAPES[size][0] * SHAPES[size][1]
-        densities = [d if name == "pairs" else 1.0 for d in DENSITIES] if way.by_density else [1.0]
+        densities = [d if name == "pairs" else 1.0 for d in way.densities]
         return tuple(
-            tuple(1e-12 * picoseconds[name] * entries * d * n for n in way.tokens) for d in densities
+            tuple(1e-12 * picoseconds.get(name, 3.0) * entries * d * n for n in way.tokens) for d in densities
         )
 
     return Costs(dict.fromkeys(WAYS, 1e-6), {name: (half(name, 0), half(name, 1)) for name in WAYS}, 2)
@@ -119,7 +119,7 @@ def test_predictions_grow_with_tokens_weight_and_density():
 def test_predictions_are_the_measured_figures_where_there_are_some():
     for way, table in MADE_UP.seconds.items():
         for size, half in enumerate(table):
-            for density, line in zip(DENSITIES, half, strict=False):
+            for density, line in zip(WAYS[way].densities, half, strict=True):
                 for tokens, seconds in zip(WAYS[way].tokens, line, strict=True):
                     assert MADE_UP.predict(way, SHAPES[size], density, tokens) == pytest.approx(seconds)
     assert MADE_UP.predict("torch", (1, 1), 1.0, 64) == pytest.approx(1e-6, rel=0.01)  # a call as such
@@ -127,7 +127,11 @@ def test_predictions_are_the_measured_figures_where_there_are_some():
 
 def test_part_of_a_step_costs_what_it_does_in_the_first_one():
     line = tuple(float(n) for n in (5, 6, 7, 8, 9, 10, 20, 40, 160))  # at the numbers of tokens of "bitmap"
-    same = Costs(dict.fromkeys(WAYS, 0.0), {**MADE_UP.seconds, "bitmap": ((line,) * len(DENSITIES),) * 2}, 2)
+    same = Costs(
+        dict.fromkeys(WAYS, 0.0),
+        {**MADE_UP.seconds, "bitmap": ((line,) * len(WAYS["bitmap"].densities),) * 2},
+        2,
+    )
     assert [same.predict("bitmap", SHAPES[0], 0.5, n) for n in (1, 16, 17, 32, 33, 48)] == pytest.approx(
         [5, 10, 15, 20, 25, 30]
     )
@@ -196,7 +200,7 @@ def test_results_agree_whatever_is_decided(cache):
     sparse.prefill = "unpack"
     sparse(x)
     assert "second_packing=none" in repr(sparse)
-    for way in WAYS:
+    for way in (name for name, one in WAYS.items() if one.packing in (BITMAP, *SECOND)):
         y = Dispatch().run(way, x[:, :5], sparse._tiled(), sparse.bias)
         reference.assert_close(y.flatten(0, 1), x[:, :5].flatten(0, 1), linear.weight, linear.bias)
 
@@ -281,7 +285,8 @@ def test_tune_command_writes_the_file_and_shows_decisions(tmp_path):
     assert done.returncode == 0, done.stderr
     answer = json.loads(done.stdout)
     assert {row["dtype"] for row in answer["choices"]} == {"float32"}
-    assert all(set(row["milliseconds"]) >= {"bitmap", "torch"} for row in answer["choices"])
+    assert {row["packing"] for row in answer["choices"]} == {"bitmap", "int8", "nm", "nm-int8"}
+    assert all(set(row["milliseconds"]) >= {row["packing"], "torch"} for row in answer["choices"])
     assert [str(path) for path in tmp_path.iterdir()] == answer["files"]
 
 

@@ -13,7 +13,7 @@ from pysparse.measure.results import make_table
 from pysparse.measure.rounds import torch_threads
 from pysparse.nn.dispatch import Dispatch, dense_kernel_tokens
 from pysparse.ops import cost_cache
-from pysparse.ops.ways import WAYS
+from pysparse.ops.ways import BITMAP, ways_of
 
 _FORMATS = ("bitmap", "dense")
 
@@ -116,49 +116,57 @@ def kernel_table() -> list[dict[str, object]]:
 
 
 _TOKENS = (1, 4, 16, 32, 64, 256, 1024)
-_SPARSITIES = (0.2, 0.5, 0.7, 0.9)
+# What a layer may hold, and the fraction of zeros of each: those of a pattern follow from it.
+_HELD = (
+    *((BITMAP, None, zeros) for zeros in (0.2, 0.5, 0.7, 0.9)),
+    *(("int8", 8, zeros) for zeros in (0.5, 0.7, 0.9)),
+    *((packing, bits, zeros) for packing, bits in (("nm", None), ("nm-int8", 8)) for zeros in (0.5, 0.75)),
+)
 
 
 def choice_table(shape: tuple[int, int] = (4096, 4096)) -> list[dict[str, object]]:
-    """Return, JSON-ready, which way a sparse layer of ``shape`` takes by dtype, sparsity and tokens, and why.
+    """Return, JSON-ready, which way a sparse layer of ``shape`` takes by dtype, packing, sparsity and tokens, and why.
 
-    ``way`` and ``reason`` hold for ``prefill`` "auto" (``sparsify_`` with optimize="balanced"), ``speed_way`` for
-    "packed" ("speed"). Times are those that the measured costs predict for every way, dense ones too, in
-    milliseconds; where nothing was measured for the present threads and instruction set, ``reason`` says so.
-    Measures nothing.
+    ``packing`` is "bitmap", "int8" (values under a bitmap, tokens quantised to 8 bits), "nm" or "nm-int8" (2:4 where
+    half is zero, 1:4 where three quarters are). ``way`` and ``reason`` hold for ``prefill`` "auto" (``sparsify_`` with
+    optimize="balanced"), ``speed_way`` for "packed" ("speed"). Times are those that the measured costs predict for
+    every way, dense ones too, in milliseconds; where nothing was measured for the present threads and instruction set,
+    ``reason`` says so. Measures nothing.
     """
-    cases = [(dtype, sparsity, tokens) for dtype in ops.KERNEL_DTYPES for sparsity in _SPARSITIES
-             for tokens in _TOKENS]  # fmt: skip
+    cases = [(dtype, *held, tokens) for dtype in ops.KERNEL_DTYPES for held in _HELD for tokens in _TOKENS]
     return [_choice_row(shape, *case) for case in cases] if backend.available() else []
 
 
 def _choice_row(
-    shape: tuple[int, int], dtype: torch.dtype, sparsity: float, tokens: int
+    shape: tuple[int, int], dtype: torch.dtype, packing: str, bits: int | None, sparsity: float, tokens: int
 ) -> dict[str, object]:
     nnz = round(shape[0] * shape[1] * (1.0 - sparsity))
     auto, speed = (
-        Dispatch(prefill).choice(shape, nnz, dtype, tokens, may_measure=False)
+        Dispatch(prefill, packing, bits).choice(shape, nnz, dtype, tokens, may_measure=False)
         for prefill in ("auto", "packed")
     )
     times = {way: 1e3 * seconds for way, seconds in speed.seconds.items()}
     return {
-        "dtype": _name(dtype), "sparsity": sparsity, "tokens": tokens, "way": auto.way, "reason": auto.reason,
-        "speed_way": speed.way, "milliseconds": times,
+        "dtype": _name(dtype), "packing": packing, "sparsity": sparsity, "tokens": tokens, "way": auto.way,
+        "reason": auto.reason, "speed_way": speed.way, "milliseconds": times,
     }  # fmt: skip
 
 
 def show_choices(rows: list[dict[str, object]]) -> Table:
-    """Return :func:`choice_table` as a rich table."""
+    """Return :func:`choice_table` as a rich table: a layer's own kernel and unpacking in the columns of each."""
     cells = []
     for row in rows:
         times = row["milliseconds"]
         assert isinstance(times, dict)
+        own = ways_of(str(row["packing"]), 1, 8)
         head = [
-            f"{row['dtype']}, {row['sparsity']:.0%} zeros",
+            f"{row['dtype']} {row['packing']}, {row['sparsity']:.0%} zeros",
             *(str(row[key]) for key in ("tokens", "way", "speed_way")),
         ]
-        cells.append([*head, *(times.get(way) for way in WAYS), str(row["reason"])])
-    columns = ["4096 x 4096 layer", "tokens", "way", "for speed", *(f"{way} ms" for way in WAYS), "why"]
+        milliseconds = (times.get(way) for way in (*own, "pairs", "kernel", "torch"))
+        cells.append([*head, *milliseconds, str(row["reason"])])
+    columns = ["4096 x 4096 layer", "tokens", "way", "for speed", "its kernel ms", "unpack ms", "pairs ms",
+               "dense kernel ms", "dense torch ms", "why"]  # fmt: skip
     return make_table("ways of a sparse layer", columns, cells)
 
 

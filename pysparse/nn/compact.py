@@ -11,10 +11,18 @@ from torch.nn import functional
 
 from pysparse import backend, ops
 from pysparse.formats import BitmapTensor, Int8Bitmap, NMInt8, NMTensor, TiledInt8
-from pysparse.nn.packing import Compact, Packing, RowMajor, row_major
+from pysparse.nn.dispatch import Dispatch
+from pysparse.nn.packing import Packing, RowMajor, row_major
+from pysparse.ops import Compact
+from pysparse.ops.costs import Choice
 
 _INT8 = ("compressed", "bitmask", "row_offsets", "scales", "shape")
 _FLOAT = ("compressed", "bitmask", "row_offsets", "shape")
+_PACKINGS: dict[type[Compact], str] = {
+    TiledInt8: "int8",
+    NMTensor: "nm",
+    NMInt8: "nm-int8",
+}  # as costs name them
 
 
 class CompactLinear(nn.Module):
@@ -24,6 +32,10 @@ class CompactLinear(nn.Module):
     ``pattern="2:4"`` keeps n of every m inputs with compact indices instead of a mask; together, both. With
     int8 values tokens are quantised as they arrive, to ``activation_bits`` 8 or 16 (see
     :func:`pysparse.ops.int8_linear`); the layer takes float32 and bfloat16 inputs alike.
+
+    From 2 tokens on measured costs choose between the kernel and unpacking into the cache, which does not quantise
+    tokens; with ``layer.prefill = "packed"`` also a dense copy, made at the first call that gains from it and counted
+    in ``nbytes``. Inputs of another dtype than the layer's go to the kernel up to 64 tokens, and are unpacked beyond.
 
     ``state_dict()`` holds the tensors of the file whatever the packing: ``compressed`` (int8 or float [nnz],
     row-major), ``bitmask``, ``row_offsets``, ``shape`` as a :class:`SparseLinear` has them, and ``scales``
@@ -44,6 +56,7 @@ class CompactLinear(nn.Module):
         self.register_parameter("bias", bias)
         own = weight.dtype if isinstance(weight, NMTensor) else torch.float32
         self._dtype = dtype or (bias.dtype if bias is not None else own)
+        self._prefill = "auto"
         self._set_weight(weight)
 
     @classmethod
@@ -81,6 +94,19 @@ class CompactLinear(nn.Module):
             arrays |= {"scales": weight.scales, "row_sums": weight.row_sums}
         for name, array in arrays.items():
             self.register_buffer(name, array, persistent=False)
+        self.prefill = self._prefill
+
+    @property
+    def prefill(self) -> str:
+        """What may be held beside the weight: "packed" allows a dense copy, "auto" and "unpack" nothing."""
+        return self._prefill
+
+    @prefill.setter
+    def prefill(self, mode: str) -> None:
+        bits = None if self._kind is NMTensor else self.activation_bits
+        vectorised = self.pattern is None or backend.core().nm_has_vector_kernel(*self.pattern)
+        self._dispatch = Dispatch(mode, _PACKINGS[self._kind], bits, vectorised)
+        self._prefill = mode
 
     def packed(self) -> Compact:
         """Return the weight as a container over the layer's buffers."""
@@ -100,9 +126,20 @@ class CompactLinear(nn.Module):
             raise ValueError(f"x has {x.size(-1)} features, the layer takes {self.in_features}")
         if x.dtype is not self._dtype and torch.is_autocast_enabled("cpu"):
             x = x.to(self._dtype)  # packed weights keep their dtype: autocast moves the input instead
-        b, bias = self._buffers, self._parameters["bias"]
+        bias = self._parameters["bias"]
         if self._dtype not in ops.KERNEL_DTYPES:
             return self._forward_slow(x)
+        dispatch = self._dispatch
+        if x.numel() > dispatch.unasked * self.in_features and not ops.needs_dispatcher(x, bias):
+            tokens = x.numel() // self.in_features
+            way = (dispatch.decided(tokens) or self._decide(tokens)) if x.dtype is self._dtype else ""
+            if way and (way != dispatch.kernel or tokens > ops.DECODE_TOKENS):
+                return dispatch.run(way, x, self.packed(), bias)
+        return self._multiply(x)
+
+    def _multiply(self, x: Tensor) -> Tensor:
+        """Run the kernel, or with more than 64 tokens the unpacking: what autograd and torch.compile may see."""
+        b, bias = self._buffers, self._parameters["bias"]
         if self._kind is TiledInt8:
             arrays: Any = (b["values"], b["masks"], b["tile_offsets"], b["scales"], b["row_sums"])
             group_size = self.group_size or 1
@@ -116,6 +153,23 @@ class CompactLinear(nn.Module):
         return ops.call_nm_int8_linear(
             x, arrays, bias, self.out_features, (n, m), self.group_size or 1, self.activation_bits
         )
+
+    def _decide(self, tokens: int) -> str:
+        """Find the way that costs least for this number of tokens; measures the costs if they are not known."""
+        return self._dispatch.way((self.out_features, self.in_features), self._stored, self._dtype, tokens)
+
+    def choice(self, tokens: int) -> Choice:
+        """Tell how ``tokens`` rows are computed and why, with the expected times; measures nothing."""
+        shape = self.out_features, self.in_features
+        return self._dispatch.choice(shape, self._stored, self._dtype, tokens, may_measure=False)
+
+    @property
+    def _stored(self) -> int:
+        """Weights that the kernels multiply: an n:m row has room for n of every m, whether it keeps so many or not."""
+        if self.pattern is not None:
+            return self.out_features * self.in_features * self.pattern[0] // self.pattern[1]
+        offsets = self._buffers["tile_offsets"]
+        return 0 if offsets is None else int(offsets[-1])
 
     def _forward_slow(self, x: Tensor) -> Tensor:
         backend.warn_once(
@@ -151,6 +205,7 @@ class CompactLinear(nn.Module):
         if scales is not None:
             self._buffers["scales"] = scales
         self._dtype = moved.dtype
+        self._dispatch.clear()
         return self
 
     @property
@@ -174,9 +229,14 @@ class CompactLinear(nn.Module):
         return 1.0 - self.nnz / max(1, self.in_features * self.out_features)
 
     @property
+    def second_packing_nbytes(self) -> int:
+        """Bytes of the dense copy, 0 while there is none."""
+        return self._dispatch.nbytes
+
+    @property
     def nbytes(self) -> int:
-        """Bytes that the weight takes in memory, bias not counted."""
-        return sum(b.nbytes for b in self._buffers.values() if b is not None)
+        """Bytes that the weight takes in memory now, a dense copy counted, the bias not."""
+        return sum(b.nbytes for b in self._buffers.values() if b is not None) + self._dispatch.nbytes
 
     @property
     def dtype(self) -> torch.dtype:
@@ -185,14 +245,18 @@ class CompactLinear(nn.Module):
 
     @property
     def kernel(self) -> str:
-        """Name the kernel that a few tokens run on now."""
+        """Name the kernel that a few tokens run on now, and how many are computed and why."""
         if self._dtype not in ops.KERNEL_DTYPES:
             return f"unpack + dense torch: no kernel for {self._dtype}"
-        format = {TiledInt8: "bitmap-int8", NMTensor: "nm", NMInt8: "nm-int8"}[self._kind]
+        format = "bitmap-int8" if self._kind is TiledInt8 else _PACKINGS[self._kind]
         isa = backend.core().selected("linear", format, 0 if self._dtype == torch.float32 else 1)
         if self.pattern and not backend.core().nm_has_vector_kernel(*self.pattern):
             isa = "generic"
-        return f"linear-{format}-{str(self._dtype).removeprefix('torch.')}-{isa}"
+        many = self.choice(256)
+        return (
+            f"linear-{format}-{str(self._dtype).removeprefix('torch.')}-{isa}; "
+            f"256 tokens: {many.way}, {many.reason}"
+        )
 
     def extra_repr(self) -> str:
         """Describe shape, packing and sparsity in ``print(model)``."""
@@ -203,7 +267,7 @@ class CompactLinear(nn.Module):
             parts.append(f"values=int8, activation_bits={self.activation_bits}")
         if self.pattern:
             parts.append(f"pattern={self.pattern[0]}:{self.pattern[1]}")
-        return ", ".join([*parts, f"sparsity={self.sparsity:.3f}"])
+        return ", ".join([*parts, f"sparsity={self.sparsity:.3f}", str(self._dispatch)])
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         for name, tensor in state_of(row_major(self.packed())).items():

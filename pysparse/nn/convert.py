@@ -47,55 +47,65 @@ def sparsify_(
 ) -> ConversionReport:
     """Replace, in place, each ``nn.Linear`` whose zeros pay by a :class:`SparseLinear`; prunes nothing.
 
-    ``optimize`` says what pays. "balanced": being faster, by this machine's measured costs, with ``tokens`` rows a
-    call (1: generating text; an encoder passes batch times length), in less memory than the dense weight, at any
-    time. "speed": being faster with any number of rows; a layer may then hold pair blocks and a dense copy too, for
-    the calls that gain from them, and outgrow its dense self. "memory": being smaller, and nothing is held beside
-    the bitmap. The first call on a machine measures its costs, some seconds for each dtype (see ``pysparse tune``).
-    ``min_sparsity`` (a fraction of zeros) decides in their stead, as 0.3 does for weights that are not measured:
-    tiny ones, float16, on a GPU.
+    ``optimize`` says what pays, by this machine's measured costs (see ``pysparse tune``; else measured now):
+    "balanced": being faster with ``tokens`` rows a call (1: generating text; an encoder passes batch times length)
+    and never taking more memory than the dense weight. Memory is weighed first: with another number of rows such a
+    layer may be slower than the dense one. "speed": being faster with any number; a layer may hold pair blocks and
+    a dense copy too, and is slower with none but by misprediction. "memory": being smaller, whatever the speed.
+    ``min_sparsity`` (a fraction of zeros) decides in their stead, as 0.3 does for what is not measured: tiny weights,
+    float16, on a GPU, int8 values, patterns.
 
-    ``targets`` and ``ignore`` hold class names, module paths or "re:" expressions; ``filter_fn(module, path)``
-    decides in their stead. What stays dense is in the report with the cause; with ``dense_kernels`` it becomes a
-    :class:`DenseLinear`, which takes the compiled dense kernel where that is faster than torch.
-    ``values="int8"`` makes :class:`CompactLinear` layers, of the bitmap layers that there are too, with
-    ``group_size`` inputs a scale (None: one scale a row) and tokens quantised to ``activation_bits``.
-    ``pattern="n:m"`` (n kept of m) is checked in every layer, and packed with compact indices where these take
-    no more bytes than a mask and have a vector kernel (2:4, 1:4, 2:8, 1:8, 2:16), else under a mask.
-    Either is packed from 0.3 zeros on, or ``min_sparsity``.
-    With ``fuse``, layers that share an input are computed in fewer calls, see :func:`pysparse.nn.fuse_`.
+    ``targets`` and ``ignore`` hold class names, module paths or "re:" expressions; ``filter_fn(module, path)`` decides
+    in their stead. What stays dense is in the report with the cause; with ``dense_kernels`` as :class:`DenseLinear`.
+    ``values``, ``pattern``, ``group_size`` and ``activation_bits`` are those of :class:`Packing`: int8 values make
+    :class:`CompactLinear` layers, of SparseLinear ones too; a pattern is checked in every layer, and packed by compact
+    indices where these are read faster than a mask (:meth:`Packing.fitted`). With ``fuse``, see :func:`fuse_`.
     Raises ValueError, before any layer is changed, for an unknown ``optimize``, ``tokens`` below 1, a
     ``min_sparsity`` outside [0, 1] and, naming the layer, for weights that cannot be kept so: a crowded group,
     a NaN or infinity in int8, over 65536 inputs.
     """
     _check_wishes(optimize, tokens, min_sparsity)
     packing = Packing(values, pattern, group_size, activation_bits)
-    report = ConversionReport()
+    chosen = filter_fn or (
+        lambda layer, path: matches(layer, path, targets) and not matches(layer, path, ignore)
+    )
+    verdicts = {
+        path: _verdict(path, layer, packing, min_sparsity, optimize, tokens)
+        if chosen(layer, path)
+        else _NOT_A_TARGET
+        for path, layer in _linears(model, packing)
+    }
+    report = _convert(model, verdicts, packing, OPTIMIZE[optimize], dense_kernels)
+    if fuse:
+        fuse_(model)
+    return report
+
+
+def _linears(model: nn.Module, packing: Packing) -> list[tuple[str, Any]]:
+    """Return what may be packed: linear layers of torch's, and where values or places change, bitmap layers too."""
     kinds = (nn.Linear, DenseLinear) if packing.is_plain else (nn.Linear, DenseLinear, SparseLinear)
-    for path, linear in model.named_modules():
-        if type(linear) not in kinds:
-            continue
-        chosen = filter_fn(linear, path) if filter_fn else (
-            matches(linear, path, targets) and not matches(linear, path, ignore)
-        )  # fmt: skip
-        verdict = _verdict(path, linear, packing, min_sparsity, optimize, tokens) if chosen else _NOT_A_TARGET
+    return [(path, module) for path, module in model.named_modules() if type(module) in kinds]
+
+
+def _convert(
+    model: nn.Module, verdicts: dict[str, Verdict], packing: Packing, prefill: str, dense_kernels: bool
+) -> ConversionReport:
+    """Put the layers in place, one by one: each dense weight goes when its packing has come."""
+    report = ConversionReport()
+    for path, verdict in verdicts.items():
+        layer: Any = model.get_submodule(path)
         if verdict.packs:
-            report.sparse[path] = _sparsity(linear)
-        elif not isinstance(linear, SparseLinear):
-            report.dense[path] = verdict.reason
-    for path in (*report.sparse, *report.dense):
-        layer: Any = model.get_submodule(path)  # one by one: each dense weight goes when its packing has come
-        if path in report.sparse:
+            report.sparse[path] = _sparsity(layer)
             packed: nn.Module = packed_layer(layer, packing)
-            if isinstance(packed, SparseLinear):
-                packed.prefill = OPTIMIZE[optimize]
+            if isinstance(packed, SparseLinear | CompactLinear):
+                packed.prefill = prefill
+        elif isinstance(layer, SparseLinear):
+            continue
         else:
             packed = DenseLinear.from_linear(layer) if dense_kernels else layer
             kernel = packed.kernel if isinstance(packed, DenseLinear) else "dense torch"
-            report.dense[path] += f"; {kernel}"
+            report.dense[path] = f"{verdict.reason}; {kernel}"
         _replace(model, path, packed.train(layer.training))
-    if fuse:
-        fuse_(model)
     return report
 
 

@@ -16,11 +16,11 @@ from pysparse import backend, ops
 from pysparse.formats import ColumnPairs, TiledBitmap
 from pysparse.ops import cost_cache
 from pysparse.ops.costs import Choice, Costs, choose
-from pysparse.ops.ways import DENSE, HELD, WAYS, ways_of
+from pysparse.ops.ways import BITMAP, DENSE, PAIRS, WAYS, ways_of
 
 PREFILL = ("auto", "packed", "unpack")
 SMALL_WEIGHT = 1 << 18  # entries up to which a layer is not worth measuring, nor a second packing
-# How much faster than the bitmap alone a second packing must be to be worth its memory.
+# How much faster than the layer's own packing alone a second packing must be to be worth its memory.
 _MARGIN = {"auto": 1.1, "packed": 1.02, "unpack": 1.0}
 _PAIR_BYTES = {torch.bfloat16: 3.2, torch.float32: 5.3}  # a kept weight in pair blocks, at the most
 
@@ -45,10 +45,10 @@ def pairs_stay_small(entries: int, nnz: int, dtype: torch.dtype) -> bool:
 
 
 def sparse_ways(prefill: str, entries: int, nnz: int, dtype: torch.dtype, tokens: int) -> tuple[str, ...]:
-    """Return the ways that ``prefill`` allows a sparse layer, by what they hold beside the bitmap."""
-    ways = ways_of(HELD, tokens)
+    """Return the ways that ``prefill`` allows a layer with a bitmap, by what they hold beside it."""
+    ways = ways_of(BITMAP, tokens)
     if prefill == "packed" or (prefill == "auto" and pairs_stay_small(entries, nnz, dtype)):
-        ways += ways_of("pairs", tokens)
+        ways += ways_of(PAIRS, tokens)
     return ways + ways_of(DENSE, tokens) if prefill == "packed" else ways
 
 
@@ -61,21 +61,27 @@ def is_measured(entries: int) -> bool:
 class Dispatch:
     """A sparse layer's decisions, by number of tokens, and its other packings, made when a call wants them.
 
-    ``prefill`` "auto" makes pair blocks where costs say that they are faster by a tenth and both packings
-    together stay below the dense weight; "packed" makes whatever is faster, pair blocks, a dense copy or
-    both; "unpack" makes none.
+    ``prefill`` "auto" makes pair blocks of a bitmap where costs say that they are faster by a tenth and both
+    packings together stay below the dense weight; "packed" makes whatever is faster, pair blocks, a dense copy or
+    both; "unpack" makes none. Int8 and n:m packings have no pair blocks: there "auto" makes none either.
     """
 
     prefill: str = "auto"
+    packing: str = BITMAP  # that the layer holds: "bitmap" | "int8" | "nm" | "nm-int8"
+    activation_bits: int | None = None  # where the values are int8
+    vectorised: bool = True  # False where the packing's kernel is a generic one, which nothing is measured of
     pairs: ColumnPairs | None = None
     dense: Tensor | None = None  # the plain weight
-    bitmap_tokens: int = field(init=False, default=1)  # up to here the bitmap is taken without a question
+    unasked: int = field(init=False, default=1)  # tokens up to which the kernel is taken without a question
+    kernel: str = field(init=False)  # the way of few tokens
+    unpacking: str = field(init=False)
     _ways: dict[tuple[int, int, int], str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.prefill not in PREFILL:
             raise ValueError(f"prefill is one of {', '.join(PREFILL)}; got '{self.prefill}'")
-        self.bitmap_tokens = 0 if self.prefill == "packed" else 1
+        self.unasked = 0 if self.prefill == "packed" else 1
+        self.kernel, self.unpacking = ways_of(self.packing, 1, self.activation_bits)
 
     def clear(self) -> None:
         """Drop the other packings and the decisions: the weight or its place has changed."""
@@ -99,10 +105,10 @@ class Dispatch:
     ) -> Choice:
         """Return the decision for ``tokens`` rows with its reason and the expected times."""
         entries = shape[0] * shape[1]
-        if tokens <= self.bitmap_tokens:
-            return Choice("bitmap", {}, "for one token the smallest weight is read")
-        fixed = "bitmap" if tokens <= ops.DECODE_TOKENS else "unpack"
-        if not is_measured(entries):
+        if tokens <= self.unasked:
+            return Choice(self.kernel, {}, "for one token the smallest weight is read")
+        fixed = self.kernel if tokens <= ops.DECODE_TOKENS else self.unpacking
+        if not is_measured(entries) or not self.vectorised:
             cause = "generic kernels are" if entries > SMALL_WEIGHT else f"a weight of {entries} entries is"
             return Choice(fixed, {}, f"{cause} not measured")
         costs = cost_cache.costs_for(dtype) if may_measure else cost_cache.known_costs(dtype)
@@ -110,33 +116,47 @@ class Dispatch:
             return Choice(
                 fixed, {}, "costs not measured yet: they are at the first such call, or by pysparse tune"
             )
-        ways = sparse_ways(self.prefill, entries, nnz, dtype, bucket(tokens))
+        ways = self._allowed(entries, nnz, dtype, bucket(tokens))
         return choose(costs, shape, nnz / entries, bucket(tokens), ways, _MARGIN[self.prefill])
 
-    def run(self, way: str, x: Tensor, weight: TiledBitmap, bias: Tensor | None) -> Tensor:
+    def _allowed(self, entries: int, nnz: int, dtype: torch.dtype, tokens: int) -> tuple[str, ...]:
+        if self.packing == BITMAP:
+            return sparse_ways(self.prefill, entries, nnz, dtype, tokens)
+        dense = ways_of(DENSE, tokens) if self.prefill == "packed" else ()
+        return ways_of(self.packing, tokens, self.activation_bits) + dense
+
+    def run(self, way: str, x: Tensor, weight: TiledBitmap | ops.Compact, bias: Tensor | None) -> Tensor:
         """Compute ``x @ W.T + bias`` by ``way``, packing first where that has not happened yet."""
-        if way == "bitmap":
-            return ops.bitmap_linear_chunks(x, weight, bias)
-        if way == "unpack":
-            return ops.unpacked_linear(x, weight, bias)
         if way == "pairs":
+            assert isinstance(weight, TiledBitmap)
             if self.pairs is None:
                 self.pairs = ColumnPairs.from_tiled(weight)
             return ops.pairs_linear(x, self.pairs, bias)
-        if self.dense is None:
-            self.dense = ops.bitmap_unpack(weight)
-        multiply = ops.dense_linear if way == "kernel" else functional.linear
-        return multiply(x, self.dense, bias)
+        if WAYS[way].packing == DENSE:
+            if self.dense is None:
+                self.dense = dense_copy(weight, x.dtype)
+            multiply = ops.dense_linear if way == "kernel" else functional.linear
+            return multiply(x, self.dense, bias)
+        if isinstance(weight, TiledBitmap):
+            return (ops.bitmap_linear_chunks if way == self.kernel else ops.unpacked_linear)(x, weight, bias)
+        if way == self.kernel:
+            return ops.compact_linear_chunks(x, weight, bias, self.activation_bits or 8)
+        return ops.compact_unpacked_linear(x, weight, bias)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the packings beside the bitmap."""
+        """Bytes of the packings beside the layer's own."""
         return sum(int(packing.nbytes) for packing in (self.pairs, self.dense) if packing is not None)
 
     def __str__(self) -> str:
         held = {"pairs": self.pairs, "dense": self.dense}
         names = [name for name, packing in held.items() if packing is not None]
         return f"prefill={self.prefill}, second_packing={'+'.join(names) or 'none'}"
+
+
+def dense_copy(weight: TiledBitmap | ops.Compact, dtype: torch.dtype) -> Tensor:
+    """Return the plain matrix of a packed weight; ``dtype`` is that of int8 values written out."""
+    return ops.bitmap_unpack(weight) if isinstance(weight, TiledBitmap) else ops.compact_unpack(weight, dtype)
 
 
 def dense_kernel_tokens(shape: tuple[int, int], dtype: torch.dtype) -> frozenset[int]:

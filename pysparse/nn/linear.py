@@ -215,7 +215,7 @@ class SparseLinear(nn.Module):
         if x.dtype is not values.dtype and torch.is_autocast_enabled("cpu"):
             x = x.to(values.dtype)  # packed weights keep their dtype: autocast moves the input instead
         dispatch, bias = self._dispatch, self._parameters["bias"]
-        if x.numel() > dispatch.bitmap_tokens * self.in_features and not ops.needs_dispatcher(x, bias):
+        if x.numel() > dispatch.unasked * self.in_features and not ops.needs_dispatcher(x, bias):
             tokens = x.numel() // self.in_features
             way = dispatch.decided(tokens) or self._decide(tokens)
             if way != "bitmap" or tokens > ops.DECODE_TOKENS:
@@ -238,10 +238,7 @@ class SparseLinear(nn.Module):
             return None
         if x.dtype is not values.dtype or x.dtype not in ops.KERNEL_DTYPES or x.size(-1) != self.in_features:
             return None
-        if (
-            x.numel() > self._dispatch.bitmap_tokens * self.in_features
-            and not torch.compiler.is_dynamo_compiling()
-        ):
+        if x.numel() > self._dispatch.unasked * self.in_features and not torch.compiler.is_dynamo_compiling():
             tokens = x.numel() // self.in_features
             way = self._dispatch.decided(tokens) or self._decide(tokens)
             if tokens > ops.DECODE_TOKENS or way != "bitmap":

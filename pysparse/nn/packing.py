@@ -11,9 +11,9 @@ from pysparse import backend, ops
 from pysparse.formats import BitmapTensor, Int8Bitmap, NMInt8, NMTensor, TiledInt8
 from pysparse.formats.int8 import check_finite, check_group
 from pysparse.formats.nm import MAX_GROUP
+from pysparse.ops import Compact
 
 RowMajor = BitmapTensor | Int8Bitmap  # as on disk
-Compact = TiledInt8 | NMTensor | NMInt8  # as the kernels read it
 
 _TIE = 1.02  # at the same bytes fixed places are read faster than counted ones
 

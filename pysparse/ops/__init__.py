@@ -16,6 +16,12 @@ from pysparse.ops.attention import (
     proxy_scores,
     stripe_attention,
 )
+from pysparse.ops.compact import (
+    Compact,
+    compact_linear_chunks,
+    compact_unpack,
+    compact_unpacked_linear,
+)
 from pysparse.ops.cuda import (
     DELTA_TOKENS,
     STRIP_TOKENS,
@@ -84,6 +90,7 @@ __all__ = [
     "STRIP_TOKENS",
     "AnchorRegion",
     "AttentionState",
+    "Compact",
     "LowRankTerm",
     "Operand",
     "ProxyGrid",
@@ -110,6 +117,9 @@ __all__ = [
     "can_select",
     "can_sweep",
     "cholesky_leaf",
+    "compact_linear_chunks",
+    "compact_unpack",
+    "compact_unpacked_linear",
     "dense_linear",
     "dense_lowrank_linear",
     "draw_permutations",

@@ -15,11 +15,11 @@ import torch
 
 from pysparse import backend
 from pysparse.ops.cost_measure import measure
-from pysparse.ops.costs import DENSITIES, SHAPES, Costs, Table
+from pysparse.ops.costs import SHAPES, Costs, Table
 from pysparse.ops.ways import WAYS
 
 CACHE_VARIABLE = "PYSPARSE_CACHE_DIR"
-_SCHEMA = 2
+_SCHEMA = 3
 _known: dict[tuple[torch.dtype, int, str], Costs] = {}
 
 
@@ -114,8 +114,7 @@ def _parse(costs: dict[str, Any]) -> Costs:
 
 def _table(way: str, given: Any) -> Table:
     table = tuple(tuple(tuple(map(_seconds, line)) for line in half) for half in given)
-    lines = len(DENSITIES) if WAYS[way].by_density else 1
-    wanted = [[len(WAYS[way].tokens)] * lines] * len(SHAPES)
+    wanted = [[len(WAYS[way].tokens)] * len(WAYS[way].densities)] * len(SHAPES)
     if [[len(line) for line in half] for half in table] != wanted:
         raise ValueError(f"the table of {way} has another size")
     return table

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 import time
 from collections.abc import Iterator
@@ -12,9 +11,8 @@ import torch
 from torch import Tensor
 
 from pysparse import backend
-from pysparse.formats import BitmapTensor, TiledBitmap
-from pysparse.ops.costs import DENSITIES, SHAPES, Costs, Table
-from pysparse.ops.ways import WAYS, Run
+from pysparse.ops.costs import SHAPES, Costs, Table
+from pysparse.ops.ways import WAYS, Run, Weight
 
 logger = logging.getLogger("pysparse")
 
@@ -71,32 +69,29 @@ def _samples(dtype: torch.dtype) -> list[_Sample]:
 
 def _prepared(dtype: torch.dtype, generator: torch.Generator) -> Iterator[tuple[str, int, int, Run]]:
     """Yield every way over every weight that it is measured on, as (way, size, line, what is timed)."""
-    weights = {
-        (size, line): _weight(SHAPES[size], DENSITIES[line], dtype, generator)
-        for line, size in itertools.product(range(len(DENSITIES)), range(len(SHAPES)))
-    }
+    drawn = [_draw(shape, dtype, generator) for shape in SHAPES]
+    weights: dict[tuple[int, float, bool], Weight] = {}
     for name, way in WAYS.items():
-        for line, size in itertools.product(range(len(DENSITIES)), range(len(SHAPES))):
-            if way.by_density:
-                yield name, size, line, way.prepare(*weights[size, line])
-            elif line == 0:
-                yield name, size, 0, way.prepare(*weights[size, len(DENSITIES) - 1])
+        for line, density in enumerate(way.densities):
+            for size in range(len(SHAPES)):
+                place = size, density, way.by_pattern
+                if place not in weights:
+                    weights[place] = Weight.zeroed(*drawn[size], density, way.by_pattern)
+                yield name, size, line, way.prepare(weights[place])
 
 
-def _weight(
-    shape: tuple[int, int], density: float, dtype: torch.dtype, generator: torch.Generator
-) -> tuple[Tensor, TiledBitmap]:
-    dense = torch.randn(shape, generator=generator).to(dtype)
-    dense *= torch.rand(shape, generator=generator) < density
-    return dense, TiledBitmap.from_bitmap(BitmapTensor.from_dense(dense))
+def _draw(shape: tuple[int, int], dtype: torch.dtype, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Return normal values of ``dtype``, and uniform chances of staying."""
+    return torch.randn(shape, generator=generator).to(dtype), torch.rand(shape, generator=generator)
 
 
 def _call_seconds(dtype: torch.dtype) -> dict[str, float]:
     """Return the seconds of a call on a weight so small that nothing else counts."""
     generator = torch.Generator().manual_seed(0)
-    dense, tiled = _weight(_TINY, 0.5, dtype, generator)
     x = torch.randn(1, _TINY[1], generator=generator).to(dtype)
-    return {name: _fastest(way.prepare(dense, tiled), x) for name, way in WAYS.items()}
+    drawn = _draw(_TINY, dtype, generator)
+    weights = {by_pattern: Weight.zeroed(*drawn, 0.5, by_pattern) for by_pattern in (False, True)}
+    return {name: _fastest(way.prepare(weights[way.by_pattern]), x) for name, way in WAYS.items()}
 
 
 def _fastest(run: Run, x: Tensor) -> float:
@@ -110,7 +105,7 @@ def _fastest(run: Run, x: Tensor) -> float:
 
 def _table(way: str, fastest: dict[Place, float]) -> Table:
     """Arrange the figures of ``way``; those of our own kernels without what other programs added."""
-    lines = len(DENSITIES) if WAYS[way].by_density else 1
+    lines = len(WAYS[way].densities)
     counts = range(len(WAYS[way].tokens))
     table = [
         [[fastest[way, size, line, index] for index in counts] for line in range(lines)]

@@ -11,22 +11,20 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pysparse.ops.ways import HELD, WAYS, Way
+from pysparse.ops.ways import SECOND, WAYS, Way
 
-DENSITIES = (0.05, 0.2, 0.4, 0.65, 1.0)
 SHAPES = (
     (1024, 768),
     (2048, 4096),
 )  # (out, in) of the measured weights: a small layer, and one beyond the caches
-Table = tuple[tuple[tuple[float, ...], ...], ...]  # seconds by [SHAPES][DENSITIES][tokens of the way]
+Table = tuple[
+    tuple[tuple[float, ...], ...], ...
+]  # seconds by [SHAPES][densities of the way][tokens of the way]
 
 
 @dataclass(frozen=True, slots=True)
 class Costs:
-    """Measured seconds of every way, for one dtype, instruction set and number of threads.
-
-    A way that does not depend on the density has a table with one line in place of one per density.
-    """
+    """Measured seconds of every way, for one dtype, instruction set and number of threads."""
 
     call: dict[str, float]  # seconds of a call on a tiny weight
     seconds: dict[str, Table]
@@ -55,7 +53,7 @@ class Costs:
     def _measured(self, way: str, index: int, density: float, tokens: int) -> float:
         found, lines = WAYS[way], self.seconds[way][index]
         at = [_at_tokens(found, line, tokens) for line in lines]
-        seconds = along(DENSITIES, at, density) if found.by_density else at[0]
+        seconds = along(found.densities, at, density)
         return seconds / _waiting(found, SHAPES[index][0], tokens, self.threads)
 
 
@@ -115,10 +113,10 @@ def choose(
 ) -> Choice:
     """Take the fastest of ``ways``; one that needs a second packing must win by the factor ``margin``.
 
-    ``ways`` holds at least one that reads the bitmap.
+    ``ways`` holds at least one that reads the packing which the layer has anyway.
     """
     seconds = {way: costs.predict(way, shape, density, tokens) for way in ways}
-    held = min((way for way in ways if WAYS[way].packing == HELD), key=seconds.__getitem__)
+    held = min((way for way in ways if WAYS[way].packing not in SECOND), key=seconds.__getitem__)
     best = min(ways, key=seconds.__getitem__)
     if best != held and seconds[held] < margin * seconds[best]:
         return Choice(held, seconds, f"within {margin - 1:.0%} of {best}, without its packing")

@@ -77,24 +77,41 @@ def _int8_linear_cpu(
     x: Tensor, values: Tensor, masks: Tensor, tile_offsets: Tensor, scales: Tensor, row_sums: Tensor,
     bias: Tensor | None, out_features: int, group_size: int, activation_bits: int,
 ) -> Tensor:  # fmt: skip
+    check_quantized_call(x, bias, activation_bits)
+    arrays = values, masks, tile_offsets, scales, row_sums
+    if x.numel() > DECODE_TOKENS * x.shape[-1]:
+        return int8_unpacked(x, arrays, bias, out_features, group_size)
+    return int8_decode(x, arrays, bias, out_features, group_size, activation_bits)
+
+
+def int8_decode(
+    x: Tensor, arrays: tuple[Tensor, ...], bias: Tensor | None, out_features: int, group_size: int,
+    activation_bits: int,
+) -> Tensor:  # fmt: skip
+    """Multiply by the kernel for few tokens, however many there are; arguments as :func:`call_int8_linear`'s."""
     code = check_quantized_call(x, bias, activation_bits)
     *batch, cols = x.shape
     tokens = x.numel() // cols if cols else math.prod(batch)
-    arrays = tuple(map(_array, (values, masks, tile_offsets, scales, row_sums)))
-    if tokens > DECODE_TOKENS:
-        return multiply_unpacked(
-            x, bias, out_features,
-            lambda first, rows, block: backend.core().int8_unpack(
-                code, *arrays, group_size, out_features, cols, first // 16, rows, block
-            ),
-        )  # fmt: skip
     x = x.contiguous()
     y = torch.empty(*batch, out_features, dtype=x.dtype)
     backend.core().int8_linear(
-        code, x.data_ptr(), tokens, cols, activation_bits // 8, *arrays, group_size,
+        code, x.data_ptr(), tokens, cols, activation_bits // 8, *map(_array, arrays), group_size,
         0 if bias is None else bias.data_ptr(), y.data_ptr(), out_features,
     )  # fmt: skip
     return y
+
+
+def int8_unpacked(
+    x: Tensor, arrays: tuple[Tensor, ...], bias: Tensor | None, out_features: int, group_size: int
+) -> Tensor:
+    """Dequantise some rows into the cache, multiply them by torch's product, go on with the next ones."""
+    code, cols, pointers = check_quantized_call(x, bias, 8), x.shape[-1], tuple(map(_array, arrays))
+    return multiply_unpacked(
+        x, bias, out_features,
+        lambda first, rows, block: backend.core().int8_unpack(
+            code, *pointers, group_size, out_features, cols, first // 16, rows, block
+        ),
+    )  # fmt: skip
 
 
 def multiply_unpacked(

@@ -81,50 +81,94 @@ def call_nm_int8_linear(
 def _nm_linear_cpu(
     x: Tensor, values: Tensor, indices: Tensor, bias: Tensor | None, out_features: int, n: int, m: int
 ) -> Tensor:
-    code = _DTYPE_CODES.get(values.dtype)
-    if code is None or x.dtype is not values.dtype or (bias is not None and bias.dtype is not values.dtype):
-        _check_dtypes(x, values, bias)
+    multiply = nm_unpacked if x.numel() > DECODE_TOKENS * x.shape[-1] else nm_decode
+    return multiply(x, (values, indices), bias, out_features, (n, m))
+
+
+def nm_decode(
+    x: Tensor, arrays: tuple[Tensor, ...], bias: Tensor | None, out_features: int, pattern: tuple[int, int]
+) -> Tensor:
+    """Multiply by the kernel for few tokens, however many there are, on values and indices."""
+    values, indices = arrays
+    code = _code(x, values, bias)
     *batch, cols = x.shape
-    arrays = _array(values), _array(indices), n, m
     tokens = x.numel() // cols if cols else math.prod(batch)
-    if tokens > DECODE_TOKENS:
-        return multiply_unpacked(
-            x, bias, out_features,
-            lambda first, rows, block: backend.core().nm_unpack(
-                code, *arrays, out_features, cols, first // 16, rows, block
-            ),
-        )  # fmt: skip
     x = x.contiguous()
     y = torch.empty(*batch, out_features, dtype=x.dtype)
     backend.core().nm_linear(
-        code, x.data_ptr(), tokens, cols, *arrays, 0 if bias is None else bias.data_ptr(), y.data_ptr(),
-        out_features,
+        code, x.data_ptr(), tokens, cols, _array(values), _array(indices), *pattern,
+        0 if bias is None else bias.data_ptr(), y.data_ptr(), out_features,
     )  # fmt: skip
     return y
+
+
+def nm_unpacked(
+    x: Tensor, arrays: tuple[Tensor, ...], bias: Tensor | None, out_features: int, pattern: tuple[int, int]
+) -> Tensor:
+    """Unpack some rows into the cache, multiply them by torch's product, go on with the next ones."""
+    values, indices = arrays
+    code, cols, packed = _code(x, values, bias), x.shape[-1], (_array(values), _array(indices), *pattern)
+    return multiply_unpacked(
+        x, bias, out_features,
+        lambda first, rows, block: backend.core().nm_unpack(
+            code, *packed, out_features, cols, first // 16, rows, block
+        ),
+    )  # fmt: skip
+
+
+def _code(x: Tensor, values: Tensor, bias: Tensor | None) -> int:
+    """Return the dtype's code; ValueError where x, values and bias differ or have no kernel."""
+    code = _DTYPE_CODES.get(values.dtype)
+    if code is None or x.dtype is not values.dtype or (bias is not None and bias.dtype is not values.dtype):
+        _check_dtypes(x, values, bias)
+    return _DTYPE_CODES[values.dtype]
 
 
 def _nm_int8_linear_cpu(
     x: Tensor, values: Tensor, indices: Tensor, scales: Tensor, row_sums: Tensor, bias: Tensor | None,
     out_features: int, n: int, m: int, group_size: int, activation_bits: int,
 ) -> Tensor:  # fmt: skip
+    check_quantized_call(x, bias, activation_bits)
+    arrays = values, indices, scales, row_sums
+    if x.numel() > DECODE_TOKENS * x.shape[-1]:
+        return nm_int8_unpacked(x, arrays, bias, out_features, (n, m), group_size)
+    return nm_int8_decode(x, arrays, bias, out_features, (n, m), group_size, activation_bits)
+
+
+def nm_int8_decode(
+    x: Tensor, arrays: tuple[Tensor, ...], bias: Tensor | None, out_features: int, pattern: tuple[int, int],
+    group_size: int, activation_bits: int,
+) -> Tensor:  # fmt: skip
+    """As :func:`nm_decode`, on values, indices, scales and row sums."""
     code = check_quantized_call(x, bias, activation_bits)
     *batch, cols = x.shape
-    arrays = _array(values), _array(indices), n, m, _array(scales), _array(row_sums), group_size
     tokens = x.numel() // cols if cols else math.prod(batch)
-    if tokens > DECODE_TOKENS:
-        return multiply_unpacked(
-            x, bias, out_features,
-            lambda first, rows, block: backend.core().nm_int8_unpack(
-                code, *arrays, out_features, cols, first // 16, rows, block
-            ),
-        )  # fmt: skip
     x = x.contiguous()
     y = torch.empty(*batch, out_features, dtype=x.dtype)
     backend.core().nm_int8_linear(
-        code, x.data_ptr(), tokens, cols, activation_bits // 8, *arrays,
+        code, x.data_ptr(), tokens, cols, activation_bits // 8, *_nm_int8_pointers(arrays, pattern), group_size,
         0 if bias is None else bias.data_ptr(), y.data_ptr(), out_features,
     )  # fmt: skip
     return y
+
+
+def nm_int8_unpacked(
+    x: Tensor, arrays: tuple[Tensor, ...], bias: Tensor | None, out_features: int, pattern: tuple[int, int],
+    group_size: int,
+) -> Tensor:  # fmt: skip
+    """As :func:`nm_unpacked`, on values, indices, scales and row sums; ``x`` is not quantised."""
+    code, cols, packed = check_quantized_call(x, bias, 8), x.shape[-1], _nm_int8_pointers(arrays, pattern)
+    return multiply_unpacked(
+        x, bias, out_features,
+        lambda first, rows, block: backend.core().nm_int8_unpack(
+            code, *packed, group_size, out_features, cols, first // 16, rows, block
+        ),
+    )  # fmt: skip
+
+
+def _nm_int8_pointers(arrays: tuple[Tensor, ...], pattern: tuple[int, int]) -> tuple[Any, ...]:
+    values, indices, scales, row_sums = map(_array, arrays)
+    return values, indices, *pattern, scales, row_sums
 
 
 def nm_unpack(weight: NMTensor) -> Tensor:
