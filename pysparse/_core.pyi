@@ -407,7 +407,11 @@ def obs_sweep(
 ) -> None: ...
 
 CHOLESKY_LEAF: int
+RIDGE_MAX: int
 
+def ridge_rows(
+    gram: int, scale: int, target: int, solution: int, inverse_diagonal: int, rows: int, size: int
+) -> None: ...
 def add_product(
     c: int,
     c_stride: int,

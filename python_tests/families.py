@@ -145,6 +145,7 @@ TESTED_ELSEWHERE = {
     "gate": "test_fused.py",
     "lowrank": "test_lowrank.py",
     "shapley": "test_shapley.py",
+    "ridge": "test_ridge.py",
 }
 
 

@@ -8,6 +8,7 @@ that recipes can be saved with it.
 from pysparse.methods.atp import ATP, BetaSearch, beta_grid, search_beta
 from pysparse.methods.custom import Custom
 from pysparse.methods.dlp import DLP
+from pysparse.methods.ebf import Columns, EbfUpdate, Emergent, Evidence
 from pysparse.methods.erk import ErdosRenyi
 from pysparse.methods.fcpts import FCPTS, learn_rates
 from pysparse.methods.filters import FilterDistance, NuclearImpact, SquaredMagnitude
@@ -32,9 +33,13 @@ __all__ = [
     "OWL",
     "AllocationLike",
     "BetaSearch",
+    "Columns",
     "Custom",
     "DLPProfile",
+    "EbfUpdate",
+    "Emergent",
     "ErdosRenyi",
+    "Evidence",
     "FilterDistance",
     "GlobalMagnitude",
     "InverseHessian",

@@ -17,6 +17,7 @@ import yaml
 
 from pysparse.methods.atp import ATP
 from pysparse.methods.dlp import DLP
+from pysparse.methods.ebf import Columns, EbfUpdate, Emergent, Evidence
 from pysparse.methods.erk import ErdosRenyi
 from pysparse.methods.filters import FilterDistance, NuclearImpact, SquaredMagnitude
 from pysparse.methods.global_magnitude import GlobalMagnitude
@@ -32,7 +33,7 @@ from pysparse.pruning.report import describe_recipe
 COMPONENTS: dict[str, dict[str, type[Any]]] = {
     "importance": {
         "InverseHessian": InverseHessian, "Magnitude": Magnitude, "Wanda": Wanda, "SquaredMagnitude": SquaredMagnitude,
-        "FilterDistance": FilterDistance, "NuclearImpact": NuclearImpact,
+        "FilterDistance": FilterDistance, "NuclearImpact": NuclearImpact, "Evidence": Evidence,
     },
     "allocation": {
         "Uniform": Uniform, "OWL": OWL, "DLP": DLP, "ATP": ATP, "GlobalMagnitude": GlobalMagnitude,
@@ -40,8 +41,9 @@ COMPONENTS: dict[str, dict[str, type[Any]]] = {
     },
     "structure": {
         "NM": NM, "MixedNM": MixedNM, "Unstructured": Unstructured, "RowMass": RowMass, "Filters": Filters,
+        "Emergent": Emergent, "Columns": Columns,
     },
-    "reconstruction": {"Keep": Keep, "ObsUpdate": ObsUpdate, "Correct": Correct},
+    "reconstruction": {"Keep": Keep, "ObsUpdate": ObsUpdate, "Correct": Correct, "EbfUpdate": EbfUpdate},
 }  # fmt: skip
 _LIMIT = 1 << 12  # bytes; a recipe has some ten lines, and the parser's time grows with the square
 

@@ -13,6 +13,7 @@ import yaml
 from pysparse.methods.atp import ATP
 from pysparse.methods.custom import Custom
 from pysparse.methods.dlp import DLP
+from pysparse.methods.ebf import Columns, EbfUpdate, Emergent, Evidence
 from pysparse.methods.erk import ErdosRenyi
 from pysparse.methods.filters import FilterDistance, SquaredMagnitude
 from pysparse.methods.global_magnitude import GlobalMagnitude
@@ -49,6 +50,10 @@ METHODS: dict[str, Recipe] = {
     "wanda": Recipe(Wanda(), Uniform(), Unstructured("row"), Keep()),
     "wanda-variant": Recipe(Wanda(), Uniform(), RowMass(), Keep()),
     "sparsegpt": Recipe(InverseHessian(), Uniform(), Unstructured("matrix"), ObsUpdate()),
+    "ebf": Recipe(Evidence(), Uniform(), Unstructured("matrix"), EbfUpdate()),
+    "ebf-auto": Recipe(Evidence(), Uniform(), Emergent(), EbfUpdate()),
+    "ebf-oneshot": Recipe(Evidence(), Uniform(), Emergent(), Keep()),
+    "ebf-columns": Recipe(Evidence(), Uniform(), Columns(), EbfUpdate()),
     "pot": Recipe(Magnitude(), GlobalMagnitude("l2"), Unstructured("matrix"), Correct()),
     "filter-l1": Recipe(Magnitude(), Uniform(), Filters(), Keep()),
     "filter-l2": Recipe(SquaredMagnitude(), Uniform(), Filters(), Keep()),

@@ -77,6 +77,7 @@ from pysparse.ops.obs import (
     inverse_cholesky_leaf,
     obs_sweep,
 )
+from pysparse.ops.ridge import can_ridge, ridge_rows, ridge_rows_torch
 from pysparse.ops.select import can_select, nm_mask, row_mask, select_nm, select_rows
 from pysparse.ops.shapley import draw_permutations, draw_words, philox
 
@@ -114,6 +115,7 @@ __all__ = [
     "call_nm_int8_linear",
     "call_nm_linear",
     "can_factor",
+    "can_ridge",
     "can_select",
     "can_sweep",
     "cholesky_leaf",
@@ -148,6 +150,8 @@ __all__ = [
     "pairs_linear",
     "philox",
     "proxy_scores",
+    "ridge_rows",
+    "ridge_rows_torch",
     "row_mask",
     "select_nm",
     "select_rows",
