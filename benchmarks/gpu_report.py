@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-FIGURES = {"kernels": "cuda.json", "end_to_end": "cuda_end_to_end.json"}
+FIGURES = {"kernels": "cuda.json", "end_to_end": "cuda_end_to_end.json", "attention": "cuda_attention.json"}
 
 
 def commit() -> str | None:

@@ -1,8 +1,9 @@
 """Turn a GPU run into the file that lets its kernels be chosen by default.
 
-    python benchmarks/vouch_cuda.py benchmarks/results/cuda_h200.json OUT/test.log
+    python benchmarks/vouch_cuda.py benchmarks/results/cuda_h200.json OUT/test.log [OUT/cuda_attention.json]
 
-Refuses a run with a wrong result or a failed test. Kernels whose sources change afterwards are experimental again.
+Refuses a run with a wrong result or a failed test. Each report vouches for the kernels that it ran; those whose sources
+change afterwards are experimental again.
 Beside the hashes it writes the costs that layers choose by: microseconds = c0 + c1 * megabytes + c2 * million entries,
 fitted to the run for each kernel and number of tokens.
 """
@@ -46,12 +47,19 @@ def costs(rows: list[dict[str, Any]]) -> dict[str, dict[str, list[float]]]:
     return result
 
 
-def vouch(report: Path, test_log: Path) -> dict[str, object]:
-    """Return what the package needs to know of the run; ValueError where it proves nothing."""
-    run = json.loads(report.read_text())
-    last = test_log.read_text().strip().splitlines()[-1]
+def proven(report: Path) -> dict[str, Any]:
+    """Return a report; ValueError where it has a wrong result or none."""
+    run: dict[str, Any] = json.loads(report.read_text())
     if run["wrong"] or not run["rows"]:
         raise ValueError(f"{report}: {len(run['rows'])} figures, wrong: {run['wrong']}")
+    return run
+
+
+def vouch(report: Path, test_log: Path, attention: Path | None = None) -> dict[str, object]:
+    """Return what the package needs to know of the run; ValueError where it proves nothing."""
+    run = proven(report)
+    more = {} if attention is None else proven(attention)["source_hashes"]
+    last = test_log.read_text().strip().splitlines()[-1]
     if not re.search(r"\b\d+ passed", last) or re.search(r"failed|error", last):
         raise ValueError(f"{test_log} ends with: {last}")
     return {
@@ -59,11 +67,11 @@ def vouch(report: Path, test_log: Path) -> dict[str, object]:
         "date": run["machine"]["date"],
         "tests": last.strip("= "),
         "report": report.name,
-        "source_hashes": run["source_hashes"],
+        "source_hashes": run["source_hashes"] | more,
         "costs": costs(run["rows"]),
     }
 
 
 if __name__ == "__main__":
-    TARGET.write_text(json.dumps(vouch(Path(sys.argv[1]), Path(sys.argv[2])), indent=1) + "\n")
+    TARGET.write_text(json.dumps(vouch(*map(Path, sys.argv[1:])), indent=1) + "\n")
     print(f"wrote {TARGET}")

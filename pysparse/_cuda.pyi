@@ -64,3 +64,41 @@ def strip_unpack(
     device: int,
     stream: int,
 ) -> None: ...
+def attention(
+    dtype: int,
+    q: tuple[int, int, int, int],
+    k: tuple[int, int, int, int],
+    v: tuple[int, int, int, int],
+    out: tuple[int, int, int, int],
+    lse: int,
+    before: tuple[int, int, int],
+    after: tuple[int, int, int],
+    valid: tuple[int, int],
+    sizes: tuple[int, int, int, int, int, int],
+    offset: int,
+    scale: float,
+    causal: bool,
+    set: int,
+    spans: tuple[int, int, int],
+    lists: tuple[int, int],
+    list_sizes: tuple[int, int, int],
+    device: int | None,
+    stream: int,
+) -> None: ...
+def find_stripes(
+    dtype: int,
+    pooled: tuple[int, int, int, int],
+    k: tuple[int, int, int, int],
+    floor: int,
+    first_key: int,
+    bits: int,
+    sizes: tuple[int, int, int, int, int, int, int, int],
+    spans: tuple[int, int, int, int],
+    scale: float,
+    device: int | None,
+    stream: int,
+) -> None: ...
+def count_stripes(bits: int, rows: int, words: int, counts: int, device: int | None, stream: int) -> None: ...
+def list_stripes(
+    bits: int, rows: int, words: int, offsets: int, indices: int, device: int | None, stream: int
+) -> None: ...

@@ -206,10 +206,12 @@ def cuda_kernels() -> list[KernelKey]:
     if _cuda is None:
         return []
     usable = not cuda_missing_reason()
+    packed = sorted(set(_cuda.SOURCE_HASHES) - {"attention"})
+    names = [(op, format) for format in packed for op in ("linear", "unpack")]
+    names += [("attention", format) for format in ("blocks", "spans", "stripes")]
     return [
         KernelKey(op, format, dtype, "cuda", usable)
-        for format in sorted(_cuda.SOURCE_HASHES)
-        for op in ("linear", "unpack")
+        for op, format in names
         for dtype in ("bfloat16", "float16")
     ]
 
@@ -225,8 +227,8 @@ def _reported_hashes() -> dict[str, str]:
 def cuda_gate(format: str) -> str:
     """Return why kernels of ``format`` are not chosen by default, or an empty string when they are.
 
-    They are chosen only when the report of a GPU run names the hash of their present sources, or when
-    PYSPARSE_CUDA_UNVALIDATED=1 asks for them.
+    ``format`` is a packing or "attention". Its kernels are chosen only when the report of a GPU run names the hash of
+    their present sources, or when PYSPARSE_CUDA_UNVALIDATED=1 asks for them.
     """
     missing = cuda_missing_reason()
     if missing:

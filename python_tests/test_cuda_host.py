@@ -405,7 +405,9 @@ BUDGETS = [
     (r"delta_linear_kernel.*Li8E", 128),  # 512
     (r"strip_linear_kernel.*Li[12]ELi3ELi2E", 64),  # two blocks of 512
     (r"strip_linear_kernel.*Li4ELi4ELi1E", 128),  # one block of 512
-    (r"unpack_kernel|add_parts_kernel", 64),
+    (r"attention_kernel", 255),  # two blocks of 128
+    (r"find_stripes_kernel", 128),  # four of 128
+    (r"unpack_kernel|add_parts_kernel|count_stripes_kernel|list_stripes_kernel", 64),
 ]
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
 
@@ -424,7 +426,7 @@ def compile_cuda(source, arch, target):
 @needs_nvcc
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", [80, 90])
-@pytest.mark.parametrize("source", ["delta", "fragment", "pair", "strip"])
+@pytest.mark.parametrize("source", ["delta", "fragment", "pair", "strip", "attention", "stripes"])
 def test_no_spills_and_registers_within_budget(source, arch, tmp_path):
     log = compile_cuda(ROOT / f"csrc/cuda/{source}.cu", arch, tmp_path / "out.cubin")
     pattern = (
@@ -449,6 +451,8 @@ def test_no_spills_and_registers_within_budget(source, arch, tmp_path):
         "delta": ["LDG.E.EF.128"],
         "fragment": ["HMMA.16816", "LDGSTS.E.BYPASS.128"],
         "pair": ["HMMA.SP"],
+        "attention": ["HMMA.16816", "LDSM.16.M88.4", "LDSM.16.MT88.4", "LDGSTS.E.BYPASS.128", "MUFU.EX2"],
+        "stripes": ["HMMA.16816", "LDSM.16.M88.4"],
     }
     for instruction in expected.get(source, []):
         assert instruction in code, instruction

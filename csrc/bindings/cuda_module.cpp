@@ -1,36 +1,13 @@
 // The module _cuda: addresses and sizes in, an exception for any CUDA error out. See
 // pysparse/_cuda.pyi.
-#include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <limits>
-#include <stdexcept>
-#include <string>
-
-#include "api.h"
+#include "cuda_bind.h"
 
 namespace py = pybind11;
 
 namespace pysparse::cuda {
 namespace {
-
-template <class T>
-T* pointer(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
-
-int narrow_size(int64_t size, const char* name) {
-  if (size < 0 || size > std::numeric_limits<int32_t>::max())
-    throw std::invalid_argument(std::string(name) + " is " + std::to_string(size) +
-                                ", outside [0, 2^31)");
-  return static_cast<int>(size);
-}
-
-void check(int error, const char* kernel) {
-  if (error)
-    throw std::runtime_error(std::string("CUDA kernel ") + kernel + " failed: " +
-                             error_text(error) + " (error " + std::to_string(error) + ")");
-}
 
 Product product(int dtype, uintptr_t x, int64_t tokens, int64_t cols, uintptr_t bias, uintptr_t y,
                 int64_t rows) {
@@ -59,9 +36,9 @@ StripWeight strips(int packing, uintptr_t stream, uintptr_t offsets, int64_t lar
 PYBIND11_MODULE(_cuda, module) {
   using namespace pysparse::cuda;
   module.doc() = "CUDA kernels of pysparse; see pysparse/_cuda.pyi";
-  module.attr("SOURCE_HASHES") =
-      py::dict(py::arg("delta") = PYSPARSE_HASH_DELTA, py::arg("fragment") = PYSPARSE_HASH_FRAGMENT,
-               py::arg("pair") = PYSPARSE_HASH_PAIR);
+  module.attr("SOURCE_HASHES") = py::dict(
+      py::arg("delta") = PYSPARSE_HASH_DELTA, py::arg("fragment") = PYSPARSE_HASH_FRAGMENT,
+      py::arg("pair") = PYSPARSE_HASH_PAIR, py::arg("attention") = PYSPARSE_HASH_ATTENTION);
   module.attr("ARCHITECTURES") = PYSPARSE_CUDA_ARCH_LIST;
   module.def("device_count", device_count);
   module.def("shared_bytes", shared_bytes);
@@ -115,4 +92,5 @@ PYBIND11_MODULE(_cuda, module) {
                        {device, pointer<void>(stream)}),
           packing == 0 ? "fragment_unpack" : "pair_unpack");
   });
+  bind_attention(module);
 }

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from pysparse.formats.stripe import LIST_UNIT, BlockIndex, StripeIndex
-from pysparse.ops import attention_ops  # noqa: F401  registers torch.ops.pysparse.*
+from pysparse.ops import attention_cuda, attention_ops  # noqa: F401  they register torch.ops.pysparse.*
 
 MAX_HEAD_DIM = 256
 MAX_POOLS = 64

@@ -116,7 +116,7 @@ def _stripe_attention(
     bounds = bounds_of(k, key_range)
     groups = (offsets.numel() - 1) // (q.shape[0] * heads)
     index = StripeIndex(offsets, keys, (q.shape[0], heads, groups), group_size, k.shape[2])
-    _check_stripes(index, bounds)
+    check_stripes(index, bounds)
     parts = reference.attend(q, k, v, scale, reference.stripe_selection(index, q.shape[1], q_offset, bounds))
     if out is not None and max is not None and denominator is not None:
         from pysparse.ops.attention import AttentionState  # the front imports this module
@@ -126,7 +126,8 @@ def _stripe_attention(
     return _rounded(parts, q)
 
 
-def _check_stripes(index: StripeIndex, bounds: Bounds) -> None:
+def check_stripes(index: StripeIndex, bounds: Bounds) -> None:
+    """Raise ValueError unless every stripe lies in its sequence and before its group's first row."""
     _, heads, groups = index.shape
     counts = index.counts.flatten()
     of_list = torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
@@ -158,14 +159,19 @@ def _anchor_attention(
     return out, lse, offsets, keys
 
 
+def block_index(
+    k: Tensor, offsets: Tensor, blocks: Tensor, shape: tuple[int, int, int], block_q: int, block_k: int
+) -> BlockIndex:
+    """Return the index that an operation was handed in parts; ValueError for lists that do not fit ``k``."""
+    return BlockIndex(offsets, blocks, shape, block_q, block_k, -(-k.shape[2] // block_k))
+
+
 def _block_parts(
     q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, blocks: Tensor, heads: int, block_q: int, block_k: int,
     key_range: Tensor | None, scale: float, causal: bool, q_offset: int,
 ) -> Parts:  # fmt: skip
     q_blocks = (offsets.numel() - 1) // (q.shape[0] * heads)
-    index = BlockIndex(
-        offsets, blocks, (q.shape[0], heads, q_blocks), block_q, block_k, -(-k.shape[2] // block_k)
-    )
+    index = block_index(k, offsets, blocks, (q.shape[0], heads, q_blocks), block_q, block_k)
     chosen = reference.block_selection(
         index, k.shape[2], q.shape[1], q_offset, bounds_of(k, key_range), causal
     )
@@ -201,7 +207,7 @@ def _block_mass(
     return selection.block_mass(q, k, scale, q_offset, bounds_of(k, key_range), block)
 
 
-_IMPLEMENTATIONS = {
+IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "flash_attention": _flash_attention,
     "flash_attention_state": _flash_attention_state,
     "anchor_state": _anchor_state,
@@ -213,7 +219,7 @@ _IMPLEMENTATIONS = {
     "proxy_scores": _proxy_scores,
     "block_mass": _block_mass,
 }
-for _name, _implementation in _IMPLEMENTATIONS.items():
+for _name, _implementation in IMPLEMENTATIONS.items():
     _library.impl(_name, _implementation, "CompositeExplicitAutograd")
 
 

@@ -87,6 +87,8 @@ template <class T>
 T __ldg(const T* p) { return *p; }
 template <class T>
 T __ldcs(const T* p) { return *p; }
+inline int __popc(uint32_t bits) { return __builtin_popcount(bits); }
+inline int __ffs(uint32_t bits) { return __builtin_ffs(static_cast<int>(bits)); }
 template <class T>
 T atomicOr(T* p, T bits) { return std::atomic_ref<T>(*p).fetch_or(bits); }
 

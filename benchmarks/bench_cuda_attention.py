@@ -1,0 +1,200 @@
+"""Attention over stripes and blocks on a GPU, beside cuDNN's and flash attention through torch, in one run.
+
+    python benchmarks/bench_cuda_attention.py --out OUT/cuda_attention.json [--lengths 16384 65536 131072]
+
+32 query heads, 8 key heads, 128 dimensions, bfloat16, causal. Medians of interleaved rounds. Random stripes at the
+given share of the candidates; what choosing them takes is timed apart; every kernel is checked against torch's result
+in float32 on sampled rows first. FLOP count what a kernel computes: 4 D for each pair of query and key it meets.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from bench_cuda import attempt, card, clocks
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
+from pysparse import backend, ops
+from pysparse.formats import BlockIndex, StripeIndex
+
+HEADS, KEY_HEADS, DIM = 32, 8, 128
+ROUNDS = 7
+SAMPLED = 64  # rows whose result is checked
+TOLERANCE = 1e-2  # relative Frobenius error: 16-bit weights and results
+Call = Callable[[], Tensor]
+
+
+def random_stripes(length: int, region: ops.AnchorRegion, share: float) -> StripeIndex:
+    """Draw ``share`` of each group's candidates, for each query head."""
+    groups = -(-length // region.group_size)
+    key = torch.arange(length, device="cuda")
+    last = torch.arange(groups, device="cuda")[:, None] * region.group_size - region.local
+    candidate = (key >= region.init) & (key < last)
+    parts = []
+    for _ in range(HEADS):  # a head at a time: the mask of all would be gigabytes
+        mask = (torch.rand(groups, length, device="cuda") < share) & candidate
+        parts.append((mask.sum(dim=1), mask.nonzero()[:, 1].to(torch.int32)))
+    offsets = torch.zeros(HEADS * groups + 1, dtype=torch.int64, device="cuda")
+    torch.cumsum(torch.cat([counts for counts, _ in parts]), 0, out=offsets[1:])
+    keys = torch.cat([part for _, part in parts])
+    return StripeIndex(offsets, keys, (1, HEADS, groups), region.group_size, length)
+
+
+def random_blocks(length: int, share: float) -> BlockIndex:
+    """Draw ``share`` of the blocks before each block of rows, and its own."""
+    blocks = -(-length // 128)
+    mask = torch.rand(1, HEADS, blocks, blocks, device="cuda") < share
+    mask = (mask & torch.ones_like(mask).tril(-1)) | torch.eye(blocks, device="cuda").bool()
+    return BlockIndex.from_mask(mask)
+
+
+def error(actual: Tensor, q: Tensor, k: Tensor, v: Tensor, seen: Callable[[Tensor], Tensor]) -> float:
+    """Return the relative error of sampled rows; ``seen(rows)`` is the boolean mask [heads, rows, keys]."""
+    rows = torch.linspace(0, q.shape[2] - 1, SAMPLED, device="cuda").long()
+    groups = HEADS // KEY_HEADS
+    keys, values = (x[0].float().repeat_interleave(groups, dim=0) for x in (k, v))
+    logits = (q[0, :, rows].float() @ keys.mT * DIM**-0.5).masked_fill(~seen(rows), float("-inf"))
+    expected = logits.softmax(-1) @ values
+    return float((actual[0, :, rows].float() - expected).norm() / expected.norm())
+
+
+def interleaved(calls: dict[str, Call]) -> dict[str, float]:
+    """Return the median milliseconds of each call over rounds in which each runs once."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for round in range(ROUNDS + 1):
+        for name, call in calls.items():
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            call()
+            end.record()
+            end.synchronize()
+            if round:
+                times[name].append(start.elapsed_time(end))
+    return {name: statistics.median(seen) for name, seen in times.items()}
+
+
+def dense_rivals(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Call]:
+    """Return torch's dense attention by cuDNN and by flash attention."""
+
+    def by(which: SDPBackend) -> Tensor:
+        with sdpa_kernel(which):
+            return scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+    return {
+        "cudnn": lambda: by(SDPBackend.CUDNN_ATTENTION),
+        "torch_flash": lambda: by(SDPBackend.FLASH_ATTENTION),
+    }
+
+
+def stripes_and_region(
+    index: StripeIndex, region: ops.AnchorRegion, length: int
+) -> Callable[[Tensor], Tensor]:
+    """Return the mask of rows that see their group's stripes and the anchor region."""
+    mask, key = index.to_mask()[0], torch.arange(length, device="cuda")
+
+    def seen(rows: Tensor) -> Tensor:
+        start = rows[:, None] // region.group_size * region.group_size
+        near = (key < region.init) | (key >= start - region.local)
+        return (mask[:, rows // region.group_size] | near) & (key <= rows[:, None])
+
+    return seen
+
+
+def measure(length: int, shares: list[float], report: dict[str, Any]) -> str:
+    """Check and time everything at one length."""
+    q = torch.randn(1, HEADS, length, DIM, device="cuda").bfloat16()
+    k, v = (torch.randn(1, KEY_HEADS, length, DIM, device="cuda").bfloat16() for _ in range(2))
+    region = ops.AnchorRegion()
+    state = ops.anchor_state(q, k, v, region)
+    calls = dense_rivals(q, k, v) | {
+        "flash": lambda: ops.flash_attention(q, k, v)[0],
+        "anchor region": lambda: ops.anchor_state(q, k, v, region).out,
+        "identify": lambda: ops.identify_stripes(q, k, state.max, region, ops.StripeRule(theta=-2.0)).keys,
+    }
+    key = torch.arange(length, device="cuda")
+    checks = {
+        "flash": error(calls["flash"](), q, k, v, lambda rows: (key <= rows[:, None]).expand(HEADS, -1, -1))
+    }
+    extra: dict[str, dict[str, float]] = {}
+    for share in shares:
+        index, blocks = random_stripes(length, region, share), random_blocks(length, share)
+        arguments = (
+            index.offsets,
+            index.keys,
+            HEADS,
+            region.group_size,
+            None,
+            None,
+            None,
+            None,
+            DIM**-0.5,
+            0,
+        )
+        with_state = (*arguments[:4], state.out, state.max, state.denominator, *arguments[7:])
+        # The operation checks its lists; the time of the kernels is that of lists just identified.
+        calls[f"stripes {share:.0%}"] = lambda a=with_state: torch.ops.pysparse.stripe_attention(q, k, v, *a)[
+            0
+        ]
+        calls[f"blocks {share:.0%}"] = lambda b=blocks: ops.block_sparse_attention(q, k, v, b)[0]
+        if length <= 16384:  # the mask of a longer prompt would be gigabytes
+            seen = stripes_and_region(index, region, length)
+            checks[f"stripes {share:.0%}"] = error(calls[f"stripes {share:.0%}"](), q, k, v, seen)
+        extra[f"stripes {share:.0%}"] = {
+            "stripes": index.nnz,
+            "density": index.nnz / (HEADS * length**2 / 2 / 2048),
+        }
+        extra[f"blocks {share:.0%}"] = {"blocks": blocks.nnz}
+    times = interleaved(calls)
+    for name, milliseconds in times.items():
+        row = {"length": length, "kernel": name, "milliseconds": milliseconds}
+        report["rows"].append(row | {"over_cudnn": times["cudnn"] / milliseconds} | extra.get(name, {}))
+    for share in shares:
+        whole = times["anchor region"] + times["identify"] + times[f"stripes {share:.0%}"]
+        row = {"length": length, "kernel": f"anchor attention {share:.0%}", "milliseconds": whole}
+        report["rows"].append(row | {"over_cudnn": times["cudnn"] / whole})
+    report["errors"][str(length)] = checks
+    report["wrong"] += [f"{name} at {length}" for name, e in checks.items() if not e < TOLERANCE]
+    for row in report["rows"]:
+        if row["length"] == length:
+            print(
+                f"  {row['kernel']:24s} {row['milliseconds']:9.2f} ms, {row['over_cudnn']:5.2f} x cuDNN",
+                flush=True,
+            )
+    return f"{len(times)} kernels"
+
+
+def main() -> int:
+    """Measure, print and write the report; 1 when a kernel was wrong or a part failed."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--lengths", type=int, nargs="+", default=[16384, 65536, 131072])
+    parser.add_argument("--shares", type=float, nargs="+", default=[0.05, 0.1, 0.2])
+    options = parser.parse_args()
+    hashes = {"attention": backend.cuda().SOURCE_HASHES["attention"]}
+    report: dict[str, Any] = {
+        "machine": card(),
+        "source_hashes": hashes,
+        "rows": [],
+        "errors": {},
+        "wrong": [],
+    }
+    for length in options.lengths:
+        attempt(f"length_{length}", report, lambda length=length: measure(length, options.shares, report))
+        torch.cuda.empty_cache()
+        report["clocks_at_end"] = clocks()
+        options.out.write_text(json.dumps(report, indent=1) + "\n")
+    print(f"wrong: {report['wrong'] or 'none'}; failed: {list(report.get('failed', {})) or 'none'}")
+    return 1 if report["wrong"] or report.get("failed") else 0
+
+
+if __name__ == "__main__":
+    with torch.no_grad():
+        raise SystemExit(main())
