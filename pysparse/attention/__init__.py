@@ -1,0 +1,28 @@
+"""Floor 6: sparse attention for prefill: what a planner is, what is computed of its plan, and what it costs.
+
+The planners themselves (AnchorAttention, ProxyAttn, the baselines) are floor 7: ``pysparse.methods.PLANNERS``.
+"""
+
+from pysparse.attention.plan import (
+    Attended,
+    AttentionInput,
+    AttentionPlan,
+    Fused,
+    Planner,
+    attend,
+    dense,
+    execute,
+    selected_density,
+)
+
+__all__ = [
+    "Attended",
+    "AttentionInput",
+    "AttentionPlan",
+    "Fused",
+    "Planner",
+    "attend",
+    "dense",
+    "execute",
+    "selected_density",
+]

@@ -1,0 +1,115 @@
+"""Which attention a call gets: planned, exact, and the reason, which is counted."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pysparse.attention.log import DENSE, SPARSE, Tally
+from pysparse.attention.plan import Attended, AttentionInput, Fused, Planner, attend, dense
+
+KERNEL_DTYPES = (torch.float32, torch.bfloat16)
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionOptions:
+    """How long prompts are computed.
+
+    ``planner`` None is exact attention. Prompts of fewer than ``min_length`` keys (None: the planner's own
+    crossover), decoding steps and ``dense_layers`` are exact as well, and so is a call whose plan would compute
+    more than ``max_density`` of the pairs. ``sample_rows`` rows of each planned call are computed exactly too, to
+    report the recall. ``profile`` tells the time for selection from that for the product, in two passes instead
+    of one.
+    """
+
+    planner: Planner | None = None
+    min_length: int | None = None
+    max_density: float = 0.6
+    dense_layers: frozenset[int] = frozenset()
+    sample_rows: int = 0
+    profile: bool = False
+
+    def __post_init__(self) -> None:
+        if self.min_length is not None and self.min_length < 0:
+            raise ValueError(f"min_length={self.min_length} keys must not be negative")
+        if not 0 <= self.max_density <= 1:
+            raise ValueError(f"max_density={self.max_density} is a share of the pairs: it lies in [0, 1]")
+        if self.sample_rows < 0:
+            raise ValueError(f"sample_rows={self.sample_rows} must not be negative")
+        object.__setattr__(self, "dense_layers", frozenset(self.dense_layers))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Outcome:
+    """What a call got: out [B, Hq, N, D], the way and reason for the log, and what to count there."""
+
+    out: Tensor
+    way: str
+    reason: str
+    tally: Tally
+
+
+def run_attention(given: AttentionInput, options: AttentionOptions, layer: int = -1) -> Outcome:
+    """Compute one causal call of ``layer`` by the compiled kernels, planned where that pays."""
+    reason = why_exact(given, options, layer)
+    planner = options.planner
+    if planner is None or reason:
+        start = time.perf_counter()
+        out, _ = dense(given)
+        return Outcome(out, DENSE, reason, _tally(given, 1.0, 0.0, time.perf_counter() - start))
+    fused = isinstance(planner, Fused) and not options.profile
+    result = planner.attend(given) if fused else attend(given, planner, options.max_density)  # type: ignore[union-attr]
+    tally = _tally(given, result.density, result.select_seconds, result.compute_seconds)
+    if result.dropped:
+        return Outcome(result.out, DENSE, f"density above {options.max_density:.2f}", tally)
+    if options.sample_rows:
+        _sample(given, result, options.sample_rows, tally)
+    return Outcome(result.out, SPARSE, "", tally)
+
+
+def why_exact(given: AttentionInput, options: AttentionOptions, layer: int) -> str:
+    """Return why this call is not to be planned; "" when it is."""
+    if options.planner is None:
+        return ""
+    if layer in options.dense_layers:
+        return "layer in dense_layers"
+    least = options.planner.crossover if options.min_length is None else options.min_length
+    longest = max((one.end for one in given.bounds()), default=0)
+    return f"fewer than {least} keys" if longest < least else ""
+
+
+def row_recall(given: AttentionInput, lse: Tensor, rows: Tensor) -> Tensor:
+    """Return the share of attention mass that a sparse result holds: float32 [B, Hq, len(rows)], 1 = all.
+
+    ``lse`` [B, Hq, N] is the result's log-sum-exp and ``rows`` int64 the query rows to look at. More than 1 by more
+    than rounding would mean that a key was counted twice. Rows in padding are NaN.
+    """
+    whole = torch.full((*lse.shape[:2], len(rows)), math.nan)
+    for b, one in enumerate(given.bounds()):
+        query = given.query[b, :, rows].float().unflatten(0, (given.key.shape[1], -1))
+        key = given.key[b, :, one.start : one.start + one.end].float()
+        logits = (query @ key.unsqueeze(1).transpose(2, 3)).flatten(0, 1) * given.scale
+        position = (rows + given.q_offset - one.start).unsqueeze(1)
+        future = torch.arange(key.shape[1]) > position
+        known = (position >= one.first) & (position < one.end)
+        exact = logits.masked_fill_(future, -torch.inf).logsumexp(-1)
+        whole[b] = torch.where(known.squeeze(1), (lse[b, :, rows] - exact).exp(), math.nan)
+    return whole
+
+
+def _sample(given: AttentionInput, result: Attended, count: int, tally: Tally) -> None:
+    rows = torch.linspace(0, given.query.shape[2] - 1, min(count, given.query.shape[2])).long()
+    recall = row_recall(given, result.lse, rows)
+    recall = recall[~recall.isnan()]
+    if recall.numel():
+        tally.recall_sum, tally.recall_rows = float(recall.sum()), recall.numel()
+        tally.recall_min = float(recall.min())
+
+
+def _tally(given: AttentionInput, density: float, select: float, compute: float) -> Tally:
+    rows = sum(one.end - one.first for one in given.bounds())
+    return Tally(1, rows, density * rows, select, compute)

@@ -1,0 +1,39 @@
+"""StreamingLLM's pattern (Xiao et al. 2023, arXiv 2309.17453) as a prefill planner: first keys and a window."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pysparse.attention import AttentionInput, AttentionPlan
+from pysparse.attention.selection import as_index, causal_blocks, diagonal_blocks
+
+
+@dataclass(frozen=True, slots=True)
+class StreamingAttention:
+    """Compute the first ``sink`` keys and the last ``window`` before a row, in whole blocks; looks at no score."""
+
+    sink: int = 128
+    window: int = 1024
+    block: int = 128
+
+    def __post_init__(self) -> None:
+        if self.sink < 0 or self.window < 0:
+            raise ValueError(f"sink={self.sink} and window={self.window} are numbers of keys, not negative")
+
+    @property
+    def crossover(self) -> int:
+        """Twice the keys that are always computed."""
+        return 2 * (self.sink + self.window)
+
+    def plan(self, given: AttentionInput) -> AttentionPlan:
+        """Return the same blocks for every head."""
+        masks = []
+        for query, key, first in given.sequences():
+            begin = first // self.block
+            size = (-(-(first + query.shape[1]) // self.block) - begin, -(-key.shape[1] // self.block))
+            keep = diagonal_blocks(begin, *size)
+            for back in range(1, -(-self.window // self.block) + 1):
+                keep |= diagonal_blocks(begin - back, *size)
+            keep[:, : -(-self.sink // self.block)] = True
+            masks.append((keep & causal_blocks(begin, *size)).unsqueeze(0))
+        return AttentionPlan(blocks=as_index(given, masks, self.block))
