@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         report,
     )
     from pysparse.huggingface import CheckpointError, convert, from_pretrained, save_pretrained
+    from pysparse.huggingface.attention import attention_options, use_attention
     from pysparse.nn import DenseLinear, Packing, SparseLinear, densify_, sparsify_
 
 __version__ = "0.1.0"
@@ -33,6 +34,7 @@ __all__ = [
     "Packing",
     "SparseLinear",
     "__version__",
+    "attention_options",
     "benchmark",
     "benchmark_shape",
     "convert",
@@ -46,6 +48,7 @@ __all__ = [
     "report",
     "save_pretrained",
     "sparsify_",
+    "use_attention",
 ]
 
 _ROOMS = {
@@ -53,6 +56,7 @@ _ROOMS = {
         "benchmark", "benchmark_shape", "doctor", "evaluate", "kernel_info", "plan_prune", "prune", "report",
     ),
     "pysparse.huggingface": ("CheckpointError", "convert", "from_pretrained", "save_pretrained"),
+    "pysparse.huggingface.attention": ("attention_options", "use_attention"),
     "pysparse.nn": ("DenseLinear", "Packing", "SparseLinear", "densify_", "sparsify_"),
 }  # fmt: skip
 _HOME = {name: room for room, names in _ROOMS.items() for name in names}
@@ -76,6 +80,7 @@ def _register() -> None:
     """Make the format known to transformers; a missing or too old one leaves the rest of the package usable."""
     try:
         importlib.import_module("pysparse.huggingface.quantizer")
+        importlib.import_module("pysparse.huggingface.registration").register_attention()
     except Exception as error:  # whatever an unknown transformers throws: importing pysparse must not fail
         warnings.warn(
             f"sparse checkpoints cannot be loaded: transformers >= 5.0, < 6 is needed "

@@ -3,6 +3,8 @@
 The planners themselves (AnchorAttention, ProxyAttn, the baselines) are floor 7: ``pysparse.methods.PLANNERS``.
 """
 
+from pysparse.attention.dispatch import AttentionOptions, run_attention
+from pysparse.attention.log import AttentionLog
 from pysparse.attention.plan import (
     Attended,
     AttentionInput,
@@ -18,11 +20,14 @@ from pysparse.attention.plan import (
 __all__ = [
     "Attended",
     "AttentionInput",
+    "AttentionLog",
+    "AttentionOptions",
     "AttentionPlan",
     "Fused",
     "Planner",
     "attend",
     "dense",
     "execute",
+    "run_attention",
     "selected_density",
 ]

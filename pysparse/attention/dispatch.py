@@ -61,8 +61,10 @@ def run_attention(given: AttentionInput, options: AttentionOptions, layer: int =
         start = time.perf_counter()
         out, _ = dense(given)
         return Outcome(out, DENSE, reason, _tally(given, 1.0, 0.0, time.perf_counter() - start))
-    fused = isinstance(planner, Fused) and not options.profile
-    result = planner.attend(given) if fused else attend(given, planner, options.max_density)  # type: ignore[union-attr]
+    if isinstance(planner, Fused) and not options.profile:
+        result = planner.attend(given)
+    else:
+        result = attend(given, planner, options.max_density)
     tally = _tally(given, result.density, result.select_seconds, result.compute_seconds)
     if result.dropped:
         return Outcome(result.out, DENSE, f"density above {options.max_density:.2f}", tally)

@@ -26,7 +26,9 @@ class Shape:
     softcap: float | None = None
     sinks: Tensor | None = None  # [Hq]: a logit that takes its share and gives nothing
     dropout: float = 0.0
-    mask: Tensor | None = None  # [B or 1, Hq or 1, N, M], bool or additive; instead of all the rest about positions
+    mask: Tensor | None = (
+        None  # [B or 1, Hq or 1, N, M], bool or additive; instead of all the rest about positions
+    )
 
 
 def exact_attention(query: Tensor, key: Tensor, value: Tensor, shape: Shape) -> Tensor:
@@ -59,7 +61,7 @@ def _seen(shape: Shape, begin: int, end: int, key: Tensor) -> tuple[int, int, Te
         mask &= column > row - shape.window
     if shape.key_range is None:
         return low, high, mask.view(1, 1, *mask.shape)
-    start, stop = shape.key_range.to(key.device).view(-1, 1, 1, 2).unbind(-1)
+    start, stop = shape.key_range.to(key.device).view(-1, 1, 1, 1, 2).unbind(-1)
     inside = (column >= start) & (column < stop) & (row < stop) & (row >= start)
     return low, high, mask & inside
 

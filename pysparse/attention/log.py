@@ -77,7 +77,18 @@ class AttentionLog:
 
     def table(self) -> Table:
         """Return a rich table, a line for each layer, way and reason."""
-        columns = ("layer", "way", "calls", "rows", "density", "recall", "least", "select ms", "compute ms", "why")
+        columns = (
+            "layer",
+            "way",
+            "calls",
+            "rows",
+            "density",
+            "recall",
+            "least",
+            "select ms",
+            "compute ms",
+            "why",
+        )
         title = "attention: share of pairs computed, share of mass they hold (sampled rows)"
         return make_table(title, columns, [_cells(row) for row in self.rows()])
 

@@ -42,7 +42,12 @@ class AttentionInput:
 
     @classmethod
     def of(
-        cls, query: Tensor, key: Tensor, value: Tensor, scale: float | None = None, key_range: Tensor | None = None
+        cls,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float | None = None,
+        key_range: Tensor | None = None,
     ) -> AttentionInput:
         """Take the query rows as the last of the keys, and D^-1/2 for a missing ``scale``."""
         scale = query.shape[-1] ** -0.5 if scale is None else scale
@@ -160,7 +165,7 @@ def execute(given: AttentionInput, plan: AttentionPlan) -> tuple[Tensor, Tensor]
     q, k, v = given.query, given.key, given.value
     scale, offset, valid = given.scale, given.q_offset, given.key_range
     if plan.stripes is None:
-        assert plan.blocks is not None  # noqa: S101  a plan holds one or the other
+        assert plan.blocks is not None
         return block_sparse_attention(q, k, v, plan.blocks, scale=scale, q_offset=offset, key_range=valid)
     state = plan.carry
     if plan.blocks is not None:
@@ -183,5 +188,10 @@ def attend(given: AttentionInput, planner: Planner, max_density: float = math.in
 def dense(given: AttentionInput) -> tuple[Tensor, Tensor]:
     """Return (out [B, Hq, N, D], log-sum-exp [B, Hq, N]) of exact attention by the compiled kernel."""
     return flash_attention(
-        given.query, given.key, given.value, scale=given.scale, q_offset=given.q_offset, key_range=given.key_range
+        given.query,
+        given.key,
+        given.value,
+        scale=given.scale,
+        q_offset=given.q_offset,
+        key_range=given.key_range,
     )

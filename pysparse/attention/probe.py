@@ -1,4 +1,4 @@
-"""What the last rows of a sequence attend to, summed along columns and along diagonals: the probe of several planners."""
+"""What the last rows of a sequence attend to, summed along columns and along diagonals."""
 
 from __future__ import annotations
 

@@ -43,7 +43,8 @@ def top_mass(mass: Tensor, gamma: float, minimum: int = 0) -> Tensor:
 def block_sums(values: Tensor, block: int, lead: int = 0) -> Tensor:
     """Return sums over blocks of the last dimension, whose first entry is entry ``lead`` of its block."""
     short = -(lead + values.shape[-1]) % block
-    return functional.pad(values, (lead, short)).unflatten(-1, (-1, block)).sum(-1)
+    sums: Tensor = functional.pad(values, (lead, short)).unflatten(-1, (-1, block)).sum(-1)
+    return sums
 
 
 def block_means(rows: Tensor, block: int, lead: int = 0) -> Tensor:
@@ -59,7 +60,9 @@ def causal_blocks(first: int, row_blocks: int, key_blocks: int, device: torch.de
     return torch.arange(key_blocks, device=device) <= rows
 
 
-def diagonal_blocks(first: int, row_blocks: int, key_blocks: int, device: torch.device | None = None) -> Tensor:
+def diagonal_blocks(
+    first: int, row_blocks: int, key_blocks: int, device: torch.device | None = None
+) -> Tensor:
     """Return a bool mask [row blocks, key blocks] of the blocks that rows' own positions lie in."""
     rows = torch.arange(first, first + row_blocks, device=device).unsqueeze(1)
     return torch.arange(key_blocks, device=device) == rows
@@ -72,7 +75,9 @@ def as_index(given: AttentionInput, masks: list[Tensor], block: int) -> BlockInd
     """
     bounds = given.bounds()
     longest = max(-(-one.end // block) for one in bounds)
-    rows = -(-(given.q_offset + given.query.shape[2]) // block)  # counted as if there were no padding before them
+    rows = -(
+        -(given.q_offset + given.query.shape[2]) // block
+    )  # counted as if there were no padding before them
     joined = torch.zeros(len(masks), masks[0].shape[0], max(rows, longest), longest, dtype=torch.bool)
     for whole, mask, one in zip(joined, masks, bounds, strict=True):
         first = one.first // block

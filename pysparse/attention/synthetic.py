@@ -69,9 +69,7 @@ class Synthetic:
         random = torch.Generator().manual_seed(self.seed)
         shape = (self.batch, self.kv_heads, self.length, self.head_dim)
         value = torch.randn(shape, generator=random)
-        query = torch.randn(
-            (self.batch, self.query_heads, self.length, self.head_dim), generator=random
-        )
+        query = torch.randn((self.batch, self.query_heads, self.length, self.head_dim), generator=random)
         key = torch.randn(shape, generator=random)
         if self.structure:
             self._place_keys(key, random)
@@ -83,7 +81,9 @@ class Synthetic:
     def _place_keys(self, key: Tensor, random: torch.Generator) -> None:
         key[..., : self._special] = 0
         key[:, :, :SINKS, 0] = self._amplitude(self.sink)
-        topic = self._per_head(self.kv_heads, torch.randint(self.topics, self._draws(self.kv_heads), generator=random))
+        topic = self._per_head(
+            self.kv_heads, torch.randint(self.topics, self._draws(self.kv_heads), generator=random)
+        )
         chosen = self._per_head(
             self.kv_heads, torch.rand(self._draws(self.kv_heads), generator=random) < self.stripe_fraction
         )
@@ -115,11 +115,15 @@ class Synthetic:
         return torch.where(private, draws[:, 1:], draws[:, :1])
 
     def _amplitude(self, logit: float) -> float:
-        return math.sqrt(logit * math.sqrt(self.head_dim))  # on both sides of a product that the scale divides
+        return math.sqrt(
+            logit * math.sqrt(self.head_dim)
+        )  # on both sides of a product that the scale divides
 
     def _rotary(self) -> Tensor:
-        frequencies = 2 * math.pi / torch.logspace(
-            math.log10(_SHORTEST), math.log10(_LONGEST), _PERIODS, dtype=torch.float64
+        frequencies = (
+            2
+            * math.pi
+            / torch.logspace(math.log10(_SHORTEST), math.log10(_LONGEST), _PERIODS, dtype=torch.float64)
         )
         phases = torch.arange(self.length, dtype=torch.float64).unsqueeze(1) * frequencies
         return torch.cat([phases.cos(), phases.sin()], dim=1).float()

@@ -5,6 +5,7 @@ file with a frozen dataclass (see pysparse.pruning.recipe for what it must have)
 that recipes can be saved with it.
 """
 
+from pysparse.methods.anchor_attention import AnchorAttention
 from pysparse.methods.atp import ATP, BetaSearch, beta_grid, search_beta
 from pysparse.methods.custom import Custom
 from pysparse.methods.dlp import DLP
@@ -12,15 +13,21 @@ from pysparse.methods.ebf import Columns, EbfUpdate, Emergent, Evidence
 from pysparse.methods.erk import ErdosRenyi
 from pysparse.methods.fcpts import FCPTS, learn_rates
 from pysparse.methods.filters import FilterDistance, NuclearImpact, SquaredMagnitude
+from pysparse.methods.flexprefill import FlexPrefill
 from pysparse.methods.global_magnitude import GlobalMagnitude
 from pysparse.methods.lamp import LAMP
 from pysparse.methods.magnitude import Magnitude
+from pysparse.methods.minference import VerticalSlash
 from pysparse.methods.owl import OWL
+from pysparse.methods.planners import PLANNERS, planner_for
 from pysparse.methods.profile import DLPProfile, Profile, as_profile, load_profile
+from pysparse.methods.proxy_attention import ProxyAttention
 from pysparse.methods.recipes import COMPONENTS, load_recipe, parse_recipe, recipe_to_yaml
 from pysparse.methods.registry import ALLOCATIONS, METHODS, AllocationLike, allocation_for, recipe_for
 from pysparse.methods.sparsegpt import InverseHessian, ObsUpdate
+from pysparse.methods.streaming_attention import StreamingAttention
 from pysparse.methods.wanda import Wanda
+from pysparse.methods.xattention import XAttention
 
 __all__ = [
     "ALLOCATIONS",
@@ -31,7 +38,9 @@ __all__ = [
     "LAMP",
     "METHODS",
     "OWL",
+    "PLANNERS",
     "AllocationLike",
+    "AnchorAttention",
     "BetaSearch",
     "Columns",
     "Custom",
@@ -41,14 +50,19 @@ __all__ = [
     "ErdosRenyi",
     "Evidence",
     "FilterDistance",
+    "FlexPrefill",
     "GlobalMagnitude",
     "InverseHessian",
     "Magnitude",
     "NuclearImpact",
     "ObsUpdate",
     "Profile",
+    "ProxyAttention",
     "SquaredMagnitude",
+    "StreamingAttention",
+    "VerticalSlash",
     "Wanda",
+    "XAttention",
     "allocation_for",
     "as_profile",
     "beta_grid",
@@ -56,6 +70,7 @@ __all__ = [
     "load_profile",
     "load_recipe",
     "parse_recipe",
+    "planner_for",
     "recipe_for",
     "recipe_to_yaml",
     "search_beta",

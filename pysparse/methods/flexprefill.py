@@ -69,7 +69,8 @@ class FlexPrefill:
     def _pooled(self, query: Tensor, key: Tensor, first: int, scale: float) -> Tensor:
         rows = block_means(query, self.block, first % self.block).unflatten(0, (key.shape[0], -1))
         columns = block_means(key, self.block).unsqueeze(1)
-        return scale * (rows @ columns.transpose(2, 3)).flatten(0, 1)
+        logits: Tensor = scale * (rows @ columns.transpose(2, 3)).flatten(0, 1)
+        return logits
 
     def _columns_and_diagonals(self, probe: Probe, begin: int, rows: int, least: int) -> Tensor:
         columns = top_mass(block_sums(probe.verticals(), self.block), self.gamma, least)
@@ -84,5 +85,9 @@ class FlexPrefill:
 def divergence(one: Tensor, other: Tensor) -> Tensor:
     """Return the Jensen-Shannon divergence (nats) of distributions over the last dimension; 0 log 0 is 0."""
     middle = (one + other) / 2
-    terms = torch.special.xlogy(one, one) + torch.special.xlogy(other, other) - 2 * torch.special.xlogy(middle, middle)
+    terms: Tensor = (
+        torch.special.xlogy(one, one)
+        + torch.special.xlogy(other, other)
+        - 2 * torch.special.xlogy(middle, middle)
+    )
     return terms.sum(-1).clamp(min=0) / 2

@@ -17,7 +17,8 @@ from pysparse.formats.stripe import StripeIndex
 class VerticalSlash:
     """Compute ``vertical`` single keys and ``slash`` diagonals, chosen by the last ``probe`` rows of the call.
 
-    Diagonals are computed as the blocks they cross; the first block and the row's own are always among them. Differs from the paper: the same sizes for every head, instead of a file of patterns made off line.
+    Diagonals are computed as the blocks they cross; the first block and the row's own are always among them.
+    Differs from the paper: the same sizes for every head, instead of a file of patterns made off line.
     """
 
     vertical: int = 1024
@@ -27,7 +28,9 @@ class VerticalSlash:
 
     def __post_init__(self) -> None:
         if self.vertical < 0 or self.slash < 0 or self.probe < 1:
-            raise ValueError(f"vertical={self.vertical}, slash={self.slash}, probe={self.probe} must not be negative")
+            raise ValueError(
+                f"vertical={self.vertical}, slash={self.slash}, probe={self.probe} must not be negative"
+            )
 
     @property
     def crossover(self) -> int:

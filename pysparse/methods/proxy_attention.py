@@ -62,7 +62,9 @@ class ProxyAttention:
         row = torch.arange(rows).unsqueeze(1)
         column = torch.arange(columns)
         causal = column <= row
-        place = rank_descending(scores.masked_fill(~causal, -1.0)).repeat_interleave(heads // self.proxies, dim=1)
+        place = rank_descending(scores.masked_fill(~causal, -1.0)).repeat_interleave(
+            heads // self.proxies, dim=1
+        )
         keep = place < self._allowed(given, mass, row.squeeze(1)).unsqueeze(3)
         keep = (keep | (column == row) | (column == 0)) & causal
         return AttentionPlan(blocks=BlockIndex.from_mask(keep, self.block, self.block))
@@ -73,5 +75,7 @@ class ProxyAttention:
         least = -(-self.minimum // self.block)
         if self.budget == "total":
             return needed.clamp(min=least).expand(-1, -1, len(row))
-        blocks = torch.tensor([-(-one.end // self.block) for one in given.bounds()]).clamp(min=1).view(-1, 1, 1)
+        blocks = (
+            torch.tensor([-(-one.end // self.block) for one in given.bounds()]).clamp(min=1).view(-1, 1, 1)
+        )
         return (needed * (row + 1)).div(blocks).ceil().long().clamp(min=least)

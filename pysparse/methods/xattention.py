@@ -43,7 +43,9 @@ class XAttention:
     def _blocks(self, query: Tensor, key: Tensor, first: int, scale: float) -> Tensor:
         begin = first // self.block
         grouped = query.unflatten(0, (key.shape[0], -1))
-        mass = torch.cat([self._mass(rows, keys, first, scale) for rows, keys in zip(grouped, key, strict=True)])
+        mass = torch.cat(
+            [self._mass(rows, keys, first, scale) for rows, keys in zip(grouped, key, strict=True)]
+        )
         causal = causal_blocks(begin, *mass.shape[1:])
         keep = top_mass(mass, self.threshold) | diagonal_blocks(begin, *mass.shape[1:])
         keep[:, :, 0] = True
@@ -60,9 +62,12 @@ class XAttention:
         weights = logits.masked_fill_(future, -torch.inf).softmax(-1)
         weights[:, : lead // self.stride] = 0  # rows that are not part of this call
         per_block = self.block // self.stride
-        return weights.unflatten(2, (-1, per_block)).sum(3).unflatten(1, (-1, per_block)).sum(2)
+        per_column = weights.unflatten(2, (-1, per_block)).sum(3)
+        mass: Tensor = per_column.unflatten(1, (-1, per_block)).sum(2)
+        return mass
 
     def _strided(self, tokens: Tensor, lead: int) -> Tensor:
         """Return [..., strides, stride, D] of [..., n, D], zeros before and after filling whole blocks."""
         short = -(lead + tokens.shape[-2]) % self.block
-        return functional.pad(tokens, (0, 0, lead, short)).unflatten(-2, (-1, self.stride))
+        strides: Tensor = functional.pad(tokens, (0, 0, lead, short)).unflatten(-2, (-1, self.stride))
+        return strides

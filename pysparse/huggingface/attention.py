@@ -1,0 +1,244 @@
+"""``attn_implementation="pysparse_anchor"`` and its like: our attention under transformers' own names.
+
+Two functions are registered under one name: the mask function describes padding, cache and window in four
+integers a sequence, so that no mask of N x N is ever made, and the attention function reads them. A call goes to
+an operator that is opaque to ``torch.compile``, which plans, computes and counts.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from pysparse.attention import AttentionInput, AttentionLog, AttentionOptions, Planner, run_attention
+from pysparse.attention.dispatch import KERNEL_DTYPES
+from pysparse.attention.exact import Shape, exact_attention
+from pysparse.attention.log import TORCH, TOTAL, Tally
+from pysparse.huggingface.attention_mask import extent_mask, is_extent, unpack_extent
+from pysparse.methods import PLANNERS, planner_for
+from pysparse.ops.attention import MAX_HEAD_DIM
+
+PREFIX = "pysparse_"
+FLASH = f"{PREFIX}flash"  # exact
+_ATTRIBUTE = "pysparse_attention"  # of an attention module: the number of its options
+
+# Options are handed through operators as numbers, which equal options share.
+_KNOWN: list[AttentionOptions] = [AttentionOptions()]
+_NAMES: dict[str, int] = {FLASH: 0}
+_CHOSEN: ContextVar[AttentionOptions | None] = ContextVar("pysparse_attention_options", default=None)
+_LOG: ContextVar[AttentionLog | None] = ContextVar("pysparse_attention_log", default=None)
+
+_logger = logging.getLogger("pysparse")
+_library = torch.library.Library("pysparse", "FRAGMENT")
+_library.define(
+    "prompt_attention(Tensor query, Tensor key, Tensor value, Tensor extent, float scale, float softcap, "
+    "Tensor? sinks, int options, int layer) -> Tensor"
+)
+
+
+def attention_forward(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
+    dropout: float = 0.0, scaling: float | None = None, softcap: float | None = None, s_aux: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:  # fmt: skip
+    """Attention as transformers calls it: query [B, Hq, N, D], key and value [B, Hk, M, D] -> [B, N, Hq, D], None.
+
+    Prompts go to the compiled kernels; a decoding step, a mask that is more than padding, gradients and dropout
+    go to torch, which is logged.
+    """
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    layer = getattr(module, "layer_idx", None)
+    layer = -1 if layer is None else layer
+    if attention_mask is None or not is_extent(attention_mask):
+        _count_torch(
+            query, layer, "decoding step" if query.shape[2] == 1 else "mask is more than causal and padding"
+        )
+        if softcap is None and s_aux is None:
+            return sdpa_attention_forward(
+                module, query, key, value, attention_mask, dropout, scaling, **kwargs
+            )
+        mask = _everything(query, key) if attention_mask is None else attention_mask
+        shape = Shape(scale, softcap=softcap, sinks=s_aux, dropout=dropout, mask=mask)
+        return exact_attention(query, key, value, shape).transpose(1, 2).contiguous(), None
+    if dropout or (torch.is_grad_enabled() and (query.requires_grad or key.requires_grad)):
+        _count_torch(
+            query, layer, "dropout" if dropout else "gradients are wanted: the kernels have no backward"
+        )
+        shape = _shape(attention_mask, scale, softcap, s_aux, dropout)
+        return exact_attention(query, key, value, shape).transpose(1, 2).contiguous(), None
+    options = getattr(module, _ATTRIBUTE, None)
+    if options is None:
+        options = _NAMES[str(module.config._attn_implementation)]  # type: ignore[union-attr]
+    out: Tensor = torch.ops.pysparse.prompt_attention(
+        query, key, value, attention_mask, scale, softcap or 0.0, s_aux, options, layer
+    )
+    return out, None
+
+
+def _everything(query: Tensor, key: Tensor) -> Tensor:
+    return torch.ones(1, 1, query.shape[2], key.shape[2], dtype=torch.bool, device=query.device)
+
+
+def _shape(
+    extent: Tensor, scale: float, softcap: float | None, sinks: Tensor | None, dropout: float = 0.0
+) -> Shape:
+    key_range, q_offset, window = unpack_extent(extent)
+    return Shape(scale, q_offset, key_range, window, softcap, sinks, dropout)
+
+
+def _prompt_attention(
+    query: Tensor, key: Tensor, value: Tensor, extent: Tensor, scale: float, softcap: float,
+    sinks: Tensor | None, options: int, layer: int,
+) -> Tensor:  # fmt: skip
+    shape = _shape(extent, scale, softcap or None, sinks)
+    reason = _why_torch(query, key, value, shape)
+    if reason:
+        start = time.perf_counter()
+        out = exact_attention(query, key, value, shape)
+        seconds = time.perf_counter() - start
+        _record(layer, TORCH, reason, Tally(1, query.shape[2], query.shape[2], 0.0, seconds))
+        return out.transpose(1, 2).contiguous()
+    given = AttentionInput(query, key, value, scale, shape.q_offset, shape.key_range)
+    outcome = run_attention(given, _options(options), layer)
+    _record(layer, outcome.way, outcome.reason, outcome.tally)
+    return outcome.out.transpose(1, 2).contiguous()
+
+
+def _why_torch(query: Tensor, key: Tensor, value: Tensor, shape: Shape) -> str:
+    """Return why the compiled kernels cannot compute this; "" when they can."""
+    if shape.softcap is not None:
+        return "soft-capped logits"
+    if shape.sinks is not None:
+        return "learned sinks"
+    if shape.window is not None:
+        return "sliding window"  # reads the keys of the window only
+    if not query.is_cpu:
+        return f"device {query.device.type}"
+    if not query.dtype == key.dtype == value.dtype or query.dtype not in KERNEL_DTYPES:
+        return f"dtype {str(query.dtype).removeprefix('torch.')}"
+    if key.shape != value.shape or query.shape[-1] > MAX_HEAD_DIM:
+        return f"head dimensions {query.shape[-1]} and {value.shape[-1]}"
+    return ""
+
+
+def _prompt_attention_fake(
+    query: Tensor, key: Tensor, value: Tensor, extent: Tensor, scale: float, softcap: float,
+    sinks: Tensor | None, options: int, layer: int,
+) -> Tensor:  # fmt: skip
+    batch, heads, rows, _ = query.shape
+    return query.new_empty(batch, rows, heads, value.shape[-1])
+
+
+for _device in ("CPU", "CUDA"):
+    _library.impl("prompt_attention", _prompt_attention, _device)
+torch.library.register_fake("pysparse::prompt_attention", _prompt_attention_fake, lib=_library)
+
+
+def _options(number: int) -> AttentionOptions:
+    own, chosen = _KNOWN[number], _CHOSEN.get()
+    if chosen is None:
+        return own
+    return _with_planner(chosen, own.planner) if chosen.planner is None else chosen
+
+
+def _with_planner(options: AttentionOptions, planner: Planner | None) -> AttentionOptions:
+    return AttentionOptions(
+        planner, options.min_length, options.max_density, options.dense_layers, options.sample_rows,
+        options.profile,
+    )  # fmt: skip
+
+
+def _count_torch(query: Tensor, layer: int, reason: str) -> None:
+    if (
+        not torch.compiler.is_compiling()
+    ):  # a traced call cannot count: it would count once, while it is traced
+        _record(layer, TORCH, reason, Tally(1, query.shape[2], query.shape[2]))
+
+
+def _record(layer: int, way: str, reason: str, tally: Tally) -> None:
+    new = TOTAL.record(layer, way, reason, tally)
+    if new and way == TORCH and reason != "decoding step":
+        _logger.warning(
+            "attention of layer %d is computed by torch: %s (said once for each reason)", layer, reason
+        )
+    log = _LOG.get()
+    if log is not None:
+        log.record(layer, way, reason, tally)
+
+
+@contextmanager
+def attention_options(
+    planner: Planner | str | None = None, *, min_length: int | None = None, max_density: float = 0.6,
+    dense_layers: frozenset[int] | tuple[int, ...] = (), sample_rows: int = 0, profile: bool = False,
+) -> Iterator[AttentionLog]:  # fmt: skip
+    """Set how models with a ``pysparse_*`` attention compute prompts in this block, and yield the log of it.
+
+    ``planner`` (an object, or a name in ``pysparse.methods.PLANNERS``) stands in for the one that the model's
+    implementation names; the rest as in :class:`pysparse.attention.AttentionOptions`. Holds for this thread, and
+    for compiled models too. Raises ValueError for unknown names and values out of range.
+    """
+    chosen = AttentionOptions(
+        None if planner is None else planner_for(planner), min_length, max_density, frozenset(dense_layers),
+        sample_rows, profile,
+    )  # fmt: skip
+    log = AttentionLog()
+    tokens = _CHOSEN.set(chosen), _LOG.set(log)
+    try:
+        yield log
+    finally:
+        _CHOSEN.reset(tokens[0])
+        _LOG.reset(tokens[1])
+
+
+def use_attention(
+    model: nn.Module, planner: Planner | str | None = None, *, min_length: int | None = None,
+    max_density: float = 0.6, dense_layers: frozenset[int] | tuple[int, ...] = (), sample_rows: int = 0,
+    profile: bool = False,
+) -> None:  # fmt: skip
+    """Give ``model`` our attention for good: exact without a ``planner``, else planned with these options.
+
+    The options are :func:`attention_options`'s, which overrides them in its block. Raises ValueError for a model
+    that has no attention layers of transformers' kind.
+    """
+    options = AttentionOptions(
+        None if planner is None else planner_for(planner), min_length, max_density, frozenset(dense_layers),
+        sample_rows, profile,
+    )  # fmt: skip
+    layers = [
+        m
+        for m in model.modules()
+        if isinstance(getattr(m, "layer_idx", None), int) and hasattr(m, "is_causal")
+    ]
+    if not layers or not hasattr(model, "set_attn_implementation"):
+        raise ValueError(f"{type(model).__name__} has no attention layers that transformers can switch")
+    model.set_attn_implementation(FLASH)  # type: ignore[operator]
+    for module in layers:
+        setattr(module, _ATTRIBUTE, _number(options))
+
+
+def _number(options: AttentionOptions) -> int:
+    if options not in _KNOWN:
+        _KNOWN.append(options)
+    return _KNOWN.index(options)
+
+
+def register() -> None:
+    """Make the implementations known to transformers: ``pysparse_flash`` and one for each planner."""
+    for name, planner in PLANNERS.items():
+        _NAMES[PREFIX + name.replace("-", "_")] = _number(AttentionOptions(planner))
+    forward: Callable[..., tuple[Tensor, None]] = attention_forward
+    for name in _NAMES:
+        AttentionInterface.register(name, forward)
+        AttentionMaskInterface.register(name, extent_mask)
+
+
+register()
