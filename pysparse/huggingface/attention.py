@@ -24,10 +24,10 @@ from pysparse.attention.dispatch import KERNEL_DTYPES
 from pysparse.attention.exact import Shape, exact_attention
 from pysparse.attention.log import TORCH, TOTAL, Tally
 from pysparse.huggingface.attention_mask import extent_mask, is_extent, unpack_extent
+from pysparse.huggingface.registration import PREFIX
 from pysparse.methods import PLANNERS, planner_for
 from pysparse.ops.attention import MAX_HEAD_DIM
 
-PREFIX = "pysparse_"
 FLASH = f"{PREFIX}flash"  # exact
 _ATTRIBUTE = "pysparse_attention"  # of an attention module: the number of its options
 

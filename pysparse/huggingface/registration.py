@@ -12,6 +12,8 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
+PREFIX = "pysparse_"  # of all our implementations
+_PLUGIN = "pysparse.huggingface.attention"
 _MODELS = "transformers.modeling_utils"  # every model imports it
 _FLASH_TEST = "is_flash_attention_requested"
 
@@ -26,8 +28,9 @@ def register_attention() -> None:
 
 def _register() -> None:
     try:
-        module = importlib.import_module("pysparse.huggingface.attention")
-        _claim_names(module.PREFIX)
+        _claim_names(PREFIX)
+        if _PLUGIN not in sys.modules:  # it registers itself when it is imported, which may be going on
+            importlib.import_module(_PLUGIN)
     except Exception as error:  # whatever an unknown transformers throws: models must load all the same
         warnings.warn(
             f"attn_implementation='pysparse_...' is not available ({type(error).__name__}: {error})",
