@@ -22,6 +22,7 @@ from pysparse.api.loading import (
     tokenizer_or_none,
 )
 from pysparse.api.search import is_searched, part_texts, search_windows
+from pysparse.api.stages import Order, plan_in_stages, prune_in_stages
 from pysparse.calib.activations import Place
 from pysparse.calib.ranks import joined
 from pysparse.huggingface.folder import is_ours
@@ -38,6 +39,14 @@ from pysparse.pruning import (
     PrunePlan,
     PruneReport,
     Recipe,
+    Stage,
+    StagedPlan,
+    StagedRecipe,
+    StagedReport,
+    StructuralMethod,
+    StructuralPlan,
+    StructuralReport,
+    check_sparsity,
     gather_evidence,
     plan,
     resolve_sparsity,
@@ -49,8 +58,8 @@ from pysparse.pruning.run import Propagate
 class PruneResult:
     """What :func:`prune` returns."""
 
-    model: nn.Module  # masked: pruned weights are zeros in ordinary dense layers
-    report: PruneReport
+    model: nn.Module  # masked: pruned weights are zeros in ordinary dense layers; or smaller
+    report: PruneReport | StructuralReport | StagedReport
 
 
 def prune(
@@ -68,7 +77,7 @@ def prune(
     ignore: Sequence[str] = ("lm_head",),
     allocation: AllocationLike | None = None,
     search_texts: Texts | None = None,
-    recipe: Recipe | str | Path | None = None,
+    recipe: Recipe | StagedRecipe | StructuralMethod | str | Path | None = None,
     propagate: Propagate = "pruned",
     output_dir: str | Path | None = None,
     resume: bool = False,
@@ -90,7 +99,9 @@ def prune(
     Args:
         model_or_path: a model, or the folder (or hub name) of one, which is then loaded.
         sparsity: fraction of zeros in [0, 1) in every pruned matrix; None is 0.5, or what ``pattern`` implies.
-        method: a name of ``pysparse.methods.METHODS``: "wanda", "sparsegpt" (both calibrated), "magnitude".
+        method: a name of ``pysparse.methods.METHODS``: "wanda", "sparsegpt" (both calibrated), "magnitude"; or of
+            ``STRUCTURAL``, which make a smaller dense model and take ``sparsity`` as the share of all the blocks'
+            parameters that goes: "2ssp", with settings "2ssp:multiple_of=64,n_attn=3", "shortgpt".
         pattern: None or "unstructured", or "n:m": n KEPT of every m consecutive inputs, e.g. "2:4".
         calibration: texts (a list, or a .txt, .json or .jsonl file) or batches of tokens (tensors, dicts with
             ``input_ids``, a DataLoader). None takes the bundled text, and the report says so; a method that
@@ -107,7 +118,9 @@ def prune(
             method's own. With "n:m" layers get an n of their own, with the zeros of n:m in all.
         search_texts: text that "atp" scores its trials on; never the text of a test. None holds every fifth
             calibration document back for it.
-        recipe: a :class:`pysparse.pruning.Recipe` or a YAML file, in place of method, pattern and allocation.
+        recipe: a :class:`pysparse.pruning.Recipe`, one with stages (:class:`pysparse.pruning.StagedRecipe`, whose
+            stages have sparsities of their own), a structural method or a YAML file, in place of method, pattern and
+            allocation.
         propagate: "pruned" calibrates a block on outputs of the pruned blocks before it, "dense" on dense ones.
         output_dir: folder to save the model in, with tokenizer, ``recipe.yaml`` and ``prune_report.json``.
             While it is made, progress is kept in a folder beside it, "<output_dir>.pruning-progress".
@@ -138,11 +151,20 @@ def prune(
         _one_of("max_length", max_length, "max_seq_length", max_seq_length), batch_size, seed,
     )  # fmt: skip
     running = Running(output_dir, resume, device, activations, activations_dir)
-    chosen = _recipe(recipe, method, pattern, allocation)
-    resolve_sparsity(chosen.structure, sparsity)
+    chosen = _chosen(recipe, method, pattern, allocation, sparsity)
     packing = _packing(values, group_size, chosen, save_format)
     if output_dir is not None:
         _check_output(output_dir, save_format, chosen)
+    if isinstance(chosen, StagedRecipe):
+        if search_texts is not None:
+            raise ValueError(
+                "search_texts are scored by allocation 'atp' alone, which is no part of these stages"
+            )
+        order = Order(
+            model_or_path, chosen, calibration, tokenizer, cut, running, targets, ignore, propagate, save_format,
+            packing, seed, threads, progress, callbacks or (),
+        )  # fmt: skip
+        return PruneResult(*prune_in_stages(order))
     model = load_model(model_or_path, format="dense")
     if output_dir is not None and not isinstance(model, PreTrainedModel):
         raise ValueError(f"output_dir needs a transformers model, got {type(model).__name__}: leave it out")
@@ -194,18 +216,21 @@ def plan_prune(
     targets: Sequence[str] = ("Linear",),
     ignore: Sequence[str] = ("lm_head",),
     allocation: AllocationLike | None = None,
-    recipe: Recipe | str | Path | None = None,
+    recipe: Recipe | StagedRecipe | StructuralMethod | str | Path | None = None,
     seed: int = 0,
-) -> PrunePlan:
+) -> PrunePlan | StructuralPlan | StagedPlan:
     """Return what :func:`prune` would do with these arguments: layers, budgets, exact counts, predicted bytes.
 
-    Touches nothing; of a folder only ``config.json`` is read. An allocation that looks at activations is
-    computed when ``calibration`` is given (the model is then loaded and run), one that looks at weights when
-    the model is an object or loaded for that reason; otherwise the plan has the totals and says that the
-    layers' shares are not known yet. Raises as :func:`prune` does.
+        Touches nothing; of a folder only ``config.json`` is read. An allocation that looks at activations is
+        computed when ``calibration`` is given (the model is then loaded and run), one that looks at weights when
+        the model is an object or loaded for that reason; otherwise the plan has the totals and says that the
+    layers' shares are not known yet. A structural method is planned by shapes alone; which modules go is known
+        after the search. Raises as :func:`prune` does.
     """
-    chosen = _recipe(recipe, method, pattern, allocation)
-    resolve_sparsity(chosen.structure, sparsity)
+    chosen = _chosen(recipe, method, pattern, allocation, sparsity)
+    if isinstance(chosen, StagedRecipe):
+        shapes = model_or_path if isinstance(model_or_path, nn.Module) else skeleton(model_or_path)
+        return plan_in_stages(shapes, chosen, targets, ignore)  # type: ignore[no-any-return]
     computed = calibration is not None and bool(chosen.allocation.needs)
     if isinstance(model_or_path, nn.Module):
         model = model_or_path
@@ -219,9 +244,15 @@ def plan_prune(
     return plan(layout, chosen, sparsity, gather_evidence(layout, chosen, batches))
 
 
-def _packing(values: str | None, group_size: int | None, recipe: Recipe, save_format: str) -> Packing:
+def _packing(
+    values: str | None, group_size: int | None, recipe: Recipe | StagedRecipe, save_format: str
+) -> Packing:
     """Return how the result is to be packed; an error now rather than after the work."""
-    pattern = str(recipe.structure) if values is not None and isinstance(recipe.structure, NM) else None
+    parts = [one.method for one in recipe.stages] if isinstance(recipe, StagedRecipe) else [recipe]
+    patterns = [
+        str(one.structure) for one in parts if isinstance(one, Recipe) and isinstance(one.structure, NM)
+    ]
+    pattern = patterns[-1] if values is not None and patterns else None
     packing = Packing(values, pattern, group_size)
     if not packing.is_plain and save_format != "pysparse":
         raise ValueError(f'values="{values}" can be saved in format "pysparse" only, got "{save_format}"')
@@ -235,9 +266,35 @@ def _one_of(name: str, value: int | None, alias: str, other: int | None) -> int 
     return other if value is None else value
 
 
+def _chosen(
+    recipe: Recipe | StagedRecipe | StructuralMethod | str | Path | None,
+    method: str,
+    pattern: str | None,
+    allocation: AllocationLike | None,
+    sparsity: float | None,
+) -> Recipe | StagedRecipe:
+    """Return what is to be done, with its sparsity checked; a structural method is a recipe of one stage."""
+    found = _recipe(recipe, method, pattern, allocation)
+    if isinstance(found, StagedRecipe):
+        if sparsity is not None:
+            raise ValueError(
+                f"sparsity={sparsity}: each stage of this recipe has a sparsity of its own; leave it out"
+            )
+        return found
+    if isinstance(found, StructuralMethod):
+        return StagedRecipe((Stage(found, None if sparsity is None else check_sparsity(sparsity)),))
+    resolve_sparsity(found.structure, sparsity)
+    return found
+
+
 def _recipe(
-    recipe: Recipe | str | Path | None, method: str, pattern: str | None, allocation: AllocationLike | None
-) -> Recipe:
+    recipe: Recipe | StagedRecipe | StructuralMethod | str | Path | None,
+    method: str,
+    pattern: str | None,
+    allocation: AllocationLike | None,
+) -> Recipe | StagedRecipe | StructuralMethod:
+    if recipe is None and pattern is None and allocation is None:
+        return methods.method_for(method)
     if recipe is None:
         return methods.recipe_for(method, pattern, allocation)
     for name, value, default in (("method", method, "wanda"), ("pattern", pattern, None),
@@ -247,7 +304,7 @@ def _recipe(
     return methods.load_recipe(recipe) if isinstance(recipe, str | Path) else recipe
 
 
-def _check_output(output_dir: str | Path, save_format: str, recipe: Recipe) -> None:
+def _check_output(output_dir: str | Path, save_format: str, recipe: Recipe | StagedRecipe) -> None:
     """Raise now what would keep the result from being saved after the work is done."""
     if save_format not in FORMATS:
         raise ValueError(f"save_format is one of {', '.join(FORMATS)}, got '{save_format}'")

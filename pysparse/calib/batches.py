@@ -42,6 +42,11 @@ class Batch:
         return self._first.dim() == 2 and not self._first.is_floating_point()
 
     @property
+    def ids(self) -> Tensor:
+        """Token ids [B, T]; of other inputs, the first tensor."""
+        return self._first
+
+    @property
     def _first(self) -> Tensor:
         if self.args:
             return self.args[0]

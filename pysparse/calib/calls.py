@@ -220,3 +220,23 @@ def _shared(new: Any, old: Any, seen: dict[int, Any]) -> Any:
     if isinstance(new, Tensor):
         seen[id(new)] = result  # of tensors only: `calls` keeps them alive, so their ids stay theirs
     return result
+
+
+def finish(
+    model: nn.Module, blocks: Sequence[tuple[str, nn.Module]], batch: Batch, hidden: Tensor, like: Any
+) -> Any:
+    """Return what ``model`` makes of ``batch`` once the last of its ``blocks`` returned ``hidden``.
+
+    No block computes; embeddings, masks, the final norm and the head do. ``like`` is an output of a block, whose
+    structure is imitated.
+    """
+    originals = [block.__dict__.get("forward") for _, block in blocks]
+    try:
+        for _, block in blocks:
+            block.forward = lambda *args, **kwargs: _with_hidden(like, hidden)
+        return model(*batch.args, **batch.kwargs)
+    finally:
+        for (_, block), original in zip(blocks, originals, strict=True):
+            block.__dict__.pop("forward", None)
+            if original is not None:
+                block.forward = original

@@ -13,7 +13,7 @@ from pysparse.cli.options import Debug, Json, Model, Seed, Threads
 from pysparse.cli.output import emit, guarded, say
 
 if TYPE_CHECKING:
-    from pysparse.pruning import PruneReport
+    from pysparse.pruning import PruneReport, StagedReport, StructuralReport
 
 
 class Place(StrEnum):
@@ -34,7 +34,7 @@ def prune(
             metavar="FLOAT", help="Fraction of weights to zero. [default: 0.5, or what --pattern implies]"
         ),
     ] = None,
-    method: Annotated[str, typer.Option(help="wanda, sparsegpt, magnitude, ...")] = "wanda",
+    method: Annotated[str, typer.Option(help="wanda, sparsegpt, magnitude, 2ssp, ...")] = "wanda",
     pattern: Annotated[
         str | None, typer.Option(help="'unstructured' or 'n:m', n KEPT of each m inputs.")
     ] = None,
@@ -44,7 +44,9 @@ def prune(
             "--calib", help="Text, .jsonl or .json file; may be repeated. [default: the bundled text]"
         ),
     ] = None,
-    num_samples: Annotated[int, typer.Option(min=1, help="Calibration sequences.")] = 128,
+    num_samples: Annotated[
+        int | None, typer.Option(min=1, help="Calibration sequences. [default: 128, structural methods: 32]")
+    ] = None,
     max_length: Annotated[
         int | None,
         typer.Option(min=1, help="Tokens per calibration sequence. [default: 2048 or the model's limit]"),
@@ -100,7 +102,7 @@ def prune(
     json: Json = None,
     debug: Debug = False,
 ) -> None:
-    """Zero the least important weights of a model and save it packed."""
+    """Zero the least important weights of a model and save it packed, or cut it smaller (2ssp)."""
     with guarded(debug):
         from pysparse import api
 
@@ -139,7 +141,7 @@ def _number(text: str | None) -> Any:
         return text
 
 
-def _write_report(report: PruneReport, folder: Path) -> None:
+def _write_report(report: PruneReport | StructuralReport | StagedReport, folder: Path) -> None:
     """Write the report as JSON, and as a picture where matplotlib is installed."""
     report.to_json(folder / "prune_report.json")
     say(f"wrote {folder / 'prune_report.json'}")

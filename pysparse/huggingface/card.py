@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pysparse.nn.structure import Structure
+
 _HEADER = """---
 library_name: transformers
 tags:
@@ -55,9 +57,23 @@ With `pysparse.from_pretrained("path/to/this/folder")`, or with compressed-tenso
 these layers with random weights. `pysparse.convert(folder, new, format="dense")` gives one that loads there.
 """
 
+_STRUCTURE = """
+## Structure
+
+{removed} attention modules are gone and {layers} linear layers are narrower than `config.json` says elsewhere:
+`quantization_config.structure` lists them. So this model loads after `import pysparse` only, by
+`pysparse.from_pretrained` or the ordinary `AutoModel....from_pretrained`. It generates with the ordinary KV cache.
+"""
+
 _TEXTS = {"pysparse": _PYSPARSE, "dense": _DENSE, "compressed-tensors": _LEGACY}
 
 
-def model_card(architecture: str, format: str, layers: int) -> str:
+def model_card(architecture: str, format: str, layers: int, structure: Structure | None = None) -> str:
     """Return the text for a model of class ``architecture`` saved in ``format`` with ``layers`` packed layers."""
-    return _HEADER + "\n" + _TEXTS[format].format(architecture=architecture, layers=layers)
+    text = _HEADER + "\n" + _TEXTS[format].format(architecture=architecture, layers=layers)
+    if structure is None:
+        return text
+    text = text.replace(
+        "An ordinary checkpoint whose linear layers hold zeros; any tool reads it.", "Dense weights."
+    )
+    return text + _STRUCTURE.format(removed=len(structure.removed), layers=len(structure.shapes))

@@ -154,6 +154,8 @@ class Fit:
             )
 
     def _is_packed_part(self, name: str) -> bool:
+        if self.layout.structure and name in self.layout.structure.tripwires:
+            return True
         path, _, part = name.rpartition(".")
         if part == SCALES:
             return self.layout.is_int8(path)

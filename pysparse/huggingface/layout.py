@@ -17,12 +17,14 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from pysparse.nn.packing import Packing
+from pysparse.nn.structure import Structure
 
 QUANT_METHOD = "pysparse"
-VERSION = 2  # of the layout on disk; a reader refuses a later one
+VERSION = 3  # of the layout on disk; a reader refuses a later one
 _PACKINGS_VERSION = (
     2  # a layout without int8 values and patterns is written as version 1, which older readers know
 )
+_STRUCTURE_VERSION = 3  # modules that the config describes are missing, or narrower
 BITMASK = "sparse-bitmask"  # what we write
 # Read only, written by compressed-tensors up to 0.14: the same, where also embeddings, vectors and stacked
 # matrices may be packed; and exactly two kept of each four, without row offsets.
@@ -40,7 +42,7 @@ SCALES = "scales"  # beside int8 values: float32 [rows, groups of inputs]
 # weight, fill the layer with random numbers and go on; with this it stops at a size mismatch.
 TRIPWIRE = "weight"
 
-_KEYS = {"quant_method", "version", "format", "nnz", "dense", "packings"}
+_KEYS = {"quant_method", "version", "format", "nnz", "dense", "packings", "structure"}
 _PLAIN = asdict(Packing())
 _MAX_NNZ = 2**48  # of one layer: beyond any memory, and products of sizes stay within 64 bits
 
@@ -59,6 +61,7 @@ class Layout:
     packings: Mapping[str, Packing] = field(
         default_factory=dict
     )  # packed layers with int8 values or a pattern
+    structure: Structure | None = None  # how the model differs from what the rest of config.json describes
 
     @classmethod
     def from_dict(cls, entries: Any) -> Layout:
@@ -81,7 +84,8 @@ class Layout:
                 f"config.json: quantization_config.packings need version {_PACKINGS_VERSION} and format {BITMASK}, "
                 f"got {entries['version']} and {entries['format']}"
             )
-        return cls(nnz, dense, entries["format"], packings)
+        structure = _checked_structure(entries)
+        return cls(nnz, dense, entries["format"], packings, structure)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON form, with the ``quant_method`` by which transformers finds the reader."""
@@ -94,11 +98,15 @@ class Layout:
         }
         if self.packings:
             entries["packings"] = {path: _stated(packing) for path, packing in self.packings.items()}
+        if self.structure:
+            entries["structure"] = self.structure.to_dict()
         return entries
 
     @property
     def version(self) -> int:
         """The earliest version of the layout that can say this."""
+        if self.structure:
+            return _STRUCTURE_VERSION
         return _PACKINGS_VERSION if self.packings else 1
 
     def is_int8(self, path: str) -> bool:
@@ -187,6 +195,20 @@ def _checked_packings(entries: Any, nnz: Mapping[str, int]) -> dict[str, Packing
         if packings[path].is_plain:
             raise CheckpointError(f"{where}['{path}'] names neither int8 values nor a pattern")
     return packings
+
+
+def _checked_structure(entries: Mapping[str, Any]) -> Structure | None:
+    stated = entries.get("structure")
+    if stated is None:
+        return None
+    if entries["version"] < _STRUCTURE_VERSION:
+        raise CheckpointError(
+            f"config.json: quantization_config.structure needs version {_STRUCTURE_VERSION}, got {entries['version']}"
+        )
+    try:
+        return Structure.from_dict(stated)
+    except ValueError as error:
+        raise CheckpointError(f"config.json: quantization_config.structure: {error}") from None
 
 
 def _stated(packing: Packing) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 
 from pysparse.huggingface.layout import CheckpointError
-from pysparse.huggingface.quantizer import ALLOW_OTHER_SHAPES, FUSE
+from pysparse.huggingface.quantizer import ALLOW_OTHER_SHAPES, FUSE, attach_quantizer
 from pysparse.huggingface.saving import FORMATS, write_folder
 from pysparse.huggingface.source import Source
 from pysparse.nn import Packing
@@ -65,6 +65,7 @@ def from_pretrained(
         ALLOW_OTHER_SHAPES.reset(shapes)
     if format == "dense" and source.layout is not None:
         model.dequantize()
+        attach_quantizer(model)
     loaded: nn.Module = model.eval()
     return loaded
 

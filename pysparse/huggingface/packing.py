@@ -18,6 +18,7 @@ from pysparse.nn import CompactLinear, DenseLinear, Packing, SparseLinear
 from pysparse.nn.compact import state_of
 from pysparse.nn.dispatch import MIN_SPARSITY
 from pysparse.nn.packing import row_major
+from pysparse.nn.structure import Structure, structure_of
 
 _STORED = (*PARTS[BITMASK], SCALES)
 _NO_PARTS: dict[str, Tensor] = {}
@@ -86,7 +87,17 @@ def packed_state_dict(
             if not legacy:
                 state[f"{path}.{TRIPWIRE}"] = torch.empty(0, dtype=torch.uint8)
     ordered = {path: packings[path] for path in sorted(packings)}
-    return state, Layout(dict(sorted(nnz.items())), dict(sorted(dense.items())), packings=ordered)
+    structure = structure_of(model)
+    state |= tripwires(structure)
+    return state, Layout(
+        dict(sorted(nnz.items())), dict(sorted(dense.items())), packings=ordered, structure=structure
+    )
+
+
+def tripwires(structure: Structure | None) -> dict[str, Tensor]:
+    """Return an empty tensor for each removed module, which stops a loader that does not know of the removal."""
+    names = structure.tripwires if structure else ()
+    return {name: torch.empty(0, dtype=torch.uint8) for name in names}
 
 
 def _layer_parts(
@@ -125,7 +136,7 @@ def dense_state_dict(model: nn.Module) -> dict[str, Tensor]:
                 state[f"{path}.weight"] = sparse[path].bitmap().to_dense()
         else:
             state[_join(path, name)] = tensor
-    return state
+    return state | tripwires(structure_of(model))
 
 
 def legacy_config(layout: Layout, sparsity: float) -> dict[str, Any]:

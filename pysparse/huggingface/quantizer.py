@@ -34,6 +34,7 @@ from pysparse.huggingface.packing import packed_state_dict
 from pysparse.huggingface.reader import Checkpoint
 from pysparse.nn import CompactLinear, DenseLinear, Packing, SparseLinear, densify_, fuse_
 from pysparse.nn.packing import RowMajor
+from pysparse.nn.structure import apply_structure, structure_of
 
 _NAMES = (*PARTS[BITMASK], SCALES, TRIPWIRE)
 
@@ -130,6 +131,7 @@ class PysparseQuantizer(HfQuantizer):
                 "to fill an existing model use model.load_state_dict(...)"
             )
         layout = self.quantization_config.layout
+        _restructure(model, layout)
         self._checkpoint = Checkpoint(checkpoint_files)
         fit = Fit(model, self._checkpoint, layout)
         self._layers, self._tensors = fit.packed()
@@ -174,7 +176,8 @@ class PysparseQuantizer(HfQuantizer):
             for layer in self._layers
             if layer.stored in layout.packings
         }
-        self._set_layout(model, Layout(nnz, layout.dense, packings=packings))
+        self._set_layout(model, Layout(nnz, layout.dense, packings=packings, structure=structure_of(model)))
+        model.is_quantized = bool(nnz)  # of a smaller dense model all weights can be trained
         self._layers, self._tensors, self._expected = [], [], {}
         return model
 
@@ -200,6 +203,24 @@ class PysparseQuantizer(HfQuantizer):
         if hasattr(model, "_weight_conversions"):
             del model._weight_conversions  # an ordinary model again: let transformers name things
         return model if dtype is None else model.to(dtype)
+
+
+def _restructure(model: Any, layout: Layout) -> None:
+    """Give the model, made from its config, the structure that the layout says; its weights are still to come."""
+    if layout.structure is None:
+        return
+    try:
+        apply_structure(model, layout.structure, f"{model.base_model_prefix}.")
+    except ValueError as error:
+        raise CheckpointError(f"config.json: quantization_config.structure: {error}") from None
+    _ignore(model, "_keys_to_ignore_on_load_unexpected", layout.structure.removed, r"\..+")
+
+
+def attach_quantizer(model: Any) -> None:
+    """Let the model's own ``save_pretrained`` write its structure, if it has one that its config cannot say."""
+    structure = structure_of(model)
+    if structure is not None and getattr(model, "hf_quantizer", None) is None:
+        model.hf_quantizer = PysparseQuantizer(PysparseConfig(Layout({}, structure=structure)))
 
 
 class _Patterns(set[str]):

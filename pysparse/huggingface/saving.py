@@ -20,6 +20,7 @@ from pysparse.huggingface.packing import dense_state_dict, legacy_config, packed
 from pysparse.huggingface.source import INDEX
 from pysparse.nn import CompactLinear, Packing, SparseLinear
 from pysparse.nn.dispatch import MIN_SPARSITY
+from pysparse.nn.structure import structure_of
 
 logger = logging.getLogger("pysparse")
 
@@ -39,18 +40,28 @@ class Export:
 
 def _native(model: nn.Module, min_sparsity: float, packing: Packing) -> Export:
     state, layout = packed_state_dict(model, min_sparsity, packing)
-    if not layout.nnz:
+    if not layout.nnz and layout.structure is None:
         return _nothing_packed(state, min_sparsity)
     return Export(state, layout.to_dict(), len(layout.nnz), True, layout.version)
 
 
 def _dense(model: nn.Module, min_sparsity: float, packing: Packing) -> Export:
     _refuse(packing, "dense")
-    return Export(dense_state_dict(model), None, 0, False)
+    structure = structure_of(model)
+    if structure is None:
+        return Export(dense_state_dict(model), None, 0, False)
+    layout = Layout(
+        {}, structure=structure
+    )  # ordinary weights, of modules that config.json alone cannot describe
+    return Export(dense_state_dict(model), layout.to_dict(), 0, True, layout.version)
 
 
 def _legacy(model: nn.Module, min_sparsity: float, packing: Packing) -> Export:
     _refuse(packing, "compressed-tensors")
+    if structure_of(model) is not None:
+        raise ValueError(
+            'format "compressed-tensors" has no place for removed modules: use "pysparse" or "dense"'
+        )
     state, layout = packed_state_dict(model, min_sparsity, legacy=True)
     if not layout.nnz:
         return _nothing_packed(state, min_sparsity)
@@ -92,7 +103,8 @@ def save_pretrained(
 
     ``model`` is a transformers model whose linear layers hold zeros, or packed layers, or both. Formats:
     "pysparse" packs each linear layer with at least ``min_sparsity`` zeros (values, one mask bit a weight,
-    row offsets) and loads after ``import pysparse``; "dense" writes ordinary weights that any tool reads;
+    row offsets) and loads after ``import pysparse``; "dense" writes ordinary weights that any tool reads (of a
+    model without some attention modules, or with FFNs of several widths: any tool that imports pysparse);
     "compressed-tensors" is the ``sparse-bitmask`` layout of compressed-tensors up to 0.14.
 
     ``packing``, e.g. ``Packing("int8", group_size=128)`` or ``Packing(pattern="2:4")``, is how "pysparse" packs
@@ -178,7 +190,9 @@ def _own_files(model: nn.Module, format: str, export: Export) -> dict[str, str]:
     }
     return {
         MARKER: json.dumps(facts, indent=2, sort_keys=True) + "\n",
-        "README.md": model_card(type(model).__name__, format if export.packed else "dense", export.packed),
+        "README.md": model_card(
+            type(model).__name__, format if export.packed else "dense", export.packed, structure_of(model)
+        ),
     }
 
 

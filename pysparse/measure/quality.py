@@ -96,13 +96,24 @@ def score_models(
 
 
 def _logits(model: nn.Module, batch: Tensor) -> Tensor:
-    output = model(input_ids=batch, use_cache=False)
+    return next_token_logits(model, model(input_ids=batch, use_cache=False))
+
+
+def next_token_logits(model: nn.Module, output: object) -> Tensor:
+    """Return the logits [B, T, V] in an output of ``model``; ValueError for another kind of model."""
     logits = getattr(output, "logits", None)
     if not isinstance(logits, Tensor) or logits.dim() != 3:
         raise ValueError(
             f"{type(model).__name__} gives no next-token logits: perplexity needs a causal language model"
         )
-    return logits  # [B, T, V]
+    return logits
+
+
+def sequence_nats(logits: Tensor, tokens: Tensor) -> float:
+    """Return the summed cross-entropy of ``logits`` [B, T, V] at the ``tokens`` [B, T] that follow, in fp32."""
+    score = ModelScore()
+    _accumulate(score, logits, logits, tokens, (1,) * len(tokens))
+    return score.nats
 
 
 def _accumulate(

@@ -22,10 +22,19 @@ from pysparse.methods.owl import OWL
 from pysparse.methods.planners import PLANNERS, planner_for
 from pysparse.methods.profile import DLPProfile, Profile, as_profile, load_profile
 from pysparse.methods.proxy_attention import ProxyAttention
-from pysparse.methods.recipes import COMPONENTS, load_recipe, parse_recipe, recipe_to_yaml
-from pysparse.methods.registry import ALLOCATIONS, METHODS, AllocationLike, allocation_for, recipe_for
+from pysparse.methods.recipes import COMPONENTS, STEPS, load_recipe, parse_recipe, recipe_to_yaml
+from pysparse.methods.registry import (
+    ALLOCATIONS,
+    METHODS,
+    STRUCTURAL,
+    AllocationLike,
+    allocation_for,
+    method_for,
+    recipe_for,
+)
 from pysparse.methods.sparsegpt import InverseHessian, ObsUpdate
 from pysparse.methods.streaming_attention import StreamingAttention
+from pysparse.methods.two_ssp import ShortGPT, TwoSSP
 from pysparse.methods.wanda import Wanda
 from pysparse.methods.xattention import XAttention
 
@@ -39,6 +48,8 @@ __all__ = [
     "METHODS",
     "OWL",
     "PLANNERS",
+    "STEPS",
+    "STRUCTURAL",
     "AllocationLike",
     "AnchorAttention",
     "BetaSearch",
@@ -58,8 +69,10 @@ __all__ = [
     "ObsUpdate",
     "Profile",
     "ProxyAttention",
+    "ShortGPT",
     "SquaredMagnitude",
     "StreamingAttention",
+    "TwoSSP",
     "VerticalSlash",
     "Wanda",
     "XAttention",
@@ -69,6 +82,7 @@ __all__ = [
     "learn_rates",
     "load_profile",
     "load_recipe",
+    "method_for",
     "parse_recipe",
     "planner_for",
     "recipe_for",

@@ -22,6 +22,7 @@ from pysparse.methods.magnitude import Magnitude
 from pysparse.methods.owl import OWL
 from pysparse.methods.profile import DLP_PROFILES, DLPProfile, as_profile, load_profile
 from pysparse.methods.sparsegpt import InverseHessian, ObsUpdate
+from pysparse.methods.two_ssp import ShortGPT, TwoSSP
 from pysparse.methods.wanda import Wanda
 from pysparse.nn.packing import parse_pattern
 from pysparse.pruning import (
@@ -37,6 +38,7 @@ from pysparse.pruning import (
     Uniform,
     Unstructured,
 )
+from pysparse.pruning.structural import StructuralMethod
 
 T = TypeVar("T")
 AllocationLike = (
@@ -59,6 +61,12 @@ METHODS: dict[str, Recipe] = {
     "filter-l2": Recipe(SquaredMagnitude(), Uniform(), Filters(), Keep()),
     "fpgm": Recipe(FilterDistance(), Uniform(), Filters(), Keep()),
 }
+STRUCTURAL: dict[str, StructuralMethod] = {  # these make a smaller dense model
+    "2ssp": TwoSSP(),
+    "2ssp-width": TwoSSP(n_attn=0),
+    "2ssp-depth": TwoSSP(narrow=False),
+    "shortgpt": ShortGPT(),
+}
 ALLOCATIONS: dict[str, Allocation] = {
     "uniform": Uniform(),
     "owl": OWL(),
@@ -75,6 +83,19 @@ ALLOCATIONS: dict[str, Allocation] = {
 }
 
 
+def method_for(method: str) -> Recipe | StructuralMethod:
+    """Return the recipe or structural method of that name, the latter perhaps with settings.
+
+    "2ssp:multiple_of=64,n_attn=3" is 2SSP with other settings. Raises ValueError that lists the known names.
+    """
+    name, _, given = method.partition(":")
+    if name in STRUCTURAL:
+        known = STRUCTURAL[name]
+        return _configured("method", name, known, given) if given else known
+    known_names: dict[str, Recipe | StructuralMethod] = {**METHODS, **STRUCTURAL}
+    return lookup("method", method, known_names)
+
+
 def recipe_for(method: str, pattern: str | None = None, allocation: AllocationLike | None = None) -> Recipe:
     """Return the recipe of ``method`` with another pattern or allocation.
 
@@ -82,6 +103,11 @@ def recipe_for(method: str, pattern: str | None = None, allocation: AllocationLi
     the method's own, or anything that :func:`allocation_for` takes; together with "n:m" the layers get an n of
     their own (:class:`pysparse.pruning.MixedNM`). Raises ValueError that lists the known names.
     """
+    if method.partition(":")[0] in STRUCTURAL:
+        raise ValueError(
+            f"method '{method}' removes neurons and modules, it writes no zeros: pattern and allocation do not apply; "
+            "a recipe with stages has both"
+        )
     recipe = lookup("method", method, METHODS)
     if allocation is not None:
         recipe = dataclasses.replace(recipe, allocation=allocation_for(allocation))
@@ -106,7 +132,7 @@ def allocation_for(value: AllocationLike) -> Allocation:
     if isinstance(value, str):
         name, _, given = value.partition(":")
         known = lookup("allocation", name, ALLOCATIONS)
-        return _configured(name, known, given) if given else known
+        return _configured("allocation", name, known, given) if given else known
     if isinstance(value, Mapping | Sequence):
         return as_profile(value)
     if callable(value):
@@ -117,21 +143,21 @@ def allocation_for(value: AllocationLike) -> Allocation:
     )
 
 
-def _configured(name: str, allocation: Allocation, text: str) -> Allocation:
-    """Return ``allocation`` with the settings of "key=value,key=value"."""
-    fields = [field.name for field in dataclasses.fields(allocation)]  # type: ignore[arg-type]
+def _configured(kind: str, name: str, known: T, text: str) -> T:
+    """Return ``known``, a dataclass, with the settings of "key=value,key=value"."""
+    fields = [field.name for field in dataclasses.fields(known)]  # type: ignore[arg-type]
     settings: dict[str, Any] = {}
     for part in text.split(","):
         key, equals, value = part.partition("=")
         if not equals or key not in fields:
-            known = f"one of {', '.join(fields)}" if fields else "none"
-            raise ValueError(f"allocation '{name}' has no setting '{part}'; settings are key=value, {known}")
+            names = f"one of {', '.join(fields)}" if fields else "none"
+            raise ValueError(f"{kind} '{name}' has no setting '{part}'; settings are key=value, {names}")
         settings[key] = value
     try:
         settings = {key: yaml.safe_load(value) for key, value in settings.items()}
-        return dataclasses.replace(allocation, **settings)  # type: ignore[type-var]
+        return dataclasses.replace(known, **settings)  # type: ignore[type-var]
     except (TypeError, ValueError, yaml.YAMLError) as error:
-        raise ValueError(f"allocation '{name}': {error}") from None
+        raise ValueError(f"{kind} '{name}': {error}") from None
 
 
 def lookup(kind: str, name: str, known: Mapping[str, T]) -> T:

@@ -10,6 +10,7 @@ import transformers
 from torch import nn
 
 from pysparse.models.sources import check_source
+from pysparse.nn.structure import Structure, apply_structure
 
 
 def skeleton(source: str | Path) -> nn.Module:
@@ -26,9 +27,13 @@ def skeleton(source: str | Path) -> nn.Module:
             f"{source} is a {names[0]}, which transformers {transformers.__version__} does not have: load the "
             "model yourself and pass the object"
         )
+    structure: Any = None
     if hasattr(config, "quantization_config"):
+        structure = config.quantization_config.get("structure")
         del config.quantization_config  # the dense shapes are asked for
     build = kind.from_config if kind is transformers.AutoModel else kind._from_config
     with torch.device("meta"):
         model: nn.Module = build(config, dtype=config.dtype or torch.float32)
+    if structure is not None:
+        apply_structure(model, Structure.from_dict(structure), f"{getattr(model, 'base_model_prefix', '')}.")
     return model

@@ -26,6 +26,10 @@ from pysparse.pruning.reconstruction import Keep
 from pysparse.pruning.report import PrunedLayer, PruneReport
 from pysparse.pruning.row_mass import RowMass
 from pysparse.pruning.run import BlockEvent, Execution, gather_evidence, run
+from pysparse.pruning.stages import Stage, StagedRecipe, StagedReport
+from pysparse.pruning.structural import Cut, StructuralMethod, prune_structure
+from pysparse.pruning.structural_plan import StagedPlan, StructuralPlan, plan_structure
+from pysparse.pruning.structural_report import StructuralReport
 from pysparse.pruning.structure import NM, Unstructured
 from pysparse.pruning.target import check_sparsity, resolve_sparsity
 from pysparse.pruning.tuning import OutputMatching, TunedUnit, match_outputs_
@@ -37,6 +41,7 @@ __all__ = [
     "BlockLayout",
     "ColumnScaled",
     "Correct",
+    "Cut",
     "Evidence",
     "Execution",
     "Filters",
@@ -54,7 +59,14 @@ __all__ = [
     "Reconstruction",
     "RowMass",
     "Selecting",
+    "Stage",
+    "StagedPlan",
+    "StagedRecipe",
+    "StagedReport",
     "Stats",
+    "StructuralMethod",
+    "StructuralPlan",
+    "StructuralReport",
     "Sweeping",
     "TunedUnit",
     "Uniform",
@@ -67,7 +79,9 @@ __all__ = [
     "gather_evidence",
     "match_outputs_",
     "plan",
+    "plan_structure",
     "project",
+    "prune_structure",
     "recalibrate_",
     "resolve_sparsity",
     "run",

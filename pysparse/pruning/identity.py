@@ -7,10 +7,11 @@ import json
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pysparse.calib import Calibration
 from pysparse.calib.offload import tensors_of
+from pysparse.measure.results import to_jsonable
 from pysparse.pruning.layout import BlockLayout
 from pysparse.pruning.recipe import Recipe
 from pysparse.pruning.report import describe_recipe
@@ -31,7 +32,7 @@ def identity_of(
     """
     layers = [(layer.path, *layer.shape) for layer in layout.layers]
     return {
-        "model": f"{type(layout.model).__name__}, sha256 {model_hash(layout)}",
+        "model": f"{type(layout.model).__name__}, sha256 {model_hash(layout.model)}",
         "layers to prune": f"{len(layers)}, sha256 {_hash_of(layers)}",
         "recipe": json.dumps(describe_recipe(recipe), sort_keys=True),
         "sparsity": target,
@@ -42,10 +43,25 @@ def identity_of(
     }
 
 
-def model_hash(layout: BlockLayout) -> str:
-    """Return the SHA-256 of all parameters and buffers of the model, with their names, shapes and dtypes."""
+def method_identity(
+    model: nn.Module, method: Any, target: float | None, calibration: Calibration, **settings: Any
+) -> dict[str, Any]:
+    """Return everything that the result of a structural method depends on, as :func:`identity_of` does."""
+    return {
+        "model": f"{type(model).__name__}, sha256 {model_hash(model)}",
+        "method": json.dumps({"type": type(method).__name__, **to_jsonable(method)}, sort_keys=True),
+        "sparsity": target,
+        "calibration": json.dumps(calibration.describe(), sort_keys=True),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        **settings,
+    }
+
+
+def model_hash(model: nn.Module) -> str:
+    """Return the SHA-256 of all parameters and buffers of ``model``, with their names, shapes and dtypes."""
     digest = hashlib.sha256()
-    for name, tensor in tensors_of(layout.model):
+    for name, tensor in tensors_of(model):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype};".encode())
         hash_tensor(digest, tensor)
     return digest.hexdigest()

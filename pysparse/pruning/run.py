@@ -93,7 +93,7 @@ def run(
     start = time.perf_counter()
     with (
         evaluating(layout.model),
-        _without_cache(layout.model),
+        without_cache(layout.model),
         peak_memory() as memory,
         activations_in(where.activations, where.scratch) as activations,
     ):
@@ -121,7 +121,7 @@ def gather_evidence(
     _check(layout, recipe, calibration, "dense")
     with (
         evaluating(layout.model),
-        _without_cache(layout.model),
+        without_cache(layout.model),
         activations_in(where.activations, where.scratch) as activations,
     ):
         walk = Walk(layout, calibration, activations, device, Ranks.present())
@@ -278,7 +278,7 @@ def _peaks(memory: PeakMemory, device: torch.device | None) -> dict[str, int | s
 
 
 @contextmanager
-def _without_cache(model: nn.Module) -> Iterator[None]:
+def without_cache(model: nn.Module) -> Iterator[None]:
     """Switch ``use_cache`` off in every config of the model: a cache would grow with each replay of a block."""
     found = (getattr(module, "config", None) for module in model.modules())
     configs = list({id(config): config for config in found if getattr(config, "use_cache", None)}.values())
