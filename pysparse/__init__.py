@@ -13,11 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pysparse.api import (
+        adapt,
         benchmark,
         benchmark_shape,
         doctor,
         evaluate,
         kernel_info,
+        merge_and_sparsify,
         plan_prune,
         prune,
         report,
@@ -34,6 +36,7 @@ __all__ = [
     "Packing",
     "SparseLinear",
     "__version__",
+    "adapt",
     "attention_options",
     "benchmark",
     "benchmark_shape",
@@ -43,6 +46,7 @@ __all__ = [
     "evaluate",
     "from_pretrained",
     "kernel_info",
+    "merge_and_sparsify",
     "plan_prune",
     "prune",
     "report",
@@ -53,7 +57,8 @@ __all__ = [
 
 _ROOMS = {
     "pysparse.api": (
-        "benchmark", "benchmark_shape", "doctor", "evaluate", "kernel_info", "plan_prune", "prune", "report",
+        "adapt", "benchmark", "benchmark_shape", "doctor", "evaluate", "kernel_info", "merge_and_sparsify",
+        "plan_prune", "prune", "report",
     ),
     "pysparse.huggingface": ("CheckpointError", "convert", "from_pretrained", "save_pretrained"),
     "pysparse.huggingface.attention": ("attention_options", "use_attention"),

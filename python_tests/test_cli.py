@@ -148,6 +148,33 @@ def test_prune_writes_a_report_folder(dense, tmp_path):
     assert "prune_report.png" in result.stderr
 
 
+def test_adapt_trains_merges_and_saves(dense, tmp_path):
+    (tmp_path / "texts.txt").write_text("\n\n".join(data.calibration_texts()[:2])[:4000])
+    options = (
+        "--method",
+        "masked-lora",
+        "--sparsity",
+        0.5,
+        "--host",
+        "magnitude",
+        "--max-length",
+        32,
+        "--rank",
+        2,
+    )
+    result = run(
+        "adapt", dense, "-o", tmp_path / "out", "--texts", tmp_path / "texts.txt", "--json", "-", *options
+    )
+    assert result.exit_code == 0, result.stderr
+    report = json.loads(result.stdout)
+    assert report["sparsity"] == pytest.approx(0.5, abs=1e-3)
+    assert report["rounds"][0]["ranks"] == [2, 2]
+    assert (tmp_path / "out" / "adapt_report.json").is_file()
+    assert "this model is dense" in refused("adapt", dense, "-o", tmp_path / "no", "--method", "masked-full")
+    assert "mean rank" in refused("adapt", dense, "-o", tmp_path / "no", "--sparsity", 0.5, "--rounds", 12)
+    assert not (tmp_path / "no").exists()
+
+
 def test_demo_writes_its_files(tmp_path, monkeypatch):
     monkeypatch.setattr(demo, "_CALIBRATION_SEQUENCES", 4)  # quality is not looked at here
     result = run("demo", "--no-speed", "--windows", 2, "--output", tmp_path / "out")

@@ -1,8 +1,10 @@
 """Floor 9: the public calls: prune, evaluate, benchmark, report, doctor."""
 
+from pysparse.api.adapting import AdaptReport, AdaptResult, adapt
 from pysparse.api.benchmarking import benchmark, benchmark_shape
 from pysparse.api.evaluation import Evaluation, evaluate
 from pysparse.api.loading import load_model
+from pysparse.api.merging import merge_and_sparsify
 from pysparse.api.pruning import PruneResult, plan_prune, prune
 from pysparse.measure.comparison import BenchResult, BenchSettings
 from pysparse.measure.doctor import doctor
@@ -10,18 +12,22 @@ from pysparse.measure.kernels import KernelInfo, kernel_info
 from pysparse.measure.report import Report, report
 
 __all__ = [
+    "AdaptReport",
+    "AdaptResult",
     "BenchResult",
     "BenchSettings",
     "Evaluation",
     "KernelInfo",
     "PruneResult",
     "Report",
+    "adapt",
     "benchmark",
     "benchmark_shape",
     "doctor",
     "evaluate",
     "kernel_info",
     "load_model",
+    "merge_and_sparsify",
     "plan_prune",
     "prune",
     "report",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -63,6 +63,17 @@ class Replay:
                 if advance:
                     self._move_on(index, number, after)
             after_batch()
+
+    def waiting(self) -> Iterator[Tensor]:
+        """Yield the hidden states of each of this rank's batches in front of the next block, [B, T, C].
+
+        Raises ValueError when the first block is called without any.
+        """
+        for number in range(len(self._calls)):
+            hidden = self._hidden[number]
+            if hidden is None:
+                raise ValueError(f"{self._blocks[0][0]} gets no hidden states: there is nothing to compare")
+            yield hidden
 
     def _run(self, index: int, number: int, device: torch.device | None, keep: bool) -> Tensor:
         """Return the hidden states behind the block."""

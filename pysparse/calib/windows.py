@@ -18,7 +18,7 @@ _LOGGER = logging.getLogger("pysparse")
 def token_batches(
     texts: Sequence[str],
     tokenizer: Any,
-    num_samples: int,
+    num_samples: int | None,
     max_length: int,
     batch_size: int = 8,
     *,
@@ -30,8 +30,9 @@ def token_batches(
     Documents are taken in random order; a long one gives a window at a random place, short ones are packed
     together with the tokenizer's end-of-text token (or a blank line) between them, and what is left over is
     used again, without overlap, until there are enough. Too little text gives fewer windows, or one shorter
-    one, with a warning in the log and in the result. A tokenizer with ``cls`` and ``sep`` tokens frames each
-    window with them. Raises ValueError when the texts have no tokens at all.
+    one, with a warning in the log and in the result; ``num_samples`` None takes every window that there is. A
+    tokenizer with ``cls`` and ``sep`` tokens frames each window with them. Raises ValueError when the texts have
+    no tokens at all.
     """
     frame = _frame(tokenizer)
     length = max_length - len(frame)
@@ -51,11 +52,11 @@ def token_batches(
     return Calibration(batches, source, seed, warnings)
 
 
-def _shortage(windows: int, asked: int, length: int, max_length: int) -> tuple[str, ...]:
-    if windows == asked and length == max_length:
+def _shortage(windows: int, asked: int | None, length: int, max_length: int) -> tuple[str, ...]:
+    if asked in (None, windows) and length == max_length:
         return ()
     text = (
-        f"the calibration text is short: {windows} of {asked} sequences"
+        f"the calibration text is short: {windows} of {asked or windows} sequences"
         + (f", and of {length} instead of {max_length} tokens" if length < max_length else "")
         + "; give more text, or ask for fewer or shorter sequences"
     )

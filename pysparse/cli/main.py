@@ -9,6 +9,7 @@ import typer
 from rich.console import Group
 
 import pysparse
+from pysparse.cli.adapt import adapt
 from pysparse.cli.options import Debug, Dtype, Json, Model, Plot, Seed, Threads, torch_dtype
 from pysparse.cli.output import EXIT_FAILED, console, emit, guarded, say
 from pysparse.cli.prune import prune
@@ -41,6 +42,7 @@ def main(
 
 
 app.command()(prune)
+app.command()(adapt)
 
 
 @app.command("eval")

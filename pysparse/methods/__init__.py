@@ -16,6 +16,7 @@ from pysparse.methods.filters import FilterDistance, NuclearImpact, SquaredMagni
 from pysparse.methods.flexprefill import FlexPrefill
 from pysparse.methods.global_magnitude import GlobalMagnitude
 from pysparse.methods.lamp import LAMP
+from pysparse.methods.losa import LoSA
 from pysparse.methods.magnitude import Magnitude
 from pysparse.methods.minference import VerticalSlash
 from pysparse.methods.owl import OWL
@@ -64,6 +65,7 @@ __all__ = [
     "FlexPrefill",
     "GlobalMagnitude",
     "InverseHessian",
+    "LoSA",
     "Magnitude",
     "NuclearImpact",
     "ObsUpdate",

@@ -1,0 +1,236 @@
+"""The rounds of an adaptation: prune a little, give adapters their rank, train them under the mask, merge."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import logging
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+
+from pysparse.calib import Calibration
+from pysparse.methods.attach import Attached
+from pysparse.methods.block_features import reconstruction_errors, similarity_of_inputs
+from pysparse.methods.losa import LoSA, allocate_ranks, band_half_width, block_rates, redundancy
+from pysparse.methods.profile import Profile
+from pysparse.nn import Adapter
+from pysparse.pruning import BlockLayout, Recipe, run
+
+_LOGGER = logging.getLogger("pysparse")
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """What the training of a round says."""
+
+    steps: int
+    first_loss: float
+    last_loss: float  # the mean of the last quarter of the steps
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """One round as it was done; losses are nats per token of the training text."""
+
+    index: int  # from 1
+    total: int
+    target: float
+    sparsity: float  # achieved, over the layers' weights
+    rates: list[float]  # sparsity asked of each block; empty when the model was sparse already
+    errors: list[float]  # reconstruction error of each block; empty when ranks are uniform
+    ranks: list[int]  # of each block; empty without adapters
+    trained: Trained
+    seconds: float
+
+
+class Train(Protocol):
+    """Trains what asks for gradients in a model."""
+
+    def __call__(self, attached: Attached, index: int, total: int) -> Trained:
+        """Train for round ``index`` of ``total``."""
+
+
+class Progress(Protocol):
+    """Where rounds are kept, so that a later run can go on."""
+
+    def save(self, state: State) -> None:
+        """Keep the model as it goes into the training of its round."""
+
+    def load(self) -> State | None:
+        """Return what :meth:`save` kept last, or None."""
+
+
+@dataclass(slots=True)
+class State:
+    """Pruned for round ``index``, and not yet trained."""
+
+    index: int
+    target: float
+    rates: list[float]
+    errors: list[float]
+    ranks: list[int]
+    weights: dict[str, torch.Tensor]  # float32 [out_features, in_features] with zeros, by layer
+    adapters: dict[str, Adapter]
+    done: list[Round] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """What is done in each round."""
+
+    sparsities: list[float | None]  # of each round; None: the zeros that are there
+    mean_ranks: list[int]  # of each round; 0: no adapters, the kept weights are trained
+    host: Recipe | None  # prunes; None: nothing is pruned
+    losa: LoSA | None  # sparsities by similarity and ranks by error; None: uniform
+    scale: float = 2.0
+    dropout: float = 0.0
+    similarity_sequences: int = 64
+    seed: int = 0
+
+
+class Adaptation:
+    """Rounds over one model, which is float32 and changed in place."""
+
+    def __init__(
+        self,
+        layout: BlockLayout,
+        schedule: Schedule,
+        calibration: Calibration | None,
+        train: Train,
+        *,
+        progress: Progress | None = None,
+        callbacks: tuple[Callable[[Round], None], ...] = (),
+    ) -> None:
+        self._layout, self._schedule, self._calibration = layout, schedule, calibration
+        self._train, self._progress, self._callbacks = train, progress, callbacks
+        self._dense: BlockLayout | None = None
+        self._adapters: dict[str, Adapter] = {}
+        self._blocks = sorted({layer.block for layer in layout.layers})
+
+    def run(
+        self, keep_last: Callable[[Attached], Any] = lambda attached: None, dtype: torch.dtype = torch.float32
+    ) -> list[Round]:
+        """Do all rounds and return what each did; the model is merged in the end.
+
+        ``keep_last`` is called with the trained layers of the last round before they are merged; the merged
+        weights are then rounded to ``dtype``. With progress kept by an earlier run, the rounds that it finished
+        are not done again.
+        """
+        schedule = self._schedule
+        total = len(schedule.sparsities)
+        state = self._progress.load() if self._progress is not None else None
+        if schedule.losa is not None:
+            self._dense = _twin(self._layout)
+        done = [] if state is None else list(state.done)
+        for index in range(len(done) + 1, total + 1):
+            start = time.perf_counter()
+            if state is None or state.index != index:
+                state = self._prepare(index, done)
+                if self._progress is not None:
+                    self._progress.save(state)
+            attached = self._attach(state)
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(schedule.seed + index)
+                trained = self._train(attached, index, total)
+            if index == total:
+                keep_last(attached)
+            self._adapters = attached.merge(dtype if index == total else torch.float32)
+            done.append(
+                Round(
+                    index, total, state.target, self._sparsity(), state.rates, state.errors, state.ranks, trained,
+                    time.perf_counter() - start,
+                )
+            )  # fmt: skip
+            _LOGGER.info(
+                "round %d of %d: sparsity %.4f, loss %.4f -> %.4f",
+                index, total, done[-1].sparsity, trained.first_loss, trained.last_loss,
+            )  # fmt: skip
+            for callback in self._callbacks:
+                callback(done[-1])
+        return done
+
+    def _prepare(self, index: int, done: list[Round]) -> State:
+        """Prune for a round and size its adapters."""
+        schedule = self._schedule
+        target, mean_rank = schedule.sparsities[index - 1], schedule.mean_ranks[index - 1]
+        rates: list[float] = []
+        if target is not None and schedule.host is not None:
+            rates = self._rates(target)
+            recipe = (
+                dataclasses.replace(schedule.host, allocation=Profile(blocks=tuple(rates)))
+                if rates
+                else schedule.host
+            )
+            run(self._layout, recipe, target, self._calibration)
+        achieved = self._sparsity()
+        errors: list[float] = []
+        ranks = [mean_rank] * len(self._blocks) if mean_rank else []
+        if schedule.losa is not None and self._dense is not None and self._calibration is not None:
+            found = reconstruction_errors(self._dense, self._layout, self._calibration)
+            errors = [found[block] for block in self._blocks]
+            ranks = allocate_ranks(errors, mean_rank, schedule.losa.max_rank)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(schedule.seed + 1000 * index)
+            adapters = self._sized(ranks)
+        weights = {layer.path: layer.weight for layer in self._layout.layers}
+        return State(
+            index, achieved if target is None else target, rates, errors, ranks, weights, adapters, list(done)
+        )
+
+    def _rates(self, target: float) -> list[float]:
+        """Return LoSA's sparsity of each block with layers to prune; none for the host's own allocation."""
+        schedule = self._schedule
+        if schedule.losa is None or self._calibration is None:
+            return []
+        similarity = similarity_of_inputs(self._layout, self._calibration, schedule.similarity_sequences)
+        shares = redundancy(similarity)
+        sizes, before = [], []
+        for block in self._blocks:
+            layers = self._layout.layers_of(block)
+            sizes.append(sum(layer.size for layer in layers))
+            zeros = sum(layer.size - int(layer.weight.count_nonzero()) for layer in layers)
+            before.append(min(zeros / sizes[-1], target))
+        return block_rates(
+            [shares[block] for block in self._blocks], sizes, target, band_half_width(target), before
+        )
+
+    def _sized(self, ranks: list[int]) -> dict[str, Adapter]:
+        by_block = dict(zip(self._blocks, ranks, strict=True)) if ranks else {}
+        return {
+            layer.path: (
+                self._adapters[layer.path].resized(by_block[layer.block])
+                if layer.path in self._adapters
+                else Adapter.fresh(layer.shape, by_block[layer.block], self._schedule.scale)
+            )
+            for layer in self._layout.layers
+            if layer.block in by_block
+        }
+
+    def _attach(self, state: State) -> Attached:
+        for layer in self._layout.layers:
+            if state.weights[layer.path].data_ptr() != layer.weight.data_ptr():
+                layer.write(state.weights[layer.path])
+        state.weights.clear()
+        return Attached(self._layout, state.adapters, dropout=self._schedule.dropout)
+
+    def _sparsity(self) -> float:
+        kept = sum(int(layer.weight.count_nonzero()) for layer in self._layout.layers)
+        return 1.0 - kept / self._layout.size
+
+
+def _twin(layout: BlockLayout) -> BlockLayout:
+    """Return the layout of a copy of the model, for outputs of the model as it was."""
+    model = copy.deepcopy(layout.model)
+    blocks = tuple((path, model.get_submodule(path)) for path, _ in layout.blocks)
+    return BlockLayout(model, blocks, (), {})
+
+
+def mean_of_last(losses: list[float]) -> float:
+    """Return the mean of the last quarter of ``losses``, NaN for none."""
+    last = losses[-max(1, math.ceil(len(losses) / 4)) :]
+    return sum(last) / len(last) if last else math.nan
