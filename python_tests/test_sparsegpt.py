@@ -79,19 +79,24 @@ def test_the_factor_is_that_of_the_inverse():
     torch.testing.assert_close(upper.diagonal().square(), corners, rtol=1e-4, atol=0)
 
 
+def inverted(matrix):
+    result = matrix.clone()
+    return result if obs.inverse_cholesky(result) else None
+
+
 @pytest.mark.parametrize("size", [1, 5, 8, 17, 100])
 def test_factors_by_halves_are_those_of_the_library(size, monkeypatch):
     monkeypatch.setattr(obs, "_LEAF", 8)  # several levels, odd halves
     x = torch.randn(3 * size, size, dtype=torch.float64)
     matrix = x.T @ x + torch.eye(size)
     expected = torch.linalg.cholesky(matrix).inverse()
-    lower = matrix.tril()  # what lies above is not read
-    torch.testing.assert_close(obs.inverse_cholesky(lower), expected)
+    lower = matrix.tril() + torch.full_like(matrix, 7.0).triu(1)  # what lies above is not read
+    torch.testing.assert_close(inverted(lower), expected)
     if size > 1:
         matrix[size - 1, size - 1] = -1.0
-        assert obs.inverse_cholesky(matrix.clone()) is None
+        assert inverted(matrix) is None
         matrix[0, 0] = -1.0
-        assert obs.inverse_cholesky(matrix) is None
+        assert inverted(matrix) is None
 
 
 def products():
@@ -124,14 +129,40 @@ def test_compiled_factors_have_the_same_bits_for_any_number_of_threads():
     results = []
     for count in (1, 2, 3):
         with torch_threads(count):
-            results.append(obs.inverse_cholesky(matrix.clone()))
+            results.append(inverted(matrix))
     assert torch.equal(results[0], results[1])
     assert torch.equal(results[0], results[2])
     expected = torch.linalg.cholesky(matrix.double()).inverse()
     scale = expected.abs().max()
     assert float((results[0].double() - expected).abs().max() / scale) < 333 * 2.0**-24
     matrix[300, 300] = -1.0
-    assert obs.inverse_cholesky(matrix) is None
+    assert inverted(matrix) is None
+
+
+def test_a_factor_is_made_beside_its_hessian_and_a_few_strips():
+    x = torch.randn(3000, 1500)
+    gram = x.T @ x
+    with ProfileMemory() as memory:
+        factor = inverse_factor(gram, 0.01)
+    assert factor.upper.numel() == 1500**2
+    assert memory.peak <= 1.5 * gram.numel() * 4  # the factor itself, and strips of half its height
+
+
+class ProfileMemory:
+    """The largest sum of torch's live allocations on the CPU inside the block, over what was there before."""
+
+    def __enter__(self):
+        self._profiler = torch.profiler.profile(profile_memory=True, record_shapes=False)
+        self._profiler.__enter__()
+        return self
+
+    def __exit__(self, *error):
+        self._profiler.__exit__(*error)
+        live, self.peak = 0, 0
+        for event in self._profiler.profiler.kineto_results.events():
+            if event.name() == "[memory]":
+                live += event.nbytes()
+                self.peak = max(self.peak, live)
 
 
 def test_the_factor_is_made_once_for_layers_that_share_inputs():

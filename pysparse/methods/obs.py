@@ -18,6 +18,7 @@ from pysparse.pruning import MaskStructure
 
 _LARGEST_DAMPING = 1.0
 _SMALLEST_RETRY = 0.01
+_CHUNK = 1 << 18  # elements turned at a time: 1 MB, in the cache
 _LEAF = 512  # below this size the library's factorisation is as fast
 
 Score = Callable[[Tensor, slice], Tensor]  # of the present weights [R, c] of some columns
@@ -100,55 +101,71 @@ def _factor_once(gram: Tensor, damping: float, dtype: torch.dtype) -> Tensor | N
     diagonal = flipped.diagonal()
     mean = diagonal.mean()
     diagonal.masked_fill_(diagonal <= 0, 1.0).add_(damping * mean)
-    inverse = inverse_cholesky(flipped)
-    if inverse is None:
+    if not inverse_cholesky(flipped):
         return None
-    upper = inverse.flip(0, 1).to(gram.device, torch.float32)
-    diagonal = upper.diagonal()
-    usable = bool((diagonal > 0).all()) and bool(torch.isfinite(upper).all())
-    return upper.contiguous() if usable else None
+    upper = _reversed_in_place(flipped).to(gram.device, torch.float32)
+    usable = bool((upper.diagonal() > 0).all()) and bool(torch.isfinite(torch.stack(upper.aminmax())).all())
+    return upper if usable else None
 
 
-def inverse_cholesky(matrix: Tensor) -> Tensor | None:
-    """Return ``L^-1`` for the symmetric ``matrix`` = L L^T [n, n], or None when it is not positive definite.
+def _reversed_in_place(matrix: Tensor) -> Tensor:
+    """Turn a contiguous ``matrix`` by half a turn, J M J, with little memory beside it; return it."""
+    flat = matrix.view(-1)
+    for start in range(0, flat.numel() // 2, _CHUNK):
+        width = min(_CHUNK, flat.numel() // 2 - start)
+        left = flat[start : start + width]
+        right = flat[flat.numel() - start - width : flat.numel() - start]
+        held = left.flip(0)
+        left.copy_(right.flip(0))
+        right.copy_(held)
+    return matrix
 
-    Only the lower triangle is read; ``matrix`` is overwritten. By halves, so that nearly all the work is in
-    large products: 0.8 n^3 operations at the speed of a product, and none for an inverse that is thrown away.
-    In float32 on the CPU the products are compiled ones, and the bits do not depend on the threads.
+
+def inverse_cholesky(matrix: Tensor) -> bool:
+    """Replace the symmetric ``matrix`` = L L^T [n, n] by ``L^-1``; False when it is not positive definite.
+
+    Only the lower triangle is read; on False what is left is undefined. By halves, so that nearly all the work
+    is in large products, and in place: 0.8 n^3 operations, no inverse that is thrown away, and beside the matrix
+    no more than strips of it. In float32 on the CPU the products are compiled ones, and the bits do not depend
+    on the threads.
     """
     size, half = len(matrix), len(matrix) // 2
     compiled = ops.can_factor(matrix)
     if size <= (ops.cholesky_leaf() if compiled else _LEAF):
         return _leaf(matrix, compiled)
-    first = inverse_cholesky(matrix[:half, :half])
-    if first is None:
-        return None
-    below = torch.zeros_like(matrix[half:, :half])  # L's part below its first half
-    for part in _parts(half):  # of a triangle, what is zero is left out
-        _add(below[:, part], matrix[half:, : part.stop], first[part, : part.stop].T)
-    rest = matrix[half:, half:]
+    first, below, rest = matrix[:half, :half], matrix[half:, :half], matrix[half:, half:]
+    matrix[:half, half:] = 0
+    if not inverse_cholesky(first):
+        return False
+    for part in reversed(
+        _parts(half)
+    ):  # L's part below its first half; what is zero of a triangle is left out
+        below[:, part] = _product(below[:, : part.stop], first[part, : part.stop].T)
     for part in _parts(size - half):
         _add(rest[part.start :, part], below[part.start :], below[part].T, -1.0)
-    second = inverse_cholesky(rest)
-    if second is None:
-        return None
-    product = torch.zeros_like(below)
-    for part in _parts(size - half):
-        _add(product[part], second[part, : part.stop], below[: part.stop])
-    result = torch.zeros_like(matrix)
-    result[:half, :half], result[half:, half:] = first, second
+    if not inverse_cholesky(rest):
+        return False
+    for part in reversed(_parts(size - half)):
+        below[part] = _product(rest[part, : part.stop], below[: part.stop])
     for part in _parts(half):
-        _add(result[half:, part], product[:, part.start :], first[part.start :, part], -1.0)
-    return result
+        below[:, part] = _product(below[:, part.start :], first[part.start :, part], -1.0)
+    return True
 
 
-def _leaf(matrix: Tensor, compiled: bool) -> Tensor | None:
+def _leaf(matrix: Tensor, compiled: bool) -> bool:
     if compiled:
-        inverse = matrix.contiguous().clone()
-        return inverse if ops.inverse_cholesky_leaf(inverse) else None
+        return ops.inverse_cholesky_leaf(matrix)
     lower, info = torch.linalg.cholesky_ex(matrix)
     identity = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
-    return None if int(info) else torch.linalg.solve_triangular(lower, identity, upper=False)
+    matrix.copy_(torch.linalg.solve_triangular(lower, identity, upper=False))
+    return not int(info)
+
+
+def _product(left: Tensor, right: Tensor, alpha: float = 1.0) -> Tensor:
+    """Return ``alpha * left @ right``, all of it before any of its factors is written over."""
+    result = left.new_zeros(len(left), right.shape[1])
+    _add(result, left, right, alpha)
+    return result
 
 
 def _add(target: Tensor, left: Tensor, right: Tensor, alpha: float = 1.0) -> None:
