@@ -19,6 +19,7 @@ struct Avx2Keys {
     Keys padded, bounded;
   };
 
+  static void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
   static Keys broadcast(int32_t key) { return _mm256_set1_epi32(key); }
   static Keys load_keys(const int32_t* p) {
     return _mm256_load_si256(reinterpret_cast<const __m256i*>(p));

@@ -1,4 +1,5 @@
-// The sweep on 512-bit vectors along a row: what was kept is skipped, not multiplied by zero.
+// The sweep on 512-bit vectors: updates along a row, where what was kept is skipped and not
+// multiplied by zero; pruning with sixteen rows in the lanes.
 #include <algorithm>
 #include <cstring>
 
@@ -6,6 +7,7 @@
 #include "pysparse/obs.h"
 
 PYSPARSE_TARGET_BEGIN(PYSPARSE_AVX512)
+#include "simd/obs_lanes_avx512.h"
 #include "simd/obs_rows.h"
 namespace pysparse {
 namespace {
@@ -19,13 +21,21 @@ struct Floats {
   static Vector subtract_product(Vector a, Vector b, Vector c) { return _mm512_fnmadd_ps(a, b, c); }
 };
 
+// Groups that do not part a chunk are chosen row by row.
+void sweep(const ObsStrip& strip, const ObsErrors& errors, int64_t begin, int64_t end) {
+  if (!strip.n) return sweep_lanes<0>(strip, errors, begin, end);
+  if (strip.m == 4) return sweep_lanes<4>(strip, errors, begin, end);
+  if (strip.m == 8) return sweep_lanes<8>(strip, errors, begin, end);
+  sweep_rows<Floats>(strip, errors, begin, end);
+}
+
 }  // namespace
 }  // namespace pysparse
 PYSPARSE_TARGET_END
 
 namespace pysparse {
 namespace {
-constexpr ObsSweep::Kernel kKernel{update_rows<Floats>, sweep_rows<Floats>};
+constexpr ObsSweep::Kernel kKernel{update_rows<Floats>, sweep};
 const Register<ObsSweep> registered{DType::kFloat32, isa::kAvx512, kKernel};
 }  // namespace
 }  // namespace pysparse

@@ -57,11 +57,11 @@ class Sweep {
  private:
   struct Strip {
     int64_t first;  // column of the matrix
-    int depth;
+    int depth, room;
     Room<float> values;
     Room<uint8_t> columns, counts;
 
-    ObsErrors errors() const { return {values.get(), columns.get(), counts.get(), depth}; }
+    ObsErrors errors() const { return {values.get(), columns.get(), counts.get(), room}; }
   };
 
   // As many columns as whole groups have room in the cache; a longer group is a strip of its own.
@@ -138,8 +138,9 @@ class Sweep {
 
   void add_strip(int64_t done) {
     const int depth = static_cast<int>(std::min<int64_t>(depth_, width_ - done));
-    strips_.push_back({first_ + done, depth, room_for<float>(p_.rows * depth),
-                       room_for<uint8_t>(p_.rows * depth), room_for<uint8_t>(p_.rows)});
+    const int room = p_.group == ObsGroup::kNm ? depth / p_.m * (p_.m - p_.n) : depth;
+    strips_.push_back({first_ + done, depth, room, room_for<float>(p_.rows * room),
+                       room_for<uint8_t>(p_.rows * room), room_for<uint8_t>(p_.rows)});
   }
 
   void prune_block(int64_t known) {
@@ -156,7 +157,7 @@ class Sweep {
 
   void prune_strip(const Strip& strip, int64_t begin, int64_t end) const {
     alignas(64) float upper[kObsDiagonal * kObsDiagonal] = {};
-    float inverse[kObsDiagonal];
+    float inverse[kObsDiagonal] = {};
     for (int j = 0; j < strip.depth; ++j) {
       const float* row = p_.upper + (strip.first + j) * p_.cols + strip.first;
       std::copy(row + j, row + strip.depth, upper + j * kObsDiagonal + j);

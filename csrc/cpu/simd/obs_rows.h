@@ -11,8 +11,8 @@ void update_rows(float* panel, int64_t stride, const ObsErrors& errors, const fl
                  int64_t begin, int64_t end) {
   constexpr int kPart = kUnrolled * V::kLanes;
   for (int64_t r = begin; r < end; ++r) {
-    const float* values = errors.values + r * errors.depth;
-    const uint8_t* columns = errors.columns + r * errors.depth;
+    const float* values = errors.values + r * errors.room;
+    const uint8_t* columns = errors.columns + r * errors.room;
     const int count = errors.counts[r];
     for (int part = 0; part < kObsWidth; part += kPart) {
       float* target = panel + r * stride + part;
@@ -83,8 +83,8 @@ struct RowState {
     int c = 0;
     for (; c + V::kLanes <= strip.depth; c += V::kLanes) V::store(w + c, V::load(row + c));
     for (; c < strip.depth; ++c) w[c] = row[c];
-    values = errors.values + r * errors.depth;
-    columns = errors.columns + r * errors.depth;
+    values = errors.values + r * errors.room;
+    columns = errors.columns + r * errors.room;
     count = 0;
   }
   void close(const ObsStrip& strip, const ObsErrors& errors, int64_t r) const {

@@ -11,6 +11,7 @@ struct Avx512Keys {
     Keys padded, bounded;  // lanes beyond the row are kLastKey, and INT32_MIN
   };
 
+  static void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
   static Keys broadcast(int32_t key) { return _mm512_set1_epi32(key); }
   static Keys load_keys(const int32_t* p) { return _mm512_load_si512(p); }
   static void store_keys(int32_t* p, Keys keys) { _mm512_store_si512(p, keys); }
@@ -30,21 +31,26 @@ struct Avx512Keys {
     return _mm512_castsi512_ps(_mm512_slli_epi32(words, 16));
   }
 
-  template <class T>
-  static Scored score(const T* weight, const float* scale, int64_t live, int64_t* damaged) {
-    const __mmask16 in = first(live);
-    __m512 score = widen(weight, in);
+  static Keys key_of_scores(__m512 weight, const float* scale, __mmask16 in, int64_t* damaged) {
+    __m512 score;
     if (scale) {
-      score = _mm512_abs_ps(_mm512_mul_ps(_mm512_abs_ps(score), _mm512_maskz_loadu_ps(in, scale)));
+      score = _mm512_abs_ps(_mm512_mul_ps(_mm512_abs_ps(weight), _mm512_maskz_loadu_ps(in, scale)));
     } else {
-      score = _mm512_add_ps(score, _mm512_setzero_ps());  // both zeros are one
+      score = _mm512_add_ps(weight, _mm512_setzero_ps());  // both zeros are one
     }
     const __mmask16 bad = _mm512_cmp_ps_mask(score, score, _CMP_UNORD_Q);
     if (__builtin_expect(bad != 0, 0)) *damaged += __builtin_popcount(bad);
     const __m512i bits = _mm512_castps_si512(score);
+    if (scale) return bits;  // no sign: in order as they are
     const __m512i flip =
         _mm512_and_si512(_mm512_srai_epi32(bits, 31), _mm512_set1_epi32(0x7fffffff));
-    const __m512i keys = _mm512_xor_si512(bits, flip);
+    return _mm512_xor_si512(bits, flip);
+  }
+  template <class T>
+  static Scored score(const T* weight, const float* scale, int64_t live, int64_t* damaged) {
+    const __mmask16 in = first(live);
+    const Keys keys = key_of_scores(widen(weight, in), scale, in, damaged);
+    if (__builtin_expect(live >= kLanes, 1)) return {keys, keys};
     return {_mm512_mask_mov_epi32(broadcast(kLastKey), in, keys),
             _mm512_mask_mov_epi32(broadcast(INT32_MIN), in, keys)};
   }

@@ -58,6 +58,7 @@ void finish_row(const T* weight, const int32_t* keys, int64_t cols, Threshold th
   const auto last = V::broadcast(threshold.last);
   int64_t ties = threshold.ties;
   for (int64_t c = 0; c < cols; c += V::kLanes) {
+    V::prefetch(weight + cols + cols / 2 + c / 2);
     const auto row = V::load_keys(keys + c);
     uint32_t gone = V::less(row, last);
     if (ties > 0) {
@@ -82,6 +83,7 @@ int64_t select_rows_of(const ScoredView& view, int64_t count, int64_t begin, int
     auto least = V::broadcast(kLastKey), most = V::broadcast(INT32_MIN);
     for (int64_t c = 0; c < view.cols; c += V::kLanes) {
       const int64_t live = std::min<int64_t>(V::kLanes, view.cols - c);
+      V::prefetch(weight + view.cols + c / 2);
       const auto row = V::score(weight + c, view.scale ? view.scale + c : nullptr, live, &damaged);
       V::store_keys(keys + c, row.padded);
       least = V::min(least, row.padded);

@@ -18,10 +18,10 @@ inline constexpr int kObsDiagonal = 64;  // most columns of a strip, and the wid
 
 // What was pruned in a strip of up to kObsDiagonal columns, row by row.
 struct ObsErrors {
-  float* values;     // [rows][depth]: the error of a pruned weight, w / U_jj
-  uint8_t* columns;  // [rows][depth]: its column within the strip, ascending
+  float* values;     // [rows][room]: the error of a pruned weight, w / U_jj
+  uint8_t* columns;  // [rows][room]: its column within the strip, ascending
   uint8_t* counts;   // [rows]
-  int64_t depth;
+  int64_t room;      // most that a row can lose; closer lists are read faster, at every later block
 };
 
 struct ObsStrip {
