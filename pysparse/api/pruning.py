@@ -24,18 +24,21 @@ from pysparse.api.loading import (
 from pysparse.api.search import is_searched, part_texts, search_windows
 from pysparse.api.stages import Order, plan_in_stages, prune_in_stages
 from pysparse.calib.activations import Place
+from pysparse.calib.load import DEFAULT_SAMPLES
 from pysparse.calib.ranks import joined
 from pysparse.huggingface.folder import is_ours
 from pysparse.huggingface.saving import FORMATS
 from pysparse.measure.progress import progress_on_stderr
 from pysparse.measure.rounds import torch_threads
+from pysparse.measure.windows import choose_window
 from pysparse.methods import AllocationLike
-from pysparse.models.discover import discover
+from pysparse.models.discover import Filter, discover
 from pysparse.models.skeleton import skeleton
 from pysparse.nn import Packing
 from pysparse.pruning import (
     NM,
     BlockEvent,
+    BlockLayout,
     PrunePlan,
     PruneReport,
     Recipe,
@@ -51,6 +54,7 @@ from pysparse.pruning import (
     plan,
     resolve_sparsity,
 )
+from pysparse.pruning.report import structure_warning
 from pysparse.pruning.run import Propagate
 
 
@@ -78,6 +82,9 @@ def prune(
     allocation: AllocationLike | None = None,
     search_texts: Texts | None = None,
     recipe: Recipe | StagedRecipe | StructuralMethod | str | Path | None = None,
+    filter_fn: Filter | None = None,
+    strict: bool = False,
+    compat: str | None = None,
     propagate: Propagate = "pruned",
     output_dir: str | Path | None = None,
     resume: bool = False,
@@ -121,7 +128,15 @@ def prune(
         recipe: a :class:`pysparse.pruning.Recipe`, one with stages (:class:`pysparse.pruning.StagedRecipe`, whose
             stages have sparsities of their own), a structural method or a YAML file, in place of method, pattern and
             allocation.
-        propagate: "pruned" calibrates a block on outputs of the pruned blocks before it, "dense" on dense ones.
+        filter_fn: called as ``filter_fn(module, path)`` for each layer that targets and ignore leave; False keeps
+            it dense.
+        strict: raise ValueError where some of what was asked for cannot be done and a warning would say so: a
+            width that n:m does not divide, an ``ignore`` that names nothing, experts that cannot be calibrated.
+        compat: None, or "paper" for what the methods' released code does where it differs from the exact form:
+            see :func:`pysparse.methods.as_released`.
+        propagate: "pruned" calibrates a block on outputs of the pruned blocks before it, "dense" on dense ones;
+            "sequential" prunes within a block in order too: after query, key and value the batches run again
+            for the output projection, and so on (about twice the time of calibration).
         output_dir: folder to save the model in, with tokenizer, ``recipe.yaml`` and ``prune_report.json``.
             While it is made, progress is kept in a folder beside it, "<output_dir>.pruning-progress".
         resume: go on with that progress after a crash, at the block that was in work. The weights become those
@@ -151,33 +166,22 @@ def prune(
         _one_of("max_length", max_length, "max_seq_length", max_seq_length), batch_size, seed,
     )  # fmt: skip
     running = Running(output_dir, resume, device, activations, activations_dir)
-    chosen = _chosen(recipe, method, pattern, allocation, sparsity)
-    packing = _packing(values, group_size, chosen, save_format)
-    if output_dir is not None:
-        _check_output(output_dir, save_format, chosen)
+    chosen = _chosen(recipe, method, pattern, allocation, sparsity, compat)
+    saving = _Saving.checked(
+        output_dir, save_format, _packing(values, group_size, chosen, save_format), chosen
+    )
     if isinstance(chosen, StagedRecipe):
-        if search_texts is not None:
-            raise ValueError(
-                "search_texts are scored by allocation 'atp' alone, which is no part of these stages"
-            )
+        _refuse_in_stages(filter_fn=filter_fn, strict=strict, search_texts=search_texts)
         order = Order(
             model_or_path, chosen, calibration, tokenizer, cut, running, targets, ignore, propagate, save_format,
-            packing, seed, threads, progress, callbacks or (),
+            saving.packing, seed, threads, progress, callbacks or (),
         )  # fmt: skip
         return PruneResult(*prune_in_stages(order))
     model = load_model(model_or_path, format="dense")
-    if output_dir is not None and not isinstance(model, PreTrainedModel):
-        raise ValueError(f"output_dir needs a transformers model, got {type(model).__name__}: leave it out")
-    layout = discover(model, targets, ignore)
+    saving.check_model(model)
+    layout = _layout(model, chosen, targets, ignore, filter_fn, strict)
     found = tokenizer_or_none(model_or_path, model, tokenizer)
-    material, windows = calibration, None
-    if is_searched(chosen):
-        material, texts = part_texts(calibration, search_texts)
-        windows = search_windows(model, found, texts, seed)
-    data_in = None
-    if chosen.needs_calibration:
-        data_in = calibration_for(material, model, found, cut, bundled=calibration is None)
-    task = Task(layout, chosen, sparsity, data_in, windows, propagate, seed)
+    task = _task(layout, chosen, sparsity, calibration, search_texts, found, cut, propagate)
     with (
         joined() as ranks,
         torch_threads(threads),
@@ -186,16 +190,10 @@ def prune(
         explaining_memory(cut),
     ):
         settled, report = task.perform(execution, advance, callbacks or ())
-        if calibration is not None and data_in is None:
+        if calibration is not None and task.calibration is None:
             report = report.with_warnings(["calibration was given, but this method needs none: not used"])
-        if output_dir is not None and ranks.first:
-            files = {
-                "recipe.yaml": methods.recipe_to_yaml(settled),
-                "prune_report.json": report.to_json() + "\n",
-            }
-            huggingface.save_pretrained(
-                model, output_dir, format=save_format, tokenizer=found, extra_files=files, packing=packing
-            )
+        if ranks.first:
+            saving.save(model, found, settled, report)
         if execution.journal is not None:
             ranks.barrier()
             execution.journal.remove()
@@ -217,31 +215,110 @@ def plan_prune(
     ignore: Sequence[str] = ("lm_head",),
     allocation: AllocationLike | None = None,
     recipe: Recipe | StagedRecipe | StructuralMethod | str | Path | None = None,
+    filter_fn: Filter | None = None,
+    strict: bool = False,
+    compat: str | None = None,
     seed: int = 0,
 ) -> PrunePlan | StructuralPlan | StagedPlan:
-    """Return what :func:`prune` would do with these arguments: layers, budgets, exact counts, predicted bytes.
+    """Return what :func:`prune` would do with these arguments: layers, budgets, exact counts, predicted bytes, time.
 
-        Touches nothing; of a folder only ``config.json`` is read. An allocation that looks at activations is
-        computed when ``calibration`` is given (the model is then loaded and run), one that looks at weights when
-        the model is an object or loaded for that reason; otherwise the plan has the totals and says that the
+    Touches nothing; of a folder only ``config.json`` is read. An allocation that looks at activations is
+    computed when ``calibration`` is given (the model is then loaded and run), one that looks at weights when
+    the model is an object or loaded for that reason; otherwise the plan has the totals and says that the
     layers' shares are not known yet. A structural method is planned by shapes alone; which modules go is known
-        after the search. Raises as :func:`prune` does.
+    after the search. Raises as :func:`prune` does.
     """
-    chosen = _chosen(recipe, method, pattern, allocation, sparsity)
+    chosen = _chosen(recipe, method, pattern, allocation, sparsity, compat)
     if isinstance(chosen, StagedRecipe):
+        _refuse_in_stages(filter_fn=filter_fn, strict=strict)
         shapes = model_or_path if isinstance(model_or_path, nn.Module) else skeleton(model_or_path)
         return plan_in_stages(shapes, chosen, targets, ignore)  # type: ignore[no-any-return]
+    cut = Windows(num_samples, max_length, batch_size, seed)
     computed = calibration is not None and bool(chosen.allocation.needs)
     if isinstance(model_or_path, nn.Module):
         model = model_or_path
     else:
         model = load_model(model_or_path, format="dense") if computed else skeleton(model_or_path)
-    layout = discover(model, targets, ignore)
+    layout = _layout(model, chosen, targets, ignore, filter_fn, strict)
     if not computed:
-        return plan(layout, chosen, sparsity)
+        return plan(layout, chosen, sparsity, tokens=_expected_tokens(model, cut))
     found = tokenizer_or_none(model_or_path, model, tokenizer)
-    batches = calibration_for(calibration, model, found, Windows(num_samples, max_length, batch_size, seed))
-    return plan(layout, chosen, sparsity, gather_evidence(layout, chosen, batches))
+    batches = calibration_for(calibration, model, found, cut)
+    tokens = sum(batch.tokens for batch in batches.batches)
+    return plan(layout, chosen, sparsity, gather_evidence(layout, chosen, batches), tokens)
+
+
+def _layout(
+    model: nn.Module, recipe: Recipe, targets: Sequence[str], ignore: Sequence[str], filter_fn: Filter | None,
+    strict: bool,
+) -> BlockLayout:  # fmt: skip
+    """Return what is prunable; when ``strict`` raise what would be warned of."""
+    layout = discover(model, targets, ignore, filter_fn=filter_fn)
+    remarks = [*filter(None, (structure_warning(recipe.structure, layout.layers),)), *layout.warnings]
+    if strict and remarks:
+        raise ValueError(f"strict=True, and {'; '.join(remarks)}")
+    return layout
+
+
+def _expected_tokens(model: nn.Module, cut: Windows) -> int | None:
+    """Return how many tokens of calibration are taken when there is enough text; None for other inputs."""
+    if getattr(model, "main_input_name", "input_ids") != "input_ids":
+        return None
+    return (cut.num_samples or DEFAULT_SAMPLES) * (cut.max_length or choose_window(model, None))
+
+
+def _task(
+    layout: BlockLayout, recipe: Recipe, sparsity: float | None, calibration: Any, search_texts: Texts | None,
+    tokenizer: Any, cut: Windows, propagate: Propagate,
+) -> Task:  # fmt: skip
+    """Bring calibration data, and the text of a search, into the shape that they are used in."""
+    material, windows, data_in = calibration, None, None
+    if is_searched(recipe):
+        material, texts = part_texts(calibration, search_texts)
+        windows = search_windows(layout.model, tokenizer, texts, cut.seed)
+    if recipe.needs_calibration:
+        data_in = calibration_for(material, layout.model, tokenizer, cut, bundled=calibration is None)
+    return Task(layout, recipe, sparsity, data_in, windows, propagate, cut.seed)
+
+
+@dataclass(frozen=True, slots=True)
+class _Saving:
+    """Where the result goes and how; nowhere when ``folder`` is None."""
+
+    folder: str | Path | None
+    format: str
+    packing: Packing
+
+    @classmethod
+    def checked(
+        cls, folder: str | Path | None, format: str, packing: Packing, recipe: Recipe | StagedRecipe
+    ) -> _Saving:
+        """Raise now what would keep the result from being saved after the work is done."""
+        if folder is not None:
+            _check_output(folder, format, recipe)
+        return cls(folder, format, packing)
+
+    def check_model(self, model: nn.Module) -> None:
+        if self.folder is not None and not isinstance(model, PreTrainedModel):
+            raise ValueError(
+                f"output_dir needs a transformers model, got {type(model).__name__}: leave it out"
+            )
+
+    def save(self, model: nn.Module, tokenizer: Any, recipe: Recipe, report: PruneReport) -> None:
+        if self.folder is None:
+            return
+        files = {
+            "recipe.yaml": methods.recipe_to_yaml(recipe),
+            "prune_report.json": report.to_json() + "\n",
+        }
+        huggingface.save_pretrained(
+            model,
+            self.folder,
+            format=self.format,
+            tokenizer=tokenizer,
+            extra_files=files,
+            packing=self.packing,
+        )
 
 
 def _packing(
@@ -272,9 +349,14 @@ def _chosen(
     pattern: str | None,
     allocation: AllocationLike | None,
     sparsity: float | None,
+    compat: str | None,
 ) -> Recipe | StagedRecipe:
     """Return what is to be done, with its sparsity checked; a structural method is a recipe of one stage."""
+    if compat not in (None, "paper"):
+        raise ValueError(f"compat is None or 'paper', got {compat!r}")
     found = _recipe(recipe, method, pattern, allocation)
+    if compat is not None:
+        found = methods.as_released(found)
     if isinstance(found, StagedRecipe):
         if sparsity is not None:
             raise ValueError(
@@ -285,6 +367,13 @@ def _chosen(
         return StagedRecipe((Stage(found, None if sparsity is None else check_sparsity(sparsity)),))
     resolve_sparsity(found.structure, sparsity)
     return found
+
+
+def _refuse_in_stages(**given: Any) -> None:
+    """Raise ValueError for what a recipe of stages cannot take."""
+    for name, value in given.items():
+        if value not in (None, False):
+            raise ValueError(f"{name} is not for recipes of stages, nor for structural methods: leave it out")
 
 
 def _recipe(

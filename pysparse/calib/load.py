@@ -14,6 +14,8 @@ from pysparse.calib.batches import Calibration, own_batches
 from pysparse.calib.texts import load_texts
 from pysparse.calib.windows import token_batches
 
+DEFAULT_SAMPLES = 128  # windows of text
+
 
 def load_calibration(
     source: Any,
@@ -44,7 +46,7 @@ def load_calibration(
     if tokenizer is None:
         raise ValueError("calibration texts need a tokenizer: pass tokenizer=..., or tokens instead of texts")
     return token_batches(
-        texts, tokenizer, num_samples or 128, max_length or default_length, batch_size, seed=seed,
+        texts, tokenizer, num_samples or DEFAULT_SAMPLES, max_length or default_length, batch_size, seed=seed,
         source=f"'{source}'" if isinstance(source, str | Path) else f"{len(texts)} texts",
     )  # fmt: skip
 

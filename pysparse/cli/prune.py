@@ -16,6 +16,14 @@ if TYPE_CHECKING:
     from pysparse.pruning import PruneReport, StagedReport, StructuralReport
 
 
+class Propagate(StrEnum):
+    """What calibrates the next layers."""
+
+    pruned = "pruned"
+    dense = "dense"
+    sequential = "sequential"
+
+
 class Place(StrEnum):
     """Where activations are kept."""
 
@@ -73,6 +81,18 @@ def prune(
         typer.Option(help="Text that atp scores its trials on. [default: a fifth of the calibration text]"),
     ] = None,
     recipe: Annotated[Path | None, typer.Option(help="YAML recipe, instead of --method.")] = None,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Refuse what a warning would say cannot be done in full.")
+    ] = False,
+    compat: Annotated[
+        str | None, typer.Option(help="'paper': count and average as the methods' released code does.")
+    ] = None,
+    propagate: Annotated[
+        Propagate,
+        typer.Option(
+            help="Calibrate on outputs of pruned or dense blocks, or sequential: within a block as well."
+        ),
+    ] = Propagate.pruned,
     save_format: Annotated[
         str, typer.Option("--format", help="pysparse (packed), dense, or compressed-tensors.")
     ] = "pysparse",
@@ -115,6 +135,7 @@ def prune(
             "allocation": allocation, "targets": tuple(targets) if targets else ("Linear",),
             "ignore": tuple(ignore) if ignore else ("lm_head",), "calibration": _calibration(calib),
             "num_samples": num_samples, "max_length": max_length, "seed": seed,
+            "strict": strict, "compat": compat,
         }  # fmt: skip
         if dry_run:
             plan = api.plan_prune(model, **options)
@@ -123,7 +144,7 @@ def prune(
         result = api.prune(
             model, search_texts=search_texts, output_dir=output, save_format=save_format, values=values,
             group_size=group_size, threads=threads, resume=resume, device=device, activations=activations.value,
-            **options,
+            propagate=propagate.value, **options,
         )  # fmt: skip
         if os.environ.get("RANK", "0") != "0":
             return  # one of several processes under torchrun: the first one speaks

@@ -33,6 +33,7 @@ from pysparse.methods.registry import (
     method_for,
     recipe_for,
 )
+from pysparse.methods.released import as_released
 from pysparse.methods.sparsegpt import InverseHessian, ObsUpdate
 from pysparse.methods.streaming_attention import StreamingAttention
 from pysparse.methods.two_ssp import ShortGPT, TwoSSP
@@ -80,6 +81,7 @@ __all__ = [
     "XAttention",
     "allocation_for",
     "as_profile",
+    "as_released",
     "beta_grid",
     "learn_rates",
     "load_profile",

@@ -35,6 +35,7 @@ from pysparse.methods.sparsegpt import InverseHessian, ObsUpdate
 from pysparse.methods.two_ssp import ShortGPT, TwoSSP
 from pysparse.methods.wanda import Wanda
 from pysparse.pruning import NM, Correct, Filters, Keep, MixedNM, Recipe, RowMass, Uniform, Unstructured
+from pysparse.pruning.released import ReleasedRowMass, ReleasedThreshold
 from pysparse.pruning.report import describe_recipe
 from pysparse.pruning.stages import Stage, StagedRecipe
 from pysparse.pruning.structural import describe_method
@@ -51,6 +52,7 @@ COMPONENTS: dict[str, dict[str, type[Any]]] = {
     "structure": {
         "NM": NM, "MixedNM": MixedNM, "Unstructured": Unstructured, "RowMass": RowMass, "Filters": Filters,
         "Emergent": Emergent, "Columns": Columns,
+        "ReleasedThreshold": ReleasedThreshold, "ReleasedRowMass": ReleasedRowMass,
     },
     "reconstruction": {"Keep": Keep, "ObsUpdate": ObsUpdate, "Correct": Correct, "EbfUpdate": EbfUpdate},
 }  # fmt: skip

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from pysparse.pruning import BlockLayout, PrunableLayer
 _ROUTER = re.compile(r"(^|\.)(router|gate|gating|shared_expert_gate)(\.|$)")
 _DEFAULT_IGNORE = ("lm_head",)
 Blocks = tuple[tuple[str, nn.Module], ...]
+Filter = Callable[[nn.Module, str], bool]
 
 
 def discover(
@@ -26,6 +27,7 @@ def discover(
     ignore: Sequence[str] | str = _DEFAULT_IGNORE,
     *,
     whole: bool = False,
+    filter_fn: Filter | None = None,
 ) -> BlockLayout:
     """Return the blocks of ``model`` and what is prunable in them; no model is known by name.
 
@@ -39,6 +41,8 @@ def discover(
     ``skipped``: layers outside of the blocks (heads, embeddings' projections), expert routers, weights that
     are shared with another module, and modules of other kinds. With ``whole`` the model is taken as one block, so
     that stem and classifier are prunable too, as is usual in vision; its statistics are held all at once then.
+    ``filter_fn(module, path)`` is asked about each module that ``targets`` and ``ignore`` leave, and a False
+    keeps it dense.
 
     Raises ValueError for a model without such layers, an already packed one, and targets that name nothing.
     """
@@ -46,24 +50,8 @@ def discover(
     prunable = {path: module for path, module in model.named_modules() if _is_prunable(module)}
     _require_layers(model, prunable)
     blocks = (("", model),) if whole else _find_blocks(model, prunable)
-    search = _Search(targets, ignore, _other_owners(model, prunable))
-    for path, module in model.named_modules():
-        if path in prunable:
-            index = next(
-                (i for i, (name, _) in enumerate(blocks) if not name or path.startswith(name + ".")), None
-            )
-            search.visit(path, module, index)
-        elif any(parameter.dim() > 1 for parameter in module.parameters(recurse=False)):
-            search.skipped[path] = "router of experts" if _ROUTER.search(path) else (
-                f"{type(module).__name__} is no kind of layer that is pruned"
-            )  # fmt: skip
-    if not search.layers:
-        classes = ", ".join(sorted({type(module).__name__ for module in prunable.values()}))
-        raise ValueError(
-            f"no layer to prune: targets={list(targets)} without ignore={list(ignore)} leaves none of the "
-            f"{len(prunable)} prunable layers (classes {classes}; first {next(iter(prunable))}): "
-            f"{_most_common(search.skipped, prunable)}"
-        )
+    search = _Search(targets, ignore, filter_fn, _other_owners(model, prunable))
+    search.visit_all(model, blocks, prunable)
     layers = tuple(sorted(search.layers, key=lambda layer: layer.block))
     warnings = (
         *_unused_patterns(model, ignore),
@@ -79,9 +67,28 @@ class _Search:
 
     targets: Sequence[str]
     ignore: Sequence[str]
+    filter_fn: Filter | None
     owners: dict[int, str]  # id of a parameter -> path of a module of another kind that uses it too
     layers: list[PrunableLayer] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
+
+    def visit_all(self, model: nn.Module, blocks: Blocks, prunable: dict[str, nn.Module]) -> None:
+        """Sort every module of ``model``; ValueError when no layer is left to prune."""
+        for path, module in model.named_modules():
+            if path in prunable:
+                owners = (i for i, (name, _) in enumerate(blocks) if not name or path.startswith(name + "."))
+                self.visit(path, module, next(owners, None))
+            elif any(parameter.dim() > 1 for parameter in module.parameters(recurse=False)):
+                self.skipped[path] = "router of experts" if _ROUTER.search(path) else (
+                    f"{type(module).__name__} is no kind of layer that is pruned"
+                )  # fmt: skip
+        if not self.layers:
+            classes = ", ".join(sorted({type(module).__name__ for module in prunable.values()}))
+            raise ValueError(
+                f"no layer to prune: targets={list(self.targets)} without ignore={list(self.ignore)} leaves none of "
+                f"the {len(prunable)} prunable layers (classes {classes}; first {next(iter(prunable))}): "
+                f"{_most_common(self.skipped, prunable)}"
+            )
 
     def visit(self, path: str, module: nn.Module, block: int | None) -> None:
         for name in _matrix_names(module):
@@ -100,6 +107,8 @@ class _Search:
             return "not in targets"
         if self._named(module, path, place, self.ignore):
             return "in ignore"
+        if self.filter_fn is not None and not self.filter_fn(module, path):
+            return "filter_fn said no"
         if block is None:
             return "outside of the blocks"
         if _ROUTER.search(path):

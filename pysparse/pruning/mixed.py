@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from pysparse import ops
 from pysparse.pruning.layout import PrunableLayer
 from pysparse.pruning.recipe import MaskStructure
 from pysparse.pruning.structure import NM, Unstructured
@@ -48,6 +49,10 @@ class MixedNM:
         """Keep the best of each group of m, as many as ``sparsity`` leaves; see :meth:`NM.keep`."""
         return self.of(sparsity).keep(scores, sparsity)
 
+    def select(self, weight: Tensor, scale: Tensor, sparsity: float) -> tuple[Tensor, Tensor] | None:
+        """Return mask and pruned weight by a compiled kernel."""
+        return self.of(sparsity).select(weight, scale, sparsity)
+
     def pruned_count(self, rows: int, cols: int, sparsity: float) -> int:
         """Return how many weights of a [rows, cols] matrix are pruned."""
         return self.of(sparsity).pruned_count(rows, cols, sparsity)
@@ -63,6 +68,12 @@ class MixedNM:
     def keep_columns(self, scores: Tensor, sparsity: float, start: int) -> Tensor:
         """Return the mask of the columns from ``start`` on alone; see :meth:`NM.keep_columns`."""
         return self.of(sparsity).keep_columns(scores, sparsity, start)
+
+    def sweep_pattern(
+        self, shape: tuple[int, int], sparsity: float, block_size: int
+    ) -> ops.SweepPattern | None:
+        """Return what the layer's own pattern is to the compiled sweep."""
+        return self.of(sparsity).sweep_pattern(shape, sparsity, block_size)
 
     def round(self, layers: Sequence[PrunableLayer], sparsities: Sequence[float]) -> list[float]:
         """Return multiples of 1/m near ``sparsities`` with exactly the zeros of ``n:m`` in all layers together.

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from pysparse.measure.results import make_table, megabytes, to_jsonable
 from pysparse.pruning.allocation import WeightsUnknownError, allocate
+from pysparse.pruning.forecast import Forecast, forecast
 from pysparse.pruning.layout import BlockLayout, PrunableLayer
 from pysparse.pruning.mixed import mixed_note, pattern_of
 from pysparse.pruning.recipe import Evidence, Recipe
@@ -43,6 +44,7 @@ class PrunePlan:
     skipped: dict[str, str]
     model_parameters: int
     warnings: tuple[str, ...] = ()
+    forecast: Forecast | None = None  # of the time; None when the amount of calibration is not known
 
     @property
     def known(self) -> bool:
@@ -88,11 +90,17 @@ class PrunePlan:
             f"{self.structure}; {self.weights / self.model_parameters:.0%} of the model's {self.model_parameters:,} "
             f"parameters are in these layers, {len(self.skipped)} other modules with matrices stay dense"
         )
-        return make_table("plan: nothing was touched", columns, rows, "\n".join((caption, *self.warnings)))
+        time = () if self.forecast is None else (f"predicted time: {self.forecast}",)
+        return make_table(
+            "plan: nothing was touched", columns, rows, "\n".join((caption, *time, *self.warnings))
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Return a JSON-ready dict, totals first."""
-        totals = {"known": self.known, "pruned": self.pruned, "packed_bytes": self.packed_bytes}
+        totals: dict[str, Any] = {
+            "known": self.known, "pruned": self.pruned, "packed_bytes": self.packed_bytes,
+            "predicted_seconds": None if self.forecast is None else self.forecast.total,
+        }  # fmt: skip
         return {**totals, **to_jsonable(self)}
 
     def __rich__(self) -> Table:
@@ -104,13 +112,14 @@ def plan(
     recipe: Recipe,
     sparsity: float | None = None,
     evidence: Sequence[Evidence] | None = None,
+    tokens: int | None = None,
 ) -> PrunePlan:
     """Return what :func:`pysparse.pruning.run` would do; the model may be on the meta device.
 
     An allocation that looks at activations decides from ``evidence``
     (:func:`pysparse.pruning.gather_evidence`); without it, or without the weights that it looks at, or while a
     search is still to come, the layers' sparsities are not known yet: the plan has the totals, and says so.
-    Raises ValueError for a wrong sparsity.
+    The time is predicted for ``tokens`` tokens of calibration. Raises ValueError for a wrong sparsity.
     """
     target = resolve_sparsity(recipe.structure, sparsity)
     budgets, reason = _budgets(layout, recipe, target, evidence)
@@ -126,6 +135,7 @@ def plan(
     return PrunePlan(
         target, str(recipe.structure), describe_recipe(recipe), recipe.needs_calibration, layers,
         layout.skipped, layout.model_size, (*layout.warnings, *filter(None, notes)),
+        None if tokens is None else forecast(layout, recipe, target, tokens),
     )  # fmt: skip
 
 

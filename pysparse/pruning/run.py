@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import nn
@@ -31,7 +31,7 @@ from pysparse.pruning.walk import LayerStats, Walk
 
 _LOGGER = logging.getLogger("pysparse")
 
-Propagate = Literal["pruned", "dense"]
+Propagate = Literal["pruned", "dense", "sequential"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,8 +71,10 @@ def run(
     Blocks are processed in order. The calibration batches run through a block to collect the statistics that
     the recipe needs, its layers are pruned, and the batches run again through the pruned block, so that the
     next block is calibrated on what it will really see (``propagate="dense"`` takes the first run's outputs
-    instead, and saves the second). Statistics are held for one block at a time. A recipe without needs runs
-    nothing at all. Modes, dtypes, devices, ``requires_grad``, ties and ``use_cache`` stay as they were.
+    instead, and saves the second; ``propagate="sequential"`` runs them through the block again whenever the
+    layers that share an input are pruned, so that later layers of the block see earlier ones pruned).
+    Statistics are held for one block at a time. A recipe without needs runs nothing at all. Modes, dtypes,
+    devices, ``requires_grad``, ties and ``use_cache`` stay as they were.
     ``execution`` says where this is computed and kept: on which device, activations in memory or on disk.
 
     Masks are a function of weights and statistics, ties included. The statistics come from the model's own
@@ -129,8 +131,8 @@ def gather_evidence(
 
 
 def _check(layout: BlockLayout, recipe: Recipe, calibration: Calibration | None, propagate: str) -> None:
-    if propagate not in ("pruned", "dense"):
-        raise ValueError(f"propagate is 'pruned' or 'dense', got {propagate!r}")
+    if propagate not in get_args(Propagate):
+        raise ValueError(f"propagate is one of {', '.join(get_args(Propagate))}, got {propagate!r}")
     if recipe.needs_calibration and (calibration is None or not calibration.batches):
         needs = ", ".join((*recipe.needs, *recipe.allocation.needs))
         raise ValueError(f"this recipe needs statistics of activations ({needs}): pass calibration data")
@@ -181,7 +183,8 @@ class _Job:
                 found[layer] = {name: tensors[f"{layer.path}:{name}"] for name in needs}
 
         passed = 0 if journal is None else journal.passed
-        for index, stats in self.walk.blocks(needs, "dense", passed, recall):
+        for index, parts in self.walk.blocks(needs, "dense", passed, recall):
+            stats = next(parts)
             seen = {layer: merged(layer, one) for layer, one in stats.items()}
             found.update(seen)
             if journal is not None:
@@ -202,8 +205,8 @@ class _Job:
         begin = time.perf_counter()
         journal, blocks = self.journal, self.layout.blocks
         earlier = 0 if journal is None else journal.done
-        for index, stats in self.walk.blocks(self.recipe.needs, self.propagate, earlier, self._restore):
-            done = self.prune_block(index, stats, budgets)
+        for index, parts in self.walk.blocks(self.recipe.needs, self.propagate, earlier, self._restore):
+            done = self.prune_block(index, parts, budgets)
             if journal is not None:
                 journal.record_block(index, blocks[index][1], done, self._unseen(done))
             now = time.perf_counter()
@@ -223,19 +226,17 @@ class _Job:
         return {one.path: self.walk.warnings[one.path] for one in layers if one.path in self.walk.warnings}
 
     def prune_block(
-        self, index: int, stats: LayerStats, budgets: Mapping[PrunableLayer, float]
+        self, index: int, parts: Iterator[LayerStats], budgets: Mapping[PrunableLayer, float]
     ) -> tuple[PrunedLayer, ...]:
-        """Prune the layers of one block in place."""
-        with self.walk.clock.timing("prune"):
-            layers = self.layout.layers_of(index)
-            done = prune_layers(layers, stats, budgets, self.recipe, self.walk.ranks)
-            unseen = self.walk.warnings
-            return tuple(
-                dataclasses.replace(one, warnings=(unseen[one.path], *one.warnings))
-                if one.path in unseen
-                else one
-                for one in done
-            )
+        """Prune the layers of one block in place, as their statistics come."""
+        done: dict[str, PrunedLayer] = {}
+        unseen = self.walk.warnings
+        for stats in parts:
+            with self.walk.clock.timing("prune"):
+                for one in prune_layers(list(stats), stats, budgets, self.recipe, self.walk.ranks):
+                    remarks = (unseen[one.path], *one.warnings) if one.path in unseen else one.warnings
+                    done[one.path] = dataclasses.replace(one, warnings=remarks)
+        return tuple(done[layer.path] for layer in self.layout.layers_of(index))
 
     def report(
         self, target: float, layers: Sequence[PrunedLayer], seed: int, memory: PeakMemory

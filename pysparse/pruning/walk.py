@@ -5,13 +5,14 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
 
 from pysparse.calib import Calibration, Collector, Ranks, Replay, Watched
 from pysparse.calib.activations import Activations
+from pysparse.calib.order import CallOrder
 from pysparse.pruning.layout import BlockLayout, PrunableLayer
 from pysparse.pruning.placement import on_device
 from pysparse.pruning.recipe import Stats
@@ -51,12 +52,15 @@ class Walk:
         propagate: str,
         done: int = 0,
         restore: Callable[[int], None] | None = None,
-    ) -> Iterator[tuple[int, LayerStats]]:
-        """Yield the index and statistics of each block; the caller may prune it before asking for the next.
+    ) -> Iterator[tuple[int, Iterator[LayerStats]]]:
+        """Yield the index of each block and the statistics of its layers, which the caller may prune as they come.
 
         With ``propagate`` "pruned" the batches go on through the block as the caller left it, with "dense" as
-        it was. The first ``done`` blocks are not yielded: ``restore`` makes of each what it became in an
-        earlier run, and the batches go through it as they did then.
+        it was. "sequential" is "pruned" within the block too: its statistics come in parts, one for each group
+        of layers that share an input, and those of a group see what the caller made of the groups before.
+
+        The first ``done`` blocks are not yielded: ``restore`` makes of each what it became in an earlier run,
+        and the batches go through it as they did then.
         """
         replay = self._replay(needs) if done < len(self.layout.blocks) else None
         last = len(self.layout.blocks) - 1
@@ -65,15 +69,8 @@ class Walk:
                 if index < done:
                     self._repeat(replay if index < last else None, index, propagate, restore)
                     continue
-                layers = self.layout.layers_of(index)
-                stats: LayerStats = {layer: ({},) * layer.groups for layer in layers}
-                if replay is not None:
-                    with self.clock.timing("statistics"):
-                        stats = self._collect(
-                            replay, index, layers, needs, propagate == "dense" and index < last
-                        )
-                yield index, stats
-                if replay is not None and propagate == "pruned" and index < last:
+                yield index, self._parts(replay, index, needs, propagate)
+                if replay is not None and propagate != "dense" and index < last:
                     with self.clock.timing("propagate"):
                         replay.forward(index, advance=True, device=self.device)
 
@@ -89,21 +86,40 @@ class Walk:
         self, replay: Replay | None, index: int, propagate: str, restore: Callable[[int], None] | None
     ) -> None:
         with self.clock.timing("resume"):
-            if propagate == "pruned" and restore is not None:
+            if propagate != "dense" and restore is not None:
                 restore(index)
             if replay is not None:
                 replay.forward(index, advance=True, device=self.device)
             if propagate == "dense" and restore is not None:
                 restore(index)
 
+    def _parts(
+        self, replay: Replay | None, index: int, needs: Sequence[str], propagate: str
+    ) -> Iterator[LayerStats]:
+        layers = self.layout.layers_of(index)
+        if replay is None:
+            yield {layer: ({},) * layer.groups for layer in layers}
+            return
+        advance = propagate == "dense" and index < len(self.layout.blocks) - 1
+        order = CallOrder(_watched(layers)) if propagate == "sequential" else None
+        stats = self._collect(replay, index, layers, needs, advance, order)
+        if order is None:
+            yield stats
+            return
+        by_path = {layer.path: layer for layer in layers}
+        for number, paths in enumerate(self.ranks.gather(order.groups())[0]):
+            group = [by_path[path] for path in paths]
+            if number:
+                stats = self._collect(replay, index, group, needs, advance)
+            yield {layer: stats[layer] for layer in group}
+
     def _collect(
-        self, replay: Replay, index: int, layers: Sequence[PrunableLayer], needs: Sequence[str], advance: bool
-    ) -> LayerStats:
-        watched = {
-            one.path: Watched(one.module, one.shape[1], one.device, one.slots, one.routed) for one in layers
-        }
-        collector = Collector(watched, needs, self.ranks)
-        with collector.watching():
+        self, replay: Replay, index: int, layers: Sequence[PrunableLayer], needs: Sequence[str], advance: bool,
+        order: CallOrder | None = None,
+    ) -> LayerStats:  # fmt: skip
+        collector = Collector(_watched(layers), needs, self.ranks)
+        ordering = nullcontext() if order is None else order.watching()
+        with self.clock.timing("statistics"), collector.watching(), ordering:
             replay.forward(index, advance=advance, device=self.device, after_batch=collector.finish_batch)
         sequences = self.calibration.sequences if self.calibration else 0
         for layer in layers:
@@ -114,3 +130,7 @@ class Walk:
         except ValueError as error:
             error.add_note(f"{index} of {len(self.layout.blocks)} blocks had been processed")
             raise
+
+
+def _watched(layers: Sequence[PrunableLayer]) -> dict[str, Watched]:
+    return {one.path: Watched(one.module, one.shape[1], one.device, one.slots, one.routed) for one in layers}
