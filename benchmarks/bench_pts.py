@@ -29,7 +29,7 @@ from pysparse.pruning import OutputMatching, fold_batch_norm_, match_outputs_, r
 TARGETS = ("Linear", "Conv2d")
 ALLOCATIONS = ("uniform", "er", "erk", "global", "l1norm", "l2norm", "lamp", "fcpts")
 # The paper takes 20000 steps at a rate of 1e-5 on ImageNet models; these models are small, and so are the steps.
-TUNING = {"steps": 400, "weight_lr": 1e-3, "bias_lr": 1e-3}
+TUNING = {"steps": 100, "weight_lr": 1e-3, "bias_lr": 1e-3}
 
 
 @dataclass
@@ -145,13 +145,15 @@ def techniques(task: Task, sparsity: float) -> dict[str, float]:
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = command_line("pts", __doc__ or "")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
-    parser.add_argument("--sparsity", nargs="+", type=float, default=[0.7, 0.85])
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--epochs", type=int, default=25)
+    parser.add_argument("--sparsity", nargs="+", type=float, default=[0.8])
+    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--epochs", type=int, default=15)
+    parser.add_argument("--steps", type=int, default=TUNING["steps"], help="of reconstruction, for each unit")
     options = parser.parse_args(arguments)
     if options.quick:
         options.models, options.sparsity, options.seeds, options.epochs = ["resnet"], [0.7], 1, 1
-        TUNING["steps"] = 3
+        options.steps = 3
+    TUNING["steps"] = options.steps
     return options
 
 
