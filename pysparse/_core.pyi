@@ -455,3 +455,33 @@ def shapley_words(
 def shapley_permutations(
     seed: int, first: int, visit: int, purpose: int, rows: int, cols: int, orders: int
 ) -> None: ...
+def shapley_fm(
+    samples: list[int],
+    shape: tuple[int, int, int, int],
+    draw: tuple[int, int, int, bool, int],
+    totals: list[int],
+) -> None: ...
+def shapley_fm_marginals(
+    samples: list[int],
+    shape: tuple[int, int, int, int],
+    draw: tuple[int, int, int, bool, int],
+    marginals: int,
+) -> None: ...
+def shapley_head(
+    samples: list[int],
+    shape: tuple[int, int, int, int],
+    draw: tuple[int, int, int, bool, int],
+    head: tuple[bool, int, int, int, int],
+    widths: tuple[int, int],
+    arrays: list[tuple[int, int]],
+    totals: list[int],
+) -> None: ...
+def shapley_head_marginals(
+    samples: list[int],
+    shape: tuple[int, int, int, int],
+    draw: tuple[int, int, int, bool, int],
+    head: tuple[bool, int, int, int, int],
+    widths: tuple[int, int],
+    arrays: list[tuple[int, int]],
+    marginals: int,
+) -> None: ...

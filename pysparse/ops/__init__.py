@@ -80,6 +80,8 @@ from pysparse.ops.obs import (
 from pysparse.ops.ridge import can_ridge, ridge_rows, ridge_rows_torch
 from pysparse.ops.select import can_select, nm_mask, row_mask, select_nm, select_rows
 from pysparse.ops.shapley import draw_permutations, draw_words, philox
+from pysparse.ops.shapley_entries import EntryDraw, EntrySamples, EntryTotals, fm_marginals, fm_shapley
+from pysparse.ops.shapley_heads import Crosses, DeepHead, Mlp, head_marginals, head_shapley
 
 __all__ = [
     "ACTIVATIONS",
@@ -92,7 +94,13 @@ __all__ = [
     "AnchorRegion",
     "AttentionState",
     "Compact",
+    "Crosses",
+    "DeepHead",
+    "EntryDraw",
+    "EntrySamples",
+    "EntryTotals",
     "LowRankTerm",
+    "Mlp",
     "Operand",
     "ProxyGrid",
     "StripeRule",
@@ -128,7 +136,11 @@ __all__ = [
     "draw_words",
     "flash_attention",
     "flash_attention_state",
+    "fm_marginals",
+    "fm_shapley",
     "gated_linear",
+    "head_marginals",
+    "head_shapley",
     "identify_stripes",
     "int8_linear",
     "int8_unpack",

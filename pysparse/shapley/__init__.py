@@ -6,6 +6,16 @@ turns coalitions, bool [B, n_players], into B numbers. A new estimator is one fr
 
 from pysparse.shapley.adaptive import TopK, TopPlayers, Truncated
 from pysparse.shapley.control import Control, Quadratic, fit_quadratic
+from pysparse.shapley.entries import (
+    DeepModel,
+    EntryRun,
+    EntryShapley,
+    FactorisationMachine,
+    Walker,
+    entry_shapley,
+    plan_entries,
+    score_shard,
+)
 from pysparse.shapley.estimators import Banzhaf, KernelSHAP, Owen, Permutation, PositionStratified
 from pysparse.shapley.exact import Exact
 from pysparse.shapley.game import FunctionGame, Game, WalkingGame
@@ -16,7 +26,11 @@ from pysparse.shapley.values import ShapleyValues
 __all__ = [
     "Banzhaf",
     "Control",
+    "DeepModel",
+    "EntryRun",
+    "EntryShapley",
     "Exact",
+    "FactorisationMachine",
     "FunctionGame",
     "Game",
     "KernelSHAP",
@@ -30,8 +44,12 @@ __all__ = [
     "TopPlayers",
     "Truncated",
     "UnitEstimator",
+    "Walker",
     "WalkingGame",
+    "entry_shapley",
     "fit_quadratic",
+    "plan_entries",
     "read_state",
+    "score_shard",
     "write_state",
 ]

@@ -1,0 +1,28 @@
+// Marginals to whole numbers, added row by row: the oracle.
+#include <cmath>
+
+#include "isa/generic.h"
+#include "pysparse/shapley_entries.h"
+
+namespace pysparse {
+namespace {
+
+void run(const MarginalTile& tile, const EntryTotals& totals, int owner, int owners) {
+  const int width = padded_width(tile.cols);
+  const float* from = tile.marginals;
+  for (int64_t i = 0; i < tile.samples * tile.fields; ++i, from += width) {
+    if (!owns(tile.ids[i], owner, owners)) continue;
+    const int64_t row = int64_t{tile.ids[i]} * tile.cols;
+    for (int k = 0; k < tile.cols; ++k) {
+      const double x = from[k];
+      totals.sums[row + k] += std::llrint(x * kSumScale);
+      totals.squares[row + k] += std::llrint(x * x * kSquareScale);
+    }
+  }
+}
+
+constexpr ShapleyAdd::Kernel kKernel{run};
+const Register<ShapleyAdd> registered{DType::kFloat32, isa::kGeneric, kKernel};
+
+}  // namespace
+}  // namespace pysparse

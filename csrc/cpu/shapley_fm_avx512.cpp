@@ -1,0 +1,145 @@
+// The walk of a factorisation machine: O(1) a removal, dt = (c - E) (s - E). The reversed order
+// sees s = s(full) + s(empty) - s(after), so it costs one fused product in the same loop, not a
+// walk.
+#include <algorithm>
+#include <cstring>
+
+#include "isa/avx512.h"
+#include "pysparse/shapley_draw.h"
+#include "pysparse/shapley_entries.h"
+
+PYSPARSE_TARGET_BEGIN(PYSPARSE_AVX512)
+#include "simd/losses_avx512.h"
+#include "simd/philox_avx512.h"
+namespace pysparse {
+namespace {
+
+// Arrays of one sample, laid out in the caller's scratch; players are padded.
+struct Walk {
+  uint32_t* partner;
+  uint16_t *all, *left, *order;  // every player; those not yet removed; in order of removal
+  float *delta, *bias;           // c - E and -(c - E) E
+  float *forward, *backward;     // steps of the logit, then of the loss
+  float *sum, *both;             // by column: of E as it is now; of E and c
+};
+
+Walk lay_out(void* scratch, int64_t padded) {
+  auto* at = static_cast<unsigned char*>(scratch);
+  const auto take = [&](size_t item) {
+    unsigned char* mine = at;
+    at += (static_cast<size_t>(padded) + 64) * item / 64 * 64;
+    return mine;
+  };
+  Walk w;
+  w.partner = reinterpret_cast<uint32_t*>(take(4));
+  w.delta = reinterpret_cast<float*>(take(4));
+  w.bias = reinterpret_cast<float*>(take(4));
+  w.forward = reinterpret_cast<float*>(take(4));
+  w.backward = reinterpret_cast<float*>(take(4));
+  w.all = reinterpret_cast<uint16_t*>(take(2));
+  w.left = reinterpret_cast<uint16_t*>(take(2));
+  w.order = reinterpret_cast<uint16_t*>(take(2));
+  w.sum = reinterpret_cast<float*>(at);
+  w.both = w.sum + kMaxEmbedding;
+  return w;
+}
+
+// Reads the rows of a sample; returns its logit.
+inline float read_sample(const EntrySamples& v, int64_t sample, int width, const Walk& w) {
+  const int32_t* ids = v.ids + sample * v.fields;
+  float pairs = 0;
+  for (int k = 0; k < v.cols; k += 16) {
+    const auto live = static_cast<__mmask16>((1u << std::min(16, v.cols - k)) - 1);
+    const auto room = static_cast<__mmask16>((1u << std::min(16, width - k)) - 1);
+    __m512 sum = _mm512_setzero_ps(), both = sum, squares = sum;
+    for (int f = 0; f < v.fields; ++f) {
+      const __m512 e = _mm512_maskz_loadu_ps(live, v.table + int64_t{ids[f]} * v.cols + k);
+      const __m512 c = _mm512_maskz_loadu_ps(live, v.base + f * v.cols + k);
+      const __m512 delta = _mm512_sub_ps(c, e);
+      _mm512_mask_storeu_ps(w.delta + f * width + k, room, delta);
+      _mm512_mask_storeu_ps(w.bias + f * width + k, room,
+                            _mm512_mul_ps(delta, _mm512_sub_ps(_mm512_setzero_ps(), e)));
+      sum = _mm512_add_ps(sum, e);
+      both = _mm512_add_ps(both, _mm512_add_ps(e, c));
+      squares = _mm512_fmadd_ps(e, e, squares);
+    }
+    _mm512_mask_storeu_ps(w.sum + k, room, sum);
+    _mm512_mask_storeu_ps(w.both + k, room, both);
+    pairs += _mm512_reduce_add_ps(_mm512_fmsub_ps(sum, sum, squares));
+  }
+  return (v.offset ? v.offset[sample] : 0.0f) + 0.5f * pairs;
+}
+
+template <bool kAntithetic>
+inline void remove_all(const Walk& w, int players, int column_mask) {
+  for (int i = 0; i < players; ++i) {
+    const uint32_t j = w.partner[i];
+    const uint32_t p = w.left[j], k = p & static_cast<uint32_t>(column_mask);
+    w.left[j] = w.left[i];
+    w.order[i] = static_cast<uint16_t>(p);
+    const float delta = w.delta[p], bias = w.bias[p], before = w.sum[k], after = before + delta;
+    w.sum[k] = after;
+    w.forward[i] = __builtin_fmaf(delta, before, bias);
+    if constexpr (kAntithetic)
+      w.backward[players - 1 - i] = __builtin_fmaf(delta, w.both[k] - after, bias);
+  }
+}
+
+// Fixes the order in place of a drawn one: nothing is swapped.
+inline void take_order(const int32_t* order, int players, int cols, int width, const Walk& w) {
+  for (int i = 0; i < players; ++i) {
+    w.partner[i] = static_cast<uint32_t>(i);
+    w.left[i] = static_cast<uint16_t>(order[i] / cols * width + order[i] % cols);
+  }
+}
+
+inline void prefetch_rows(const EntrySamples& v, int64_t sample) {
+  for (int f = 0; f < v.fields; ++f) {
+    const float* row = v.table + int64_t{v.ids[sample * v.fields + f]} * v.cols;
+    for (int k = 0; k < v.cols; k += 16)
+      _mm_prefetch(reinterpret_cast<const char*>(row + k), _MM_HINT_T0);
+  }
+}
+
+template <bool kAntithetic>
+void run_samples(const EntrySamples& v, const EntryDraw& draw, int64_t begin, int64_t end,
+                 void* scratch, float* tile) {
+  const int players = v.fields * v.cols, width = padded_width(v.cols), padded = v.fields * width;
+  const Walk w = lay_out(scratch, padded);
+  for (int i = 0; i < players; ++i)
+    w.all[i] = static_cast<uint16_t>(i / v.cols * width + i % v.cols);
+  for (int64_t s = begin; s < end; ++s, tile += padded) {
+    const float logit = read_sample(v, s, width, w);
+    if (s + 1 < end) prefetch_rows(v, s + 1);
+    if (draw.orders) {
+      take_order(draw.orders + s * players, players, v.cols, width, w);
+    } else {
+      std::memcpy(w.left, w.all, static_cast<size_t>(players) * sizeof(uint16_t));
+      draw_partners({draw.seed, draw.first + static_cast<uint64_t>(s), draw.visit, 0}, players,
+                    w.partner);
+    }
+    remove_all<kAntithetic>(w, players, width - 1);
+    loss_steps(w.forward, players, logit, v.labels[s]);
+    if constexpr (kAntithetic) loss_steps(w.backward, players, logit, v.labels[s]);
+    if (padded != players) std::memset(tile, 0, static_cast<size_t>(padded) * sizeof(float));
+    for (int i = 0; i < players; ++i)
+      tile[w.order[i]] =
+          kAntithetic ? 0.5f * (w.forward[i] + w.backward[players - 1 - i]) : w.forward[i];
+  }
+}
+
+void run(const EntrySamples& v, const EntryDraw& draw, int64_t begin, int64_t end, void* scratch,
+         float* tile) {
+  (draw.antithetic ? run_samples<true> : run_samples<false>)(v, draw, begin, end, scratch, tile);
+}
+
+}  // namespace
+}  // namespace pysparse
+PYSPARSE_TARGET_END
+
+namespace pysparse {
+namespace {
+constexpr ShapleyFm::Kernel kKernel{run};
+const Register<ShapleyFm> registered{DType::kFloat32, isa::kAvx512, kKernel};
+}  // namespace
+}  // namespace pysparse

@@ -1,0 +1,93 @@
+#pragma once
+// Shapley values of embedding entries: a sample's players are the entries of its rows, one row a
+// field; a removed entry takes its base value; what a removal costs is the growth of the log loss.
+#include "pysparse/kernel_table.h"
+#include "pysparse/rng.h"
+
+namespace pysparse {
+
+// Marginals are summed as whole numbers, so that any order of the additions gives the same bits.
+inline constexpr double kSumScale = 68719476736.0;       // 2^36
+inline constexpr double kSquareScale = 1099511627776.0;  // 2^40: squares of 1e-4 need it
+inline constexpr float kLargestMarginal = 1024.0f;       // its square still fits
+inline constexpr int kLowBits = 48;                      // what a total keeps when it is spilled
+
+inline constexpr int kMaxEmbedding = 256;
+inline constexpr int64_t kMaxPaddedPlayers = 65536;  // a player is a 16-bit number
+
+// The columns of a player's field, padded so that player = field * width + column.
+inline int padded_width(int cols) {
+  int width = 1;
+  while (width < cols) width *= 2;
+  return width;
+}
+
+struct EntrySamples {
+  const float* table;   // [rows][cols]
+  const float* base;    // [fields][cols]
+  const int32_t* ids;   // [samples][fields]
+  const float* offset;  // [samples], of the logit; may be null
+  const float* labels;  // [samples], from 0 to 1
+  int64_t rows, samples;
+  int fields, cols;
+};
+
+struct EntryDraw {
+  uint64_t seed, first;
+  uint32_t visit;
+  bool antithetic;        // the mean of an order and its reverse
+  const int32_t* orders;  // [samples][fields * cols], removals instead of drawn ones; may be null
+};
+
+// Exact sums over samples: value = (high * 2^kLowBits + low) / scale.
+struct EntryTotals {
+  int64_t *sums, *squares;            // [rows][cols]
+  int32_t *sums_high, *squares_high;  // [rows][cols]
+  double* bound;                      // [2], largest |sums| and squares there can be
+};
+
+struct MarginalTile {
+  const float* marginals;  // [samples][fields][padded_width(cols)]
+  const int32_t* ids;      // [samples][fields]
+  int64_t samples;
+  int fields, cols;
+};
+
+struct ShapleyFm {
+  static constexpr const char* op = "shapley";
+  static constexpr const char* format = "fm";
+  struct Kernel {
+    // Marginals of samples [begin, end) into a tile; the logit is offset + the pairs' products.
+    // `scratch` holds scratch_bytes(...), aligned to 64.
+    void (*run)(const EntrySamples& samples, const EntryDraw& draw, int64_t begin, int64_t end,
+                void* scratch, float* tile);
+  };
+  static constexpr size_t scratch_bytes(int64_t padded_players) {
+    return static_cast<size_t>(padded_players + 64) * 32 + 4096;
+  }
+};
+
+struct ShapleyAdd {
+  static constexpr const char* op = "shapley";
+  static constexpr const char* format = "totals";
+  struct Kernel {
+    // Adds the marginals of the rows that `owner` of `owners` has.
+    void (*run)(const MarginalTile& tile, const EntryTotals& totals, int owner, int owners);
+  };
+};
+
+inline bool owns(int32_t row, int owner, int owners) {
+  if (owners == 1) return true;
+  const uint32_t mixed = static_cast<uint32_t>(row) * 0x9E3779B1u;  // neighbours are spread
+  return static_cast<int>(uint64_t{mixed} * static_cast<uint32_t>(owners) >> 32) == owner;
+}
+
+// Adds the samples' marginals to the totals. Throws, before any is added, for ids out of range,
+// labels outside [0, 1] and shapes without kernels; for marginals that are not finite or too large
+// once those of earlier samples may have been added.
+void fm_shapley(const EntrySamples& samples, const EntryDraw& draw, const EntryTotals& totals);
+
+// One sample's marginals by player, float [samples][fields * cols], without totals.
+void fm_marginals(const EntrySamples& samples, const EntryDraw& draw, float* marginals);
+
+}  // namespace pysparse

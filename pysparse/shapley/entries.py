@@ -1,0 +1,220 @@
+"""Shapley values of the entries of embedding tables, over a data set of samples (Tran et al. 2024, Shaver).
+
+A sample reads one row a field; only these entries are its players, so one random order of them costs fields * cols
+evaluations of the head, and all other entries of the table add nothing. The data set's game is the mean of the
+samples' games. Removals go from all entries present to none.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pysparse.ops import DeepHead, EntryDraw, EntrySamples, EntryTotals, fm_shapley, head_shapley
+from pysparse.shapley.sampling import Progress
+from pysparse.shapley.state import read_state, write_state
+
+Array = NDArray[np.float64]
+_SAVE_SECONDS = 30.0
+
+
+class Walker(Protocol):
+    """A model whose logit can be followed while entries are removed one by one."""
+
+    def __call__(self, samples: EntrySamples, draw: EntryDraw, totals: EntryTotals) -> None:
+        """Add the marginals of ``samples``, in the orders that ``draw`` says, to ``totals``."""
+
+    def fingerprint(self) -> str:
+        """Return what tells this model from others, for the state of a run."""
+
+
+@dataclass(frozen=True, slots=True)
+class FactorisationMachine:
+    """logit = offset + sum over columns of the products of all pairs of a sample's entries (Rendle 2010)."""
+
+    def __call__(self, samples: EntrySamples, draw: EntryDraw, totals: EntryTotals) -> None:
+        """Add the marginals of ``samples``."""
+        fm_shapley(samples, draw, totals)
+
+    def fingerprint(self) -> str:
+        """Return the name: all parameters are in the samples."""
+        return "fm"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class DeepModel:
+    """A deep head over the embeddings: DeepFM, DCN-v2 or DCN-Mix (:class:`pysparse.ops.DeepHead`)."""
+
+    head: DeepHead
+
+    def __call__(self, samples: EntrySamples, draw: EntryDraw, totals: EntryTotals) -> None:
+        """Add the marginals of ``samples``."""
+        head_shapley(samples, draw, self.head, totals)
+
+    def fingerprint(self) -> str:
+        """Return a digest of all parameters."""
+        inputs = self.head.mlp.weights[0].shape[1] if self.head.mlp and self.head.mlp.weights else 0
+        if self.head.crosses is not None:
+            inputs = self.head.crosses.bias.shape[1]
+        arguments = self.head.arguments(inputs)
+        total = hashlib.sha256(repr(arguments.shape).encode())
+        total.update(arguments.widths.tobytes())
+        for array in arguments.arrays:
+            total.update(array.tobytes())
+        return total.hexdigest()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class EntryShapley:
+    """Values of all entries of a table."""
+
+    mean: Array  # float64 [rows, cols]: what the mean log loss grows by without the entry, on average over orders
+    stderr: Array  # float64 [rows, cols], of a mean over independent samples ("population")
+    samples: int  # (sample, order or pair of orders) drawn
+    evaluations: int  # of the head
+    passes: int  # whole passes over the data
+    seed: int
+    ratio: float  # largest standard error over the spread of the means
+
+
+@dataclass(frozen=True, slots=True)
+class EntryRun:
+    """How much and in what pieces; but for ``stop`` none of these changes a bit of what is estimated."""
+
+    budget: int  # evaluations of the head
+    seed: int = 0
+    antithetic: bool = True  # an order and its reverse: exact for interactions of order 2
+    stop: float | None = None  # end after a whole pass with the ratio below this
+    batch_size: int = 1 << 16  # samples between two looks at progress and state
+    state: str | Path | None = None
+    progress: Progress | None = None
+
+    def __post_init__(self) -> None:
+        if self.budget < 1 or self.batch_size < 1:
+            raise ValueError(f"budget and batch_size are at least 1, got {self.budget} and {self.batch_size}")
+        if self.stop is not None and not self.stop > 0.0:
+            raise ValueError(f"stop is a positive ratio, got {self.stop}")
+
+
+def cost_of_a_sample(samples: EntrySamples, antithetic: bool) -> int:
+    """Return the evaluations of one draw: all present, and after each removal; twice for a pair, but for both ends."""
+    players = samples.base.size
+    return 2 * players if antithetic else players + 1
+
+
+def plan_entries(samples: EntrySamples, run: EntryRun) -> int:
+    """Return how many draws the budget allows; ValueError when it does not allow one for each sample."""
+    cost, count = cost_of_a_sample(samples, run.antithetic), len(samples.ids)
+    if count == 0:
+        raise ValueError("there are no samples")
+    if run.budget < cost * count:
+        raise ValueError(
+            f"one pass over {count} samples of {samples.base.size} players takes {cost * count} evaluations, "
+            f"the budget is {run.budget}"
+        )
+    return run.budget // cost
+
+
+def entry_shapley(walker: Walker, samples: EntrySamples, run: EntryRun) -> EntryShapley:
+    """Estimate the values of all entries of the table.
+
+    Draw i visits sample i mod N for the (i div N)-th time, with the random order of that sample and visit. The
+    result does not depend on ``batch_size``, threads or interruptions. Memory: the table and 24 bytes an entry.
+    Raises ValueError for bad samples (ids, labels, values), a budget below one pass, and a state that is damaged
+    or belongs to another run.
+    """
+    total = plan_entries(samples, run)
+    totals = EntryTotals(*samples.table.shape)
+    journal = _Journal(walker, samples, run)
+    done = journal.load(totals)
+    count = len(samples.ids)
+    while done < total:
+        visit, first = divmod(done, count)
+        if first == 0 and visit > 0 and run.stop is not None and _summary(totals, done)[2] < run.stop:
+            break
+        size = min(run.batch_size, count - first, total - done)
+        draw = EntryDraw(run.seed, first, visit, run.antithetic)
+        walker(samples.part(first, first + size), draw, totals)
+        done += size
+        journal.save(totals, done, force=done == total)
+        if run.progress is not None:
+            run.progress("samples", done, total)
+    mean, stderr, ratio = _summary(totals, done)
+    evaluations = done * cost_of_a_sample(samples, run.antithetic)
+    return EntryShapley(mean, stderr, done, evaluations, done // count, run.seed, ratio)
+
+
+def score_shard(walker: Walker, samples: EntrySamples, draw: EntryDraw, rows: tuple[int, int]) -> EntryTotals:
+    """Return the totals of samples ``rows[0]`` to ``rows[1]`` of the data set alone, for :meth:`EntryTotals.merge`.
+
+    ``draw.first`` is the number of the data set's first sample in ``samples``. Shards may be made anywhere and in
+    any order: merged, they are the totals of one process, bit for bit.
+    """
+    begin, end = rows
+    if not 0 <= begin <= end <= len(samples.ids):
+        raise ValueError(f"rows {begin} to {end} are not within 0 to {len(samples.ids)}")
+    totals = EntryTotals(*samples.table.shape)
+    moved = EntryDraw(draw.seed, draw.first + begin, draw.visit, draw.antithetic)
+    walker(samples.part(begin, end), moved, totals)
+    return totals
+
+
+def _summary(totals: EntryTotals, count: int) -> tuple[Array, Array, float]:
+    mean = totals.mean(count)
+    variance = np.maximum(0.0, totals.mean_square(count) - mean**2)
+    stderr = np.sqrt(variance / max(1, count - 1))
+    spread = float(mean.max() - mean.min())
+    worst = float(stderr.max())
+    return mean, stderr, worst / spread if spread > 0.0 else (0.0 if worst == 0.0 else math.inf)
+
+
+class _Journal:
+    """The state of a run on disk, if one is wished."""
+
+    def __init__(self, walker: Walker, samples: EntrySamples, run: EntryRun) -> None:
+        self._path = run.state
+        self._clock: Callable[[], float] = time.monotonic
+        self._saved = self._clock()
+        self._identity: dict[str, Any] = {}
+        if run.state is not None:
+            self._identity = {
+                "walker": walker.fingerprint(),
+                "samples": _digest(samples),
+                "seed": run.seed,
+                "antithetic": run.antithetic,
+            }
+
+    def load(self, totals: EntryTotals) -> int:
+        """Fill ``totals`` and return how many draws they hold; 0 when there is no state yet."""
+        if self._path is None or not Path(self._path).exists():
+            return 0
+        arrays = read_state(self._path, self._identity)
+        done = arrays.pop("done", np.zeros(0))
+        if done.shape != (1,) or done[0] < 0:
+            raise ValueError(f"{self._path} is damaged: it does not say how many samples it holds")
+        totals.load(arrays)
+        return int(done[0])
+
+    def save(self, totals: EntryTotals, done: int, force: bool) -> None:
+        """Write the state when it is time."""
+        if self._path is None or not (force or self._clock() - self._saved >= _SAVE_SECONDS):
+            return
+        write_state(self._path, self._identity, {**totals.arrays(), "done": np.array([done])})
+        self._saved = self._clock()
+
+
+def _digest(samples: EntrySamples) -> str:
+    total = hashlib.sha256()
+    for array in (samples.table, samples.base, samples.ids, samples.labels, samples.offset):
+        if array is not None:
+            total.update(f"{array.dtype} {array.shape}".encode())
+            total.update(array.data)
+    return total.hexdigest()
