@@ -1,5 +1,7 @@
 """Compiled kernels. An argument for an array is the address of its first element; a pair adds their number."""
 
+from collections.abc import Callable
+
 def kernels() -> list[tuple[str, str, str, str, bool]]: ...
 def isa_levels() -> list[tuple[str, bool]]: ...
 def force_isa(level: str) -> None: ...
@@ -485,3 +487,76 @@ def shapley_head_marginals(
     arrays: list[tuple[int, int]],
     marginals: int,
 ) -> None: ...
+
+_Tensor = tuple[int, int, int, int]  # address; strides of batch, head, row
+_Shape = tuple[int, int, int, int, int, int, int]  # dtype, batch, heads, key heads, rows, keys, dim
+_Span = tuple[float, bool, int, int]  # scale, causal, q_offset, key_range
+_Result = tuple[_Tensor, bool, int, int, int]  # out, whether a state, lse, maximum, denominator
+_Lists = tuple[int, int, int, int, int, int]  # offsets, items, their numbers, heads, group size
+_Region = tuple[int, int, int]  # group size, init, local
+_Rule = tuple[float, int, bool]  # theta, pools, share_kv
+
+def flash_attention(q: _Tensor, k: _Tensor, v: _Tensor, shape: _Shape, span: _Span, to: _Result) -> None: ...
+def block_sparse_attention(
+    q: _Tensor,
+    k: _Tensor,
+    v: _Tensor,
+    shape: _Shape,
+    span: _Span,
+    blocks: _Lists,
+    block_k: int,
+    to: _Result,
+) -> None: ...
+def anchor_state(
+    q: _Tensor,
+    k: _Tensor,
+    v: _Tensor,
+    shape: _Shape,
+    span: _Span,
+    region: _Region,
+    to: _Result,
+) -> None: ...
+def identify_stripes(
+    q: _Tensor,
+    k: _Tensor,
+    shape: _Shape,
+    span: _Span,
+    anchor: int,
+    region: _Region,
+    rule: _Rule,
+    offsets: int,
+    allocate: Callable[[int], int],
+) -> None: ...
+def stripe_attention(
+    q: _Tensor,
+    k: _Tensor,
+    v: _Tensor,
+    shape: _Shape,
+    span: _Span,
+    stripes: _Lists,
+    before: _Result,
+    to: _Result,
+) -> None: ...
+def anchor_attention(
+    q: _Tensor,
+    k: _Tensor,
+    v: _Tensor,
+    shape: _Shape,
+    span: _Span,
+    region: _Region,
+    rule: _Rule,
+    to: _Result,
+    offsets: int,
+    allocate: Callable[[int], int],
+) -> None: ...
+def proxy_scores(
+    q: _Tensor,
+    k: _Tensor,
+    shape: _Shape,
+    span: _Span,
+    proxies: int,
+    block: int,
+    stride: int,
+    scores: int,
+) -> None: ...
+def block_mass(q: _Tensor, k: _Tensor, shape: _Shape, span: _Span, block: int, mass: int) -> None: ...

@@ -108,16 +108,14 @@ def assert_close(actual, expected, dtype):
 
 
 def anchor_mask(case, region):
-    """Boolean [B, 1, Nq, Nk]: the region's keys, written out row by row."""
-    mask = torch.zeros_like(case.causal_mask())
+    """Boolean [B, 1, Nq, Nk]: the region's keys that each row sees."""
+    near = torch.zeros_like(case.causal_mask())
     for b, (start, _) in enumerate(case.bounds):
-        position, valid = case.positions(b)
-        for i in valid.nonzero().flatten().tolist():
-            at = int(position[i])
-            first = max(region.init, at // region.group_size * region.group_size - region.local)
-            mask[b, 0, i, start : start + min(region.init, at + 1)] = True
-            mask[b, 0, i, start + min(first, at + 1) : start + at + 1] = True
-    return mask
+        position, _valid = case.positions(b)
+        first = (position // region.group_size * region.group_size - region.local).clamp(min=region.init)
+        key = torch.arange(case.k.shape[2]) - start
+        near[b, 0] = (key < region.init) | (key >= first[:, None])
+    return near & case.causal_mask()
 
 
 def stripe_mask(case, index):
@@ -131,13 +129,13 @@ def stripe_mask(case, index):
     return mask & case.causal_mask()
 
 
-def block_mask(case, index):
-    """Boolean [B, Hq, Nq, Nk] of the index's blocks."""
+def block_mask(case, index, causal=True):
+    """Boolean [B, Hq, Nq, Nk] of the index's blocks, masked."""
     lists = index.to_mask().repeat_interleave(case.q.shape[1] // index.shape[1], dim=1)
     mask = torch.zeros(*case.q.shape[:3], case.k.shape[2], dtype=torch.bool)
     for b, (start, end) in enumerate(case.bounds):
-        position, _ = case.positions(b)
+        position = case.positions(b)[0] if causal else torch.arange(case.q.shape[2]) + case.q_offset
         row_block = (position // index.block_q).clamp(0, index.shape[2] - 1)
         key_block = (torch.arange(end - start) // index.block_k).clamp(0, index.key_blocks - 1)
         mask[b, :, :, start:end] = lists[b][:, row_block][:, :, key_block]
-    return mask
+    return mask & (case.causal_mask() if causal else case.full_mask())

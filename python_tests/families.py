@@ -143,6 +143,7 @@ TESTED_ELSEWHERE = {
     "sweep": "test_sparsegpt.py",
     "product": "test_sparsegpt.py",
     "gate": "test_fused.py",
+    "attention": "test_attention_kernels.py",
     "lowrank": "test_lowrank.py",
     "shapley": "test_shapley.py",
     "ridge": "test_ridge.py",

@@ -8,14 +8,14 @@ import torch
 
 from pysparse import ops
 from pysparse.formats import BlockIndex, StripeIndex
+from pysparse.ops import selection_reference
 
 DTYPES = (torch.float32, torch.bfloat16)
 REGION = ops.AnchorRegion(group_size=64, init=16, local=32)
 SHAPES = [
-    {},
     {"rows": 1, "past": 40},
     {"rows": 0},
-    {"rows": 333, "heads": 4, "key_heads": 2, "dim": 80},
+    {"rows": 300, "heads": 4, "key_heads": 2, "dim": 80},
     {"rows": 150, "past": 70, "batch": 2, "padded": True, "dim": 48},
     {"rows": 90, "tail": 33, "dim": 33},
 ]
@@ -78,7 +78,7 @@ def test_stripes_alone_and_continued(dtype, shape):
 def test_blocks(dtype, shape, causal):
     case = cases.draw(4, dtype, **shape)
     index = random_blocks(case, 32, 48)
-    mask = cases.block_mask(case, index) & (case.causal_mask() if causal else case.full_mask())
+    mask = cases.block_mask(case, index, causal)
     actual = ops.block_sparse_attention(case.q, case.k, case.v, index, causal=causal, **case.span)
     cases.assert_close(actual, cases.exact(case, mask), dtype)
     state = ops.block_sparse_state(case.q, case.k, case.v, index, causal=causal, **case.span)
@@ -102,6 +102,58 @@ def test_theta_minus_infinity_is_sink_and_window(dtype, shape):
     out, lse, index = ops.anchor_attention(case.q, case.k, case.v, REGION, nothing, **case.span)
     assert index.nnz == 0
     cases.assert_close((out, lse), cases.exact(case, cases.anchor_mask(case, REGION)), dtype)
+
+
+def pooled_case(dtype, **shape):
+    """Few keys come near the threshold, and none so near that rounding decides: scores lie far apart."""
+    case = cases.draw(8, dtype, rows=200, heads=4, key_heads=2, dim=48, **shape)
+    strong = torch.rand(case.k.shape[:3], generator=torch.Generator().manual_seed(1)) < 0.2
+    case.k.mul_(0.02)
+    case.k[..., 0] = torch.where(strong, 4.0, 0.1)
+    case.q.mul_(0.02)
+    case.q[..., 0] = 4.0
+    return case
+
+
+SPANS = [{}, {"past": 100, "batch": 2, "padded": True}, {"past": 37, "tail": 20}]
+
+
+@pytest.mark.parametrize("shape", SPANS, ids=str)
+@pytest.mark.parametrize("share_kv", [False, True])
+def test_stripes_are_those_of_the_rule(dtype, shape, share_kv):
+    case = pooled_case(dtype, **shape)
+    rule = ops.StripeRule(1.0, pools=32, share_kv=share_kv)
+    state = ops.anchor_state(case.q, case.k, case.v, REGION, **case.span)
+    index = ops.identify_stripes(case.q, case.k, state.max, REGION, rule, **case.span)
+    mask = selection_reference.keep_mask(
+        case.q, case.k, state.max, 48**-0.5, case.q_offset, case.bounds, (64, 16, 32), (1.0, 32, share_kv)
+    )
+    assert torch.equal(index.to_mask(), mask)
+    assert 0 < index.nnz < mask.sum() + index.nnz
+    out, lse, again = ops.anchor_attention(case.q, case.k, case.v, REGION, rule, **case.span)
+    assert torch.equal(again.offsets, index.offsets)
+    assert torch.equal(again.keys, index.keys)
+    chosen = cases.stripe_mask(case, index) | cases.anchor_mask(case, REGION)
+    cases.assert_close((out, lse), cases.exact(case, chosen), dtype)
+
+
+@pytest.mark.parametrize("shape", SPANS[1:], ids=str)
+@pytest.mark.parametrize("grid", [(1, 64, 4), (2, 16, 1), (2, 32, 16)], ids=str)
+def test_proxy_scores(dtype, shape, grid):
+    case = cases.draw(9, dtype, rows=200, heads=4, key_heads=2, dim=40, **shape)
+    actual = ops.proxy_scores(case.q, case.k, ops.ProxyGrid(*grid), **case.span)
+    expected = selection_reference.proxy_scores(case.q, case.k, 40**-0.5, case.q_offset, case.bounds, grid)
+    assert torch.allclose(actual, expected, rtol=2e-3 if dtype == torch.bfloat16 else 1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", SPANS[1:], ids=str)
+@pytest.mark.parametrize("block", [32, 144])
+def test_block_mass(dtype, shape, block):
+    case = cases.draw(10, dtype, rows=200, heads=4, key_heads=2, dim=40, **shape)
+    actual = ops.block_mass(case.q, case.k, block, **case.span)
+    expected = selection_reference.block_mass(case.q, case.k, 40**-0.5, case.q_offset, case.bounds, block)
+    assert torch.allclose(actual, expected, rtol=1e-3, atol=1e-6)
+    assert torch.allclose(actual.sum(dim=-1), torch.ones(()), atol=1e-4)
 
 
 def test_states_merge(dtype):

@@ -8,6 +8,7 @@ PYBIND11_MODULE(_core, module) {
   pysparse::bind_int8(module);
   pysparse::bind_device_formats(module);
   pysparse::bind_kernels(module);
+  pysparse::bind_attention(module);
   pysparse::bind_linear(module);
   pysparse::bind_lowrank(module);
   pysparse::bind_nm(module);

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pysparse.formats.stripe import BlockIndex, StripeIndex
+from pysparse.ops import attention_cpu as compiled
 from pysparse.ops import attention_reference as reference
 from pysparse.ops import selection_reference as selection
 
@@ -219,8 +220,21 @@ IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "proxy_scores": _proxy_scores,
     "block_mass": _block_mass,
 }
+
+
+def _compiled_where_it_can(name: str) -> Callable[..., Any]:
+    """Return the operation ``name`` by its kernel where that takes the queries, else by the oracle."""
+    slow, fast = IMPLEMENTATIONS[name], getattr(compiled, name)
+
+    def run(q: Tensor, *rest: Any) -> Any:
+        return fast(q, *rest) if compiled.can_attend(q) else slow(q, *rest)
+
+    return run
+
+
 for _name, _implementation in IMPLEMENTATIONS.items():
     _library.impl(_name, _implementation, "CompositeExplicitAutograd")
+    _library.impl(_name, _compiled_where_it_can(_name), "CPU")
 
 
 def _fake_out(q: Tensor) -> tuple[Tensor, Tensor]:

@@ -139,7 +139,8 @@ def block_selection(
     def select(b: int, begin: int, end: int) -> Tensor:
         start = bounds[b][0]
         rows = torch.arange(begin, end, device=mask.device)
-        row_block = row_positions(rows, q_offset, start) // index.block_q
+        # Without a mask the rows' positions only number their blocks: padding of the keys shifts none.
+        row_block = row_positions(rows, q_offset, start if causal else 0) // index.block_q
         key_block = (torch.arange(keys, device=mask.device) - start) // index.block_k
         inside = (key_block >= 0) & (key_block < index.key_blocks)
         chosen = mask[b][:, row_block.clamp(0, index.shape[2] - 1)]
