@@ -383,7 +383,9 @@ def test_the_estimator_finds_a_sparse_model():
         assert model.coef_[7] == 0
         assert model.intercept_ == pytest.approx(2, abs=0.1)
     sparse = EBFRegressor(kappa=9.828).fit(X, y)
-    assert np.count_nonzero(sparse.coef_) <= 4
+    assert np.flatnonzero(sparse.coef_).tolist() == [0, 1, 2]
+    np.testing.assert_allclose(sparse.coef_[:3], [1, -2, 3], atol=0.1)
+    assert 0.005 < sparse.noise_variance_ < 0.02
     mean, deviation = sparse.predict(X, return_std=True)
     assert np.mean(np.abs(mean - y) < 2 * deviation) > 0.9
     with pytest.raises(ValueError, match="hyperprior is one of flat, .*, got 'cauchy'"):

@@ -16,6 +16,7 @@ from pysparse.bayes.hyperpriors import (
     Hyperprior,
     Jeffreys,
 )
+from pysparse.bayes.matrix_free import OperatorSettings, OperatorSolution, solve_operator
 from pysparse.bayes.problem import DenseProblem, HessianProblem, Problem
 from pysparse.bayes.rows import RowEvidence, RowHyperprior, polish_rows, refit_rows, solve_columns, solve_rows
 from pysparse.bayes.solver import Settings, Solution, gradient, largest_weight, objective, path, solve
@@ -34,6 +35,8 @@ __all__ = [
     "HessianProblem",
     "Hyperprior",
     "Jeffreys",
+    "OperatorSettings",
+    "OperatorSolution",
     "Problem",
     "RowEvidence",
     "RowHyperprior",
@@ -47,6 +50,7 @@ __all__ = [
     "refit_rows",
     "solve",
     "solve_columns",
+    "solve_operator",
     "solve_rows",
 ]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, Self
 
 import numpy as np
@@ -10,13 +11,14 @@ from pysparse.bayes.arrays import Matrix, Vector
 from pysparse.bayes.extras import extra
 from pysparse.bayes.hyperpriors import Flat, HalfGeneralizedGaussian, HalfLaplace, Hyperprior, Jeffreys
 from pysparse.bayes.problem import DenseProblem
-from pysparse.bayes.solver import Algorithm, Settings, Solution, solve
+from pysparse.bayes.solver import Algorithm, Settings, Solution, solve, updated_noise
 
 _base = extra("sklearn.base")
 _validation = extra("sklearn.utils.validation")
 _HYPERPRIORS = ("flat", "half-laplace", "half-root", "half-gaussian", "jeffreys")
 _START_NOISE = 0.1  # of the variance of y
 _FIRST_STEPS = 50
+_NOISE_ROUNDS = 2
 _ROUNDING = 1e-12  # of a column's largest entry: what centring leaves of a constant column
 
 
@@ -93,12 +95,16 @@ class EBFRegressor(_base.RegressorMixin, _base.BaseEstimator):  # type: ignore[m
 
     def _solve(self, matrix: Matrix, target: Vector) -> Solution:
         problem = DenseProblem(matrix, target)
-        estimate = self.noise_variance is None
-        noise = self._first_noise(problem) if self.noise_variance is None else self.noise_variance
-        settings = Settings(
-            self.algorithm, self.max_iter, self.tol, estimate_noise=estimate, refit=bool(self.refit)
-        )
-        return solve(problem, self._prior(problem, noise), noise, settings)
+        settings = Settings(self.algorithm, self.max_iter, self.tol, refit=bool(self.refit))
+        if self.noise_variance is not None:
+            return solve(problem, self._prior(problem, self.noise_variance), self.noise_variance, settings)
+        # The noise sets the weight of the hyperprior, so both are not minimised together: under a heavy weight
+        # the joint minimum explains all of y as noise.
+        noise = self._first_noise(problem)
+        for _ in range(_NOISE_ROUNDS):
+            solution = solve(problem, self._prior(problem, noise), noise, settings)
+            noise = updated_noise(problem, solution.gamma, problem.moments(solution.gamma, noise), noise)
+        return dataclasses.replace(solution, noise=noise)
 
     def _first_noise(self, problem: DenseProblem) -> float:
         """By the flat hyperprior: the weights of the others are set by the noise."""

@@ -42,7 +42,7 @@ def global_minimum(log: float, weight: float, power: float, guard: float, s: flo
         return np.asarray(data + log * np.log(t + guard) + weight * t**power)
 
     def slope(t: float) -> float:
-        return (
+        return float(
             s / (1.0 + t * s)
             - q * q / (1.0 + t * s) ** 2
             + log / (t + guard)

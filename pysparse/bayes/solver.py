@@ -136,7 +136,7 @@ def solve(
         still = float(np.linalg.norm(new - gamma)) <= chosen.tolerance * float(np.linalg.norm(new))
         gamma = new
         if chosen.estimate_noise:
-            noise = _better_noise(problem, gamma, problem.moments(gamma, noise), noise)
+            noise = updated_noise(problem, gamma, problem.moments(gamma, noise), noise)
         found = problem.moments(gamma, noise)
         history.append(_level(found, prior, gamma))
         converged = still and kkt_residual(found, prior, _visible(gamma)) <= chosen.kkt_tolerance
@@ -225,7 +225,7 @@ def _step(
     return lambda gamma, found, noise: majorised_minimum(prior, (gamma * found.z) ** 2, found.g, gamma)
 
 
-def _better_noise(problem: Problem, gamma: Vector, found: Moments, noise: float) -> float:
+def updated_noise(problem: Problem, gamma: Vector, found: Moments, noise: float) -> float:
     """One EM step of sigma^2; it means something when M exceeds the support."""
     left = residual(problem, gamma * found.z)
     estimate = (left + noise * float((gamma * found.g).sum())) / problem.samples
