@@ -266,8 +266,21 @@ class Counted:
 
 @pytest.fixture
 def counted(monkeypatch):
-    names = ("bitmap_linear", "bitmap_linear_group", "bitmap_gated_linear")
-    return {name: Counted(monkeypatch, name) for name in names}
+    """Calls of the core with arguments of their own, and of weights prepared for one token."""
+    names = {"bitmap_linear": "linear", "bitmap_linear_group": "group", "bitmap_gated_linear": "gated"}
+    counts = {name: Counted(monkeypatch, name) for name in names}
+    core = backend.core()
+    base, core_type = core.PreparedWeights, type("Counting", (core.PreparedWeights,), {})
+    for name, method in names.items():
+        original = getattr(base, method)
+
+        def call(self, *arguments, _name=name, _original=original):
+            counts[_name].calls += 1
+            return _original(self, *arguments)
+
+        setattr(core_type, method, call)
+    monkeypatch.setattr(core, "PreparedWeights", core_type)
+    return counts
 
 
 def calls(counted):
@@ -551,7 +564,7 @@ def test_a_gradient_goes_through_the_separate_layers():
             assert torch.equal(a.grad, b.grad)
 
 
-def test_inference_mode_is_right_too():
+def test_inference_mode_is_right_too(counted):
     model, plain = nn.ModuleList([Attention(), MLP(nn.SiLU())]), None
     packed(model)
     plain = copy.deepcopy(model)
@@ -561,6 +574,9 @@ def test_inference_mode_is_right_too():
             x = torch.randn(1, 32)
             assert_same(model[0](x), plain[0](x))
             torch.testing.assert_close(model[1](x), plain[1](x), rtol=1e-5, atol=1e-4)
+            calls(counted)
+            model[0](x)
+            assert sum(calls(counted)) == 4 - 2 * (model[0].q._seat[0]._members is not None)
             q = model[0].q(x)
             x.add_(1)  # unseen by a version counter: inference tensors have none
             assert torch.equal(model[0].k(x), plain[0].k(x))

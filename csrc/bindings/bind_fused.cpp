@@ -5,6 +5,7 @@
 
 #include "bind.h"
 #include "pysparse/fused.h"
+#include "pysparse/linear.h"
 
 namespace pysparse {
 namespace {
@@ -44,9 +45,51 @@ void call_bitmap_gated_linear(int dtype, uintptr_t x, int64_t tokens, int64_t co
                       pointer<void>(y));
 }
 
+// Weights that are multiplied by the same input again and again, so that a call passes the
+// addresses of inputs and outputs alone. Their arrays must outlive it; each call checks their sizes
+// anew.
+class PreparedWeights {
+ public:
+  PreparedWeights(int dtype, int64_t cols, const std::vector<Operand>& operands) {
+    for (const Operand& operand : operands)
+      weights_.push_back(operand_of(operand, cols, dtype_of(dtype)));
+  }
+
+  void linear(uintptr_t x, int64_t tokens, uintptr_t y) const {
+    check(weights_.size() == 1, "1 output for ", weights_.size(), " weights");
+    const BitmapOperand& one = weights_[0];
+    bitmap_linear(one.weight, one.sizes, pointer<const void>(x), tokens,
+                  {pointer<void>(y), one.bias, one.weight.rows, one.weight.dtype});
+  }
+
+  void group(uintptr_t x, int64_t tokens, const std::vector<uintptr_t>& outputs) const {
+    check(weights_.size() == outputs.size(), outputs.size(), " outputs for ", weights_.size(),
+          " weights");
+    std::vector<void*> targets;
+    for (const uintptr_t address : outputs) targets.push_back(pointer<void>(address));
+    bitmap_linear_group(weights_.data(), static_cast<int>(weights_.size()), pointer<const void>(x),
+                        tokens, targets.data());
+  }
+
+  void gated(uintptr_t x, int64_t tokens, int activation, uintptr_t y) const {
+    check(weights_.size() == 2, "a gate and an up weight, got ", weights_.size(), " weights");
+    check(activation >= 0 && activation < kActivations, "unknown activation code ", activation);
+    bitmap_gated_linear(weights_[0], weights_[1], static_cast<Activation>(activation),
+                        pointer<const void>(x), tokens, pointer<void>(y));
+  }
+
+ private:
+  std::vector<BitmapOperand> weights_;
+};
+
 }  // namespace
 
 void bind_fused(pybind11::module_& module) {
+  pybind11::class_<PreparedWeights>(module, "PreparedWeights")
+      .def(pybind11::init<int, int64_t, const std::vector<Operand>&>())
+      .def("linear", &PreparedWeights::linear, ReleaseGil())
+      .def("group", &PreparedWeights::group, ReleaseGil())
+      .def("gated", &PreparedWeights::gated, ReleaseGil());
   module.def("bitmap_linear_group", &call_bitmap_linear_group, ReleaseGil());
   module.def("bitmap_gated_linear", &call_bitmap_gated_linear, ReleaseGil());
 }

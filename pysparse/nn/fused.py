@@ -29,6 +29,11 @@ def fuse_(model: nn.Module) -> FusionReport:
     that turn out to be called with the same tensor, such as query, key and value, are computed in one call
     (:class:`InputGroup`). Both concern a few tokens without gradients on the CPU; any other call goes the way it
     would without. ``state_dict()`` and saved files are the same. What is fused already stays as it is.
+
+    Not the default: each layer still makes a module call and an output tensor of its own, so what one call of the core
+    saves is about what noticing the common input costs. Layers of some hundred inputs gain nothing and may lose a few
+    microseconds; large ones gain the threads' waiting for each other (``benchmarks/bench_fused.py``). Int8 and n:m
+    layers are not fused.
     """
     report = FusionReport()
     for path, module in list(model.named_modules()):

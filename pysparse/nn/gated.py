@@ -18,7 +18,7 @@ from torch.nn.modules import module as torch_module
 
 from pysparse import ops
 from pysparse.nn.linear import SparseLinear
-from pysparse.nn.shared_input import shared_operands
+from pysparse.nn.shared_input import is_ready, prepare, shared_operands
 
 _TRACED_NODES = 7  # input, gate, activation, up, product, down, output
 
@@ -71,9 +71,15 @@ class GatedPlan:
             return None
         if _is_watched(gate) or _is_watched(up) or _is_watched(self.activation_module):
             return None
+        compiling = torch.compiler.is_dynamo_compiling()
+        prepared = None if compiling else gate._gated
+        if prepared is not None and is_ready(prepared, (gate, up), x):
+            return prepared.gated(x, self.activation)
         operands = shared_operands((gate, up), x)
         if operands is None or gate.out_features != up.out_features:
             return None
+        if not compiling:
+            gate._gated = prepare((gate, up), operands, x)
         return ops.call_gated_linear(x, operands[0], operands[1], self.activation)
 
     def __str__(self) -> str:

@@ -42,6 +42,8 @@ class SparseLinear(nn.Module):
     masks: Tensor | None
     tile_offsets: Tensor | None
     bias: nn.Parameter | None
+    _prepared: ops.Prepared | None = None  # for one token, while the weight stays where it is
+    _gated: ops.Prepared | None = None  # the same, of this layer as a gate with its up
     _seat: tuple[InputGroup, int] | None = None  # among siblings called with the same input, see fuse_
 
     def __init__(
@@ -102,7 +104,14 @@ class SparseLinear(nn.Module):
         self.shape = torch.tensor([self.out_features, self.in_features], device=bitmap.device)
         self.values = self.masks = self.tile_offsets = None
         self._dispatch.clear()
+        self._drop_prepared()
         self._drop_device_weight()
+
+    def _drop_prepared(self) -> None:
+        """Let go of the weight's arrays where a call keeps them."""
+        self._prepared = self._gated = None
+        if self._seat is not None:
+            self._seat[0].forget()
 
     def _drop_device_weight(self) -> None:
         for name in self._device_weight.names if self._device_weight else ():
@@ -170,6 +179,7 @@ class SparseLinear(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseLinear:
         """Move or convert the layer; packings belong to one kind of device, so they are made again there."""
         self._dispatch.clear()
+        self._drop_prepared()
         before = self._first_buffer()
         after = fn(before.new_empty(0)) if self.is_packed else before
         moved = after.device.type != before.device.type
@@ -204,7 +214,19 @@ class SparseLinear(nn.Module):
 
     def multiply(self, x: Tensor) -> Tensor:
         """Compute :meth:`forward` by this layer alone."""
-        buffers = self._buffers
+        buffers, bias, compiling = (
+            self._buffers,
+            self._parameters["bias"],
+            torch.compiler.is_dynamo_compiling(),
+        )
+        prepared = None if compiling else self._prepared  # addresses are nothing for a graph
+        if (
+            prepared is not None
+            and prepared.takes(x)
+            and prepared.is_current(0, buffers, bias)
+            and not (torch.is_grad_enabled() and ops.needs_dispatcher(x, bias))
+        ):
+            return prepared.linear(x)
         masks, values, tile_offsets = buffers["masks"], buffers["values"], buffers["tile_offsets"]
         if masks is None or values is None or tile_offsets is None:
             return self._forward_slow(x)
@@ -214,13 +236,21 @@ class SparseLinear(nn.Module):
             raise ValueError(f"x has {x.size(-1)} features, the layer takes {self.in_features}")
         if x.dtype is not values.dtype and torch.is_autocast_enabled("cpu"):
             x = x.to(values.dtype)  # packed weights keep their dtype: autocast moves the input instead
-        dispatch, bias = self._dispatch, self._parameters["bias"]
+        dispatch = self._dispatch
         if x.numel() > dispatch.unasked * self.in_features and not ops.needs_dispatcher(x, bias):
             tokens = x.numel() // self.in_features
             way = dispatch.decided(tokens) or self._decide(tokens)
             if way != "bitmap" or tokens > ops.DECODE_TOKENS:
                 return dispatch.run(way, x, self._tiled(), bias)
+        elif dispatch.unasked and x.dtype is values.dtype and not compiling:
+            self._prepare((values, masks, tile_offsets, bias, self.out_features))
         return ops.call_bitmap_linear(x, values, masks, tile_offsets, bias, self.out_features)
+
+    def _prepare(self, operand: ops.Operand) -> None:
+        """Keep what one token needs, for the calls that follow; not where the kernels refuse the bias's dtype."""
+        bias = operand[3]
+        if self.in_features and (bias is None or bias.dtype is operand[0].dtype):
+            self._prepared = ops.Prepared((operand,), self.in_features)
 
     def _decide(self, tokens: int) -> str:
         """Find the way that costs least for this number of tokens; measures the costs if they are not known."""
@@ -264,7 +294,7 @@ class SparseLinear(nn.Module):
 
     @prefill.setter
     def prefill(self, mode: str) -> None:
-        self._dispatch = Dispatch(mode)
+        self._dispatch, self._prepared = Dispatch(mode), None
 
     def _forward_slow(self, x: Tensor) -> Tensor:
         """Pack at first use where there are kernels; where there are none, say so once and multiply densely."""

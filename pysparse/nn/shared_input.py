@@ -6,12 +6,14 @@ were seen with the same tensor, one after the other, are computed together from 
 
 from __future__ import annotations
 
+import ctypes
 import threading
 import weakref
 from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from pysparse import ops
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
 
 ALONE_CALLS = 2  # with an input of its own, after which a layer is watched no longer
 PATIENCE = 16  # results that nobody fetched, after which a group is given up
+COPIED_BYTES = 1 << 18  # of an inference tensor, which is compared by content
 
 
 class Result(NamedTuple):
@@ -35,7 +38,7 @@ class Pending(NamedTuple):
     """Results of one call that wait for their layers; the input is not kept alive."""
 
     input: weakref.ref[Tensor]
-    version: int
+    state: int | bytes  # of the input then, see _state
     results: dict[int, Result]  # by seat
 
 
@@ -58,12 +61,13 @@ class InputGroup:
     """Sparse layers of one parent, each with a *seat*; those that share their input are computed in one call.
 
     The first one called computes the outputs of all. A sibling takes its own if it comes with the very same
-    tensor, unchanged since (by torch's version counter), and its weight and bias are the same still; else it
-    computes alone. So results never differ from separate calls, by not a bit, whatever a model does. Results that
-    are not fetched are dropped with their input, and after ``PATIENCE`` of them the group is given up.
+    tensor, unchanged since (by torch's version counter, or by content where it has none), and its weight and bias are
+    the same still; else it computes alone. So results never differ from separate calls, by not a bit, whatever a
+    model does. Results that are not fetched are dropped with their input, and after ``PATIENCE`` of them the group is
+    given up.
 
     Only calls that every member would run on the decode kernel are shared: no gradient, not under torch.compile,
-    no inference tensors (they have no version). A copy of a group (deepcopy, pickle) watches anew.
+    no inference tensors (which have no version) of over 256 KiB. A copy of a group (deepcopy, pickle) watches anew.
     """
 
     def __init__(self, names: tuple[str, ...]) -> None:
@@ -73,6 +77,7 @@ class InputGroup:
         self._layers: dict[int, weakref.ref[SparseLinear]] = {}
         self._moved: dict[int, tuple[InputGroup, int] | None] = {}  # seats that no longer belong here
         self._alone = dict.fromkeys(range(len(names)), 0)
+        self._prepared: ops.Prepared | None = None  # all members' weights, for one token
         self._unclaimed = [0]  # shared with what is called when an input dies
         self._calls = Calls()
         self._lock = threading.Lock()
@@ -92,34 +97,42 @@ class InputGroup:
         pending = self._calls.pending
         if pending is not None and pending.input() is x:
             result = pending.results.pop(seat, None)
-            if result is not None and _is_current(result, pending.version, layer, x):
+            if result is not None and _is_current(result, layer) and _state(x) == pending.state:
                 return result.output
         return self._compute(seat, layer, x)
 
     def _compute(self, seat: int, layer: SparseLinear, x: Tensor) -> Tensor:
         """Compute all members' outputs and keep the siblings'; compute one alone where not all may join."""
-        members = self._members or ()
+        members, state = self._members or (), _state(x)
         layers = [self._layers[member]() for member in members]
-        operands = shared_operands(layers, x)
-        if operands is None or layers[members.index(seat)] is not layer or x.is_inference():
+        if layers[members.index(seat)] is not layer or state is None:
             return layer.multiply(x)
-        outputs = ops.call_bitmap_linear_group(x, operands)
+        prepared = self._prepared
+        if prepared is not None and is_ready(prepared, layers, x):
+            operands: Sequence[ops.Operand] | None = prepared.operands
+            outputs = prepared.group(x)
+        else:
+            operands = shared_operands(layers, x)
+            if operands is None:
+                return layer.multiply(x)
+            self._prepared = prepare(layers, operands, x)
+            outputs = ops.call_bitmap_linear_group(x, operands)
         results = {
             member: Result(output, operand, _versions(operand))
-            for member, output, operand in zip(members, outputs, operands, strict=True)
+            for member, output, operand in zip(members, outputs, operands or (), strict=True)
+            if member != seat
         }
-        mine = results.pop(seat)
-        self._keep(x, results)
-        return mine.output
+        self._keep(x, state, results)
+        return outputs[members.index(seat)]
 
-    def _keep(self, x: Tensor, results: dict[int, Result]) -> None:
+    def _keep(self, x: Tensor, state: int | bytes, results: dict[int, Result]) -> None:
         before = self._calls.pending
-        if before is not None:
+        if before is not None and before.results:
             _drop(before.results, self._unclaimed)
         if self._unclaimed[0] > PATIENCE:
             self._disband()
         input = weakref.ref(x, partial(_drop_late, results, self._unclaimed))
-        self._calls.pending = Pending(input, x._version, results)
+        self._calls.pending = Pending(input, state, results)
 
     def _watch(self, seat: int, layer: SparseLinear, x: Tensor) -> None:
         """Note who is called with what; decide when a sequence with one input is over."""
@@ -158,6 +171,10 @@ class InputGroup:
     def _disband(self) -> None:
         self._moved |= {seat: None for seat in range(len(self.names)) if seat not in self._moved}
 
+    def forget(self) -> None:
+        """Let go of the weights' arrays: one of them is about to change."""
+        self._prepared = None
+
     def describe(self, seat: int) -> str:
         """Tell with whom the layer at ``seat`` is computed."""
         if seat in self._moved:
@@ -193,15 +210,48 @@ def _versions(operand: ops.Operand) -> tuple[int, int]:
     return _version(operand[0]), _version(operand[3])
 
 
-def _is_current(result: Result, version: int, layer: SparseLinear, x: Tensor) -> bool:
-    """Tell whether nothing that ``result`` was computed from has changed."""
+def _state(x: Tensor) -> int | bytes | None:
+    """Return what tells whether ``x`` has changed: its version, else its content; None where that is too much."""
+    if not x.is_inference():
+        return x._version
+    nbytes = x.nbytes
+    if nbytes > COPIED_BYTES or not (x.is_contiguous() and x.is_cpu):
+        return None
+    return ctypes.string_at(x.data_ptr(), nbytes)
+
+
+def _is_current(result: Result, layer: SparseLinear) -> bool:
+    """Tell whether no weight that ``result`` was computed from has changed."""
     values, _, _, bias, _ = result.operand
     return (
-        x._version == version
-        and layer._buffers["values"] is values
+        layer._buffers["values"] is values
         and layer._parameters["bias"] is bias
         and _versions(result.operand) == result.versions
     )
+
+
+def prepare(
+    layers: Sequence[SparseLinear | None], operands: Sequence[ops.Operand], x: Tensor
+) -> ops.Prepared | None:
+    """Return the operands of ``layers`` prepared for one token, if ``x`` is one that nobody has to decide about."""
+    cols = x.size(-1)
+    if cols == 0 or x.numel() != cols or not all(layer and layer._dispatch.unasked for layer in layers):
+        return None
+    if any(bias is not None and bias.dtype is not values.dtype for values, _, _, bias, _ in operands):
+        return None
+    return ops.Prepared(operands, cols)
+
+
+def is_ready(prepared: ops.Prepared, layers: Sequence[SparseLinear | None], x: Tensor) -> bool:
+    """Tell whether ``prepared`` holds the present weights of ``layers``, and may take ``x`` without a gradient."""
+    if not prepared.takes(x) or torch.is_grad_enabled():
+        return False
+    for index, layer in enumerate(layers):
+        if layer is None or not layer._dispatch.unasked:
+            return False
+        if not prepared.is_current(index, layer._buffers, layer._parameters["bias"]):
+            return False
+    return True
 
 
 def _drop(results: dict[int, Result], unclaimed: list[int]) -> None:

@@ -33,6 +33,7 @@ from pysparse.ops.cuda import (
 from pysparse.ops.fused import (
     ACTIVATIONS,
     Operand,
+    Prepared,
     bitmap_linear_group,
     call_bitmap_linear_group,
     call_gated_linear,
@@ -102,6 +103,7 @@ __all__ = [
     "LowRankTerm",
     "Mlp",
     "Operand",
+    "Prepared",
     "ProxyGrid",
     "StripeRule",
     "SweepPattern",

@@ -7,8 +7,9 @@ saved are the microseconds of the other calls, and with a gate the passes over t
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -121,6 +122,72 @@ def call_gated_linear(x: Tensor, gate: Operand, up: Operand, activation: str) ->
         )
         return result
     return _gated(x, gate, up, activation)
+
+
+class Prepared:
+    """Weights that are multiplied again and again: a call hands the core the addresses of input and outputs alone.
+
+    The arrays are kept alive, but whoever calls must see that they are still the ones meant, and in the same
+    place (:meth:`is_current`). A copy, and what is unpickled, is None: addresses hold in one process only.
+    """
+
+    __slots__ = ("_addresses", "_core", "cols", "dtype", "operands")
+
+    def __init__(self, operands: Sequence[Operand], cols: int) -> None:
+        """Take operands of weights (N_i, ``cols``) of one dtype; ValueError for a dtype without a kernel."""
+        self.operands, self.cols, self.dtype = tuple(operands), cols, operands[0][0].dtype
+        self._addresses = tuple(_addresses(self.dtype, one[0], one) for one in operands)
+        self._core = backend.core().PreparedWeights(_DTYPE_CODES[self.dtype], cols, list(self._addresses))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _nothing, ()
+
+    def is_current(self, index: int, buffers: Mapping[str, Tensor | None], bias: Tensor | None) -> bool:
+        """Tell whether operand ``index`` is what a layer's ``buffers`` and ``bias`` hold now, where it was."""
+        values, masks, tile_offsets, own_bias, _ = self.operands[index]
+        address = self._addresses[index]
+        return (
+            buffers["values"] is values
+            and buffers["masks"] is masks
+            and buffers["tile_offsets"] is tile_offsets
+            and bias is own_bias
+            and values.data_ptr() == address[0]
+            and (bias is None or bias.data_ptr() == address[6])
+        )
+
+    def takes(self, x: Tensor) -> bool:
+        """Tell whether ``x`` is one token that may go to the kernel past torch's dispatcher, outside torch.compile."""
+        return (
+            x.numel() == self.cols
+            and x.dtype is self.dtype
+            and x.size(-1) == self.cols
+            and type(x) is Tensor
+            and x.is_cpu
+            and x.is_contiguous()
+        )
+
+    def linear(self, x: Tensor) -> Tensor:
+        """Return the product with the only weight; ``x`` is one token that :meth:`takes` has allowed."""
+        y = torch.empty((*x.shape[:-1], self.operands[0][4]), dtype=self.dtype)
+        self._core.linear(x.data_ptr(), 1, y.data_ptr())
+        return y
+
+    def group(self, x: Tensor) -> list[Tensor]:
+        """Return the products with all weights; ``x`` as for :meth:`linear`."""
+        batch, dtype = x.shape[:-1], self.dtype
+        outputs = [torch.empty((*batch, operand[4]), dtype=dtype) for operand in self.operands]
+        self._core.group(x.data_ptr(), 1, [y.data_ptr() for y in outputs])
+        return outputs
+
+    def gated(self, x: Tensor, activation: str) -> Tensor:
+        """Return :func:`gated_linear` of the two weights; ``x`` as for :meth:`linear`."""
+        y = torch.empty((*x.shape[:-1], self.operands[0][4]), dtype=self.dtype)
+        self._core.gated(x.data_ptr(), 1, _ACTIVATION_CODES[activation], y.data_ptr())
+        return y
+
+
+def _nothing() -> None:
+    return None
 
 
 def needs_gradient(x: Tensor, operands: Sequence[Operand]) -> bool:
