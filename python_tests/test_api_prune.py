@@ -219,6 +219,7 @@ def test_what_atp_cannot_search_on_is_refused(small, tokenizer):
     encoder = tiny_models.tiny("bert", vocab_size=4096)
     refused(encoder, "gives no next-token logits", allocation="atp", method="magnitude", tokenizer=tokenizer,
             search_texts=data.calibration_texts()[:3])  # fmt: skip
+    assert set(zeros(small).values()) == {0.0}
 
 
 def test_search_texts_leave_the_calibration_whole(small, tokenizer):
@@ -303,6 +304,8 @@ def test_mistakes_are_found_before_a_weight_is_touched(small, tokenizer, tmp_pat
     refused(small, "pattern='2:4' is part of the recipe", recipe=METHODS["wanda"], pattern="2:4")
     refused(small, "method='magnitude' is part of the recipe", recipe=METHODS["wanda"], method="magnitude")
     refused(small, "no such recipe file", FileNotFoundError, recipe=tmp_path / "none.yaml")
+    assert set(zeros(small).values()) == {0.0}
+    assert list(tmp_path.iterdir()) == []
     refused(nn.Sequential(nn.ReLU()), "Sequential has no Linear layers", method="magnitude")
 
 
