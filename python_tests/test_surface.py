@@ -30,6 +30,8 @@ def test_a_filter_is_asked_last():
     assert not any(path.endswith("q_proj") or path == "lm_head" for path in asked)
     with pytest.raises(ValueError, match="no layer to prune.*filter_fn said no"):
         api.plan_prune(model, filter_fn=lambda module, path: False)
+    with pytest.raises(TypeError, match="filter_fn is called with a module and its path, got 'mlp'"):
+        api.plan_prune(model, filter_fn="mlp")
 
 
 def test_strict_refuses_what_is_otherwise_warned_of():

@@ -46,6 +46,8 @@ def discover(
 
     Raises ValueError for a model without such layers, an already packed one, and targets that name nothing.
     """
+    if filter_fn is not None and not callable(filter_fn):
+        raise TypeError(f"filter_fn is called with a module and its path, got {filter_fn!r}")
     targets, ignore = ([names] if isinstance(names, str) else names for names in (targets, ignore))
     prunable = {path: module for path, module in model.named_modules() if _is_prunable(module)}
     _require_layers(model, prunable)
