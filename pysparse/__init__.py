@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pysparse.api import (
         adapt,
+        attention_stats,
         benchmark,
         benchmark_shape,
         doctor,
@@ -38,6 +39,7 @@ __all__ = [
     "__version__",
     "adapt",
     "attention_options",
+    "attention_stats",
     "benchmark",
     "benchmark_shape",
     "convert",
@@ -57,8 +59,8 @@ __all__ = [
 
 _ROOMS = {
     "pysparse.api": (
-        "adapt", "benchmark", "benchmark_shape", "doctor", "evaluate", "kernel_info", "merge_and_sparsify",
-        "plan_prune", "prune", "report",
+        "adapt", "attention_stats", "benchmark", "benchmark_shape", "doctor", "evaluate", "kernel_info",
+        "merge_and_sparsify", "plan_prune", "prune", "report",
     ),
     "pysparse.huggingface": ("CheckpointError", "convert", "from_pretrained", "save_pretrained"),
     "pysparse.huggingface.attention": ("attention_options", "use_attention"),

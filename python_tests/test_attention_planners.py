@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from pysparse.attention import AttentionInput, AttentionPlan, dense, execute
+from pysparse.attention import AttentionInput, AttentionOptions, AttentionPlan, dense, execute, run_attention
 from pysparse.attention.dispatch import row_recall
 from pysparse.attention.selection import (
     block_means,
@@ -342,6 +342,17 @@ def test_the_fused_pass_is_the_three_steps():
     stripes = anchor_attention(given.query, given.key, given.value, planner.region, planner.rule)[2]
     assert torch.equal(stripes.keys, plan.stripes.keys)
     assert fused.density == plan.density(given)
+
+
+def test_the_estimate_is_near_the_density_and_dense_prompts_are_exact():
+    given = inputs(length=1000)
+    for theta in (-math.inf, 4.0, math.inf):
+        planner = dataclasses.replace(SMALL["anchor"], theta=theta)
+        assert planner.estimate(given) == pytest.approx(planner.plan(given).density(given), abs=0.1)
+        outcome = run_attention(given, AttentionOptions(planner, min_length=0, max_density=0.7))
+        assert outcome.reason == ("density above 0.70" if theta == math.inf else "")
+        assert outcome.way == ("dense" if theta == math.inf else "sparse")
+    assert SMALL["anchor"].estimate(inputs(length=60)) == 1.0
 
 
 def test_a_plan_may_not_count_twice_or_compute_nothing():

@@ -1,6 +1,7 @@
 """Floor 9: the public calls: prune, evaluate, benchmark, report, doctor."""
 
 from pysparse.api.adapting import AdaptReport, AdaptResult, adapt
+from pysparse.api.attention import attention_stats
 from pysparse.api.benchmarking import benchmark, benchmark_shape
 from pysparse.api.evaluation import Evaluation, evaluate
 from pysparse.api.loading import load_model
@@ -21,6 +22,7 @@ __all__ = [
     "PruneResult",
     "Report",
     "adapt",
+    "attention_stats",
     "benchmark",
     "benchmark_shape",
     "doctor",

@@ -55,22 +55,25 @@ class Outcome:
 
 def run_attention(given: AttentionInput, options: AttentionOptions, layer: int = -1) -> Outcome:
     """Compute one causal call of ``layer`` by the compiled kernels, planned where that pays."""
-    reason = why_exact(given, options, layer)
-    planner = options.planner
+    reason, planner, start = why_exact(given, options, layer), options.planner, time.perf_counter()
+    fused = planner if isinstance(planner, Fused) and not options.profile else None
+    if fused and not reason and options.max_density < 1 and fused.estimate(given) > options.max_density:
+        reason = _too_dense(options)
     if planner is None or reason:
-        start = time.perf_counter()
+        asked = time.perf_counter() - start
         out, _ = dense(given)
-        return Outcome(out, DENSE, reason, _tally(given, 1.0, 0.0, time.perf_counter() - start))
-    if isinstance(planner, Fused) and not options.profile:
-        result = planner.attend(given)
-    else:
-        result = attend(given, planner, options.max_density)
+        return Outcome(out, DENSE, reason, _tally(given, 1.0, asked, time.perf_counter() - start - asked))
+    result = fused.attend(given) if fused else attend(given, planner, options.max_density)
     tally = _tally(given, result.density, result.select_seconds, result.compute_seconds)
     if result.dropped:
-        return Outcome(result.out, DENSE, f"density above {options.max_density:.2f}", tally)
+        return Outcome(result.out, DENSE, _too_dense(options), tally)
     if options.sample_rows:
         _sample(given, result, options.sample_rows, tally)
     return Outcome(result.out, SPARSE, "", tally)
+
+
+def _too_dense(options: AttentionOptions) -> str:
+    return f"density above {options.max_density:.2f}"
 
 
 def why_exact(given: AttentionInput, options: AttentionOptions, layer: int) -> str:

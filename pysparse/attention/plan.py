@@ -124,6 +124,10 @@ class Fused(Protocol):
         """Return what :func:`attend` returns, with ``select_seconds`` of 0: the pass is not divided."""
         ...
 
+    def estimate(self, given: AttentionInput) -> float:
+        """Return the density to expect, at a small share of the cost: in one pass there is no time to turn back."""
+        ...
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Attended:

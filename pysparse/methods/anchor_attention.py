@@ -67,6 +67,23 @@ class AnchorAttention:
         )
         return AttentionPlan(stripes=stripes, region=self.region, carry=carry)
 
+    def estimate(self, given: AttentionInput) -> float:
+        """Return the density to expect, from the stripes of the last group's worth of rows: some percent of the work.
+
+        Rows further up see fewer candidates and choose alike; where no row has a candidate all is computed: 1.
+        """
+        skipped = max(0, given.query.shape[2] - self.group_size)
+        rows = given.query[:, :, skipped:]
+        last = AttentionInput(
+            rows, given.key, given.value, given.scale, given.q_offset + skipped, given.key_range
+        )
+        always = selected_density(last, region=self.region)
+        if always >= 1:
+            return 1.0
+        kept = (self.plan(last).density(last) - always) / (1 - always)
+        base = selected_density(given, region=self.region)
+        return base + kept * (1 - base)
+
     def attend(self, given: AttentionInput) -> Attended:
         """Do it all in one pass, in which a group's state stays in the cache."""
         start = time.perf_counter()

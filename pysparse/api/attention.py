@@ -1,0 +1,58 @@
+"""What a planner does to a model on one long prompt: densities, recall, time, fallbacks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pysparse.api.loading import Texts, load_model, texts_of, tokenizer_for
+from pysparse.attention import AttentionLog, Planner
+from pysparse.huggingface.attention import attention_options, use_attention
+from pysparse.measure.rounds import torch_threads
+
+
+def attention_stats(
+    model: nn.Module | str | Path, planner: Planner | str | None = "anchor", *, prompt: Tensor | Texts | None = None,
+    length: int = 8192, dtype: torch.dtype | None = None, min_length: int | None = None, max_density: float = 0.6,
+    sample_rows: int = 64, threads: int | None = None, tokenizer: Any | None = None,
+) -> AttentionLog:  # fmt: skip
+    """Run one prompt of ``length`` tokens through ``model`` with ``planner`` and return what its attention did.
+
+    ``planner`` is a name in ``pysparse.methods.PLANNERS``, an object, or None for exact attention. ``prompt`` is
+    token ids [1, N] or texts, joined and repeated to the length; None takes the bundled held-out text. A model
+    object has its own attention again afterwards. Raises ValueError for a length below 2, and
+    when texts are to be read for a model without a tokenizer.
+    """
+    if length < 2:
+        raise ValueError(f"length={length}: a prompt has at least 2 tokens")
+    network = load_model(model, dtype).eval()
+    tokens = prompt if isinstance(prompt, Tensor) else _tokens(model, network, tokenizer, prompt)
+    repeats = -(-length // tokens.shape[1])
+    tokens = tokens.repeat(1, repeats)[:, :length]
+    before = str(getattr(network.config, "_attn_implementation", "sdpa"))
+    use_attention(network, planner)
+    with (
+        torch_threads(threads),
+        torch.no_grad(),
+        attention_options(
+            planner, min_length=min_length, max_density=max_density, sample_rows=sample_rows, profile=True
+        ) as log,
+    ):
+        network(tokens, use_cache=False, logits_to_keep=1)
+    if isinstance(model, nn.Module):
+        network.set_attn_implementation(before)  # type: ignore[operator]
+    return log
+
+
+def _tokens(
+    source: nn.Module | str | Path, network: nn.Module, tokenizer: Any, prompt: Texts | None
+) -> Tensor:
+    text = "\n\n".join(texts_of(prompt))
+    found = tokenizer_for(source, network, tokenizer)
+    tokens: Tensor = found(text, return_tensors="pt", verbose=False)["input_ids"]
+    if tokens.shape[1] == 0:
+        raise ValueError("the prompt has no tokens")
+    return tokens
