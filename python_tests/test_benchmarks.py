@@ -205,6 +205,32 @@ def test_pruning(quick):
     assert "row selection" in printed
 
 
+def test_ebf(quick):
+    run, printed = quick("ebf", "--only", "ridge", "pruner", "images")
+    assert [row["what"] for row in run["rows"]].count("ridge") == 2
+    (pruner,) = [row for row in run["rows"] if row["what"] == "pruner"]
+    assert set(pruner["engines"]) == {"pysparse", "torch batched"}
+    assert {row["method"] for row in run["rows"] if row["what"] == "image"} >= {
+        "flat",
+        "half-laplace",
+        "l1",
+        "ias",
+    }
+    assert "deblurring" in printed
+
+
+@pytest.mark.slow
+def test_ebf_on_models(quick):
+    run, printed = quick("ebf", "--only", "language", "encoder")
+    found = {(row["what"], row["method"]) for row in run["rows"]}
+    assert found == {
+        ("language", "dense"), ("language", "ebf"), ("language", "ebf-auto"), ("encoder", "ebf"),
+        ("encoder", "ebf-auto"),
+    }  # fmt: skip
+    assert all(0 < row["sparsity"] < 1 for row in run["rows"] if row["method"] != "dense")
+    assert "MiniLM" in printed
+
+
 @pytest.mark.slow
 def test_pruning_a_block(quick):
     run, _ = quick("pruning", "--only", "block")
