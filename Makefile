@@ -81,7 +81,7 @@ sanitize: $(VENV)/dev ## kernel and format tests under the address and undefined
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
 		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONMALLOC=malloc \
 		$(VENV)-sanitize/bin/python -P -m pytest -s -q -p no:cacheprovider \
-		$(addprefix python_tests/test_,$(addsuffix .py,kernels formats int8 nm pairs properties))
+		$(addprefix python_tests/test_,$(addsuffix .py,kernels formats int8 nm pairs properties attention_kernels))
 
 # Ours run on three threads whatever torch has: PYSPARSE_NUM_THREADS is above its number. The sanitizer itself ends a
 # forked child that starts threads ("dup thread with used id"), so the tests of fork are left to `make test`.

@@ -165,3 +165,97 @@ def test_states_merge(dtype):
     ]
     merged = parts[0].merge(parts[1]).merge(parts[2])
     cases.assert_close((merged.out, merged.lse), cases.exact(case, case.full_mask()), dtype)
+
+
+def broken(case, **changes):
+    """The arguments of stripe_attention's operation, with lists that no container would let pass."""
+    lists = {
+        "offsets": torch.tensor([0, 2, 2, 2, 2, 2, 2]),
+        "keys": torch.tensor([3, 7], dtype=torch.int32),
+    } | changes
+    return torch.ops.pysparse.stripe_attention(
+        case.q, case.k, case.v, lists["offsets"], lists["keys"], 2, 64, None, None, None, None, 0.1, 100
+    )
+
+
+def in_group_1(*keys):
+    return {"offsets": torch.tensor([0, 0, 2, 2, 2, 2, 2]), "keys": torch.tensor(keys, dtype=torch.int32)}
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({}, "before the group's first row"),  # group 0 has none before it
+        ({"offsets": torch.tensor([0, 0, 2, 2, 2, 2, 3])}, "offsets"),
+        ({"offsets": torch.tensor([0, 0, 9, 2, 2, 2, 2])}, "begins|offsets"),
+        ({"offsets": torch.tensor([0, 0, 2, 2])}, "groups|lists|offsets"),
+        (in_group_1(7, 3), "ascend"),
+        (in_group_1(7, 7), "ascend"),
+        (in_group_1(-1, 7), "must lie"),
+        (in_group_1(7, 999), "must lie"),
+        (in_group_1(7, 64), "before"),
+    ],
+)
+def test_lists_are_refused_before_they_are_followed(dtype, changes, said):
+    case = cases.draw(11, dtype, rows=50, past=100)
+    with pytest.raises(ValueError, match=said):
+        broken(case, **changes)
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda q, k: ops.flash_attention(q[0], k, k), "batch, heads, length, dim"),
+        (lambda q, k: ops.flash_attention(q, k[:, :, :, :8], k[:, :, :, :8]), "head dimension"),
+        (lambda q, k: ops.flash_attention(q[:, :1], k.expand(1, 3, -1, -1), k.expand(1, 3, -1, -1)), "do not divide"),
+        (lambda q, k: ops.flash_attention(q, k.double(), k.double()), "differ"),
+        (lambda q, k: ops.flash_attention(q, k, k, scale=math.nan), "scale=nan"),
+        (lambda q, k: ops.flash_attention(q, k, k, q_offset=5), "q_offset=5"),
+        (lambda q, k: ops.flash_attention(q, k, k, key_range=torch.tensor([[3, 90]])), r"\[3, 90\)"),
+        (lambda q, k: ops.flash_attention(q, k, k, key_range=torch.tensor([[3, 9]], dtype=torch.int32)), "int64"),
+        (lambda q, k: ops.flash_attention(q.clone().requires_grad_(), k, k), "no backward"),
+        (lambda q, k: ops.anchor_attention(q, k, k, ops.AnchorRegion(48), ops.StripeRule(pools=32)), "pools=32"),
+        (lambda q, k: ops.proxy_scores(q, k, ops.ProxyGrid(proxies=3)), "proxies=3"),
+        (lambda q, k: ops.AnchorRegion(group_size=100), "group_size=100"),
+        (lambda q, k: ops.StripeRule(theta=math.nan), "theta is NaN"),
+        (lambda q, k: ops.ProxyGrid(stride=5), "stride=5"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_named(dtype, make, said):
+    case = cases.draw(12, dtype, rows=40, dim=16)
+    with pytest.raises(ValueError, match=said):
+        make(case.q, case.k)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_prompts_of_any_length_count_every_key_once(dtype, seed):
+    generator = torch.Generator().manual_seed(seed)
+    rows = int(torch.randint(1, 900, (), generator=generator))
+    case = cases.draw(seed, dtype, rows=rows, heads=1, dim=16)
+    rule = ops.StripeRule(math.inf)
+    region = ops.AnchorRegion(*[(64, 16, 16), (128, 128, 0), (256, 0, 128), (16, 48, 32)][seed])
+    out, lse, _ = ops.anchor_attention(case.q, case.k, case.v, region, rule)
+    cases.assert_close((out, lse), cases.exact(case, case.causal_mask()), dtype)
+
+
+def test_complete_groups_do_not_see_what_follows(dtype):
+    case = cases.draw(13, dtype, rows=300, dim=32)
+    rule = ops.StripeRule(1.0)
+    whole = ops.anchor_attention(case.q, case.k, case.v, REGION, rule)[0]
+    part = ops.anchor_attention(*(x[:, :, :192] for x in (case.q, case.k, case.v)), REGION, rule)[0]
+    assert torch.equal(whole[:, :, :192], part)
+
+
+def test_operations_trace_with_unknown_numbers_of_stripes(dtype):
+    case = cases.draw(14, dtype, rows=200, dim=32)
+
+    for name in ("flash_attention", "flash_attention_state"):
+        torch.library.opcheck(
+            getattr(torch.ops.pysparse, name).default,
+            (case.q, case.k, case.v, None, 0.2, True, 0),
+            test_utils=("test_schema", "test_faketensor"),
+        )
+    arguments = (case.q, case.k, case.v, None, 0.2, 0, 64, 16, 32, 1.0, 16, False)
+    torch.library.opcheck(
+        torch.ops.pysparse.anchor_attention.default, arguments, test_utils=("test_schema", "test_faketensor")
+    )

@@ -123,7 +123,7 @@ def test_encoder(quick):
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["prefill", "dispatch", "int8_nm", "fused"])
+@pytest.mark.parametrize("name", ["prefill", "dispatch", "int8_nm", "fused", "attention"])
 def test_the_others(quick, name):
     _, printed = quick(name)
     assert printed.strip()
