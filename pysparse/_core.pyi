@@ -569,3 +569,29 @@ def proxy_scores(
     scores: int,
 ) -> None: ...
 def block_mass(q: _Tensor, k: _Tensor, shape: _Shape, span: _Span, block: int, mass: int) -> None: ...
+
+EMBEDDING_GROUP: int
+
+def embedding_pack(bitmask: int, rows: int, dims: int, records: int) -> int: ...
+def embedding_lookup(
+    dtype: int,
+    arrays: tuple[int, int, int, int],
+    sizes: tuple[int, int, int],
+    ids: int,
+    count: int,
+    columns: int,
+    out: int,
+) -> None: ...
+def embedding_bag(
+    dtype: int,
+    arrays: tuple[int, int, int, int],
+    sizes: tuple[int, int, int],
+    ids: int,
+    count: int,
+    columns: int,
+    offsets: int,
+    weights: int,
+    bags: int,
+    mean: bool,
+    out: int,
+) -> None: ...

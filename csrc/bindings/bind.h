@@ -10,6 +10,7 @@
 namespace pysparse {
 
 void bind_bayes(pybind11::module_& module);
+void bind_embedding(pybind11::module_& module);
 void bind_formats(pybind11::module_& module);
 void bind_attention(pybind11::module_& module);
 void bind_fused(pybind11::module_& module);

@@ -3,6 +3,7 @@
 PYBIND11_MODULE(_core, module) {
   module.doc() = "Compiled kernels of pysparse; see pysparse/_core.pyi";
   pysparse::bind_bayes(module);
+  pysparse::bind_embedding(module);
   pysparse::bind_formats(module);
   pysparse::bind_fused(module);
   pysparse::bind_int8(module);

@@ -3,6 +3,7 @@
 from pysparse.formats.bitmap import BitmapTensor
 from pysparse.formats.csr import CsrTensor
 from pysparse.formats.device import PACKINGS, DeltaRows, FragmentBitmap, PairBlocks
+from pysparse.formats.embedding import EmbeddingTable
 from pysparse.formats.int8 import Int8Bitmap, TiledInt8
 from pysparse.formats.nm import NMInt8, NMTensor
 from pysparse.formats.pairs import ColumnPairs
@@ -22,6 +23,7 @@ __all__ = [
     "ColumnPairs",
     "CsrTensor",
     "DeltaRows",
+    "EmbeddingTable",
     "FragmentBitmap",
     "Int8Bitmap",
     "NMInt8",

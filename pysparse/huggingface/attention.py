@@ -27,6 +27,7 @@ from pysparse.huggingface.attention_mask import extent_mask, is_extent, unpack_e
 from pysparse.huggingface.registration import PREFIX
 from pysparse.methods import PLANNERS, planner_for
 from pysparse.ops.attention import MAX_HEAD_DIM
+from pysparse.ops.attention_cuda import why_portable
 
 FLASH = f"{PREFIX}flash"  # exact
 _ATTRIBUTE = "pysparse_attention"  # of an attention module: the number of its options
@@ -121,12 +122,16 @@ def _why_torch(query: Tensor, key: Tensor, value: Tensor, shape: Shape) -> str:
         return "learned sinks"
     if shape.window is not None:
         return "sliding window"  # reads the keys of the window only
-    if not query.is_cpu:
-        return f"device {query.device.type}"
-    if not query.dtype == key.dtype == value.dtype or query.dtype not in KERNEL_DTYPES:
-        return f"dtype {str(query.dtype).removeprefix('torch.')}"
+    if not query.dtype == key.dtype == value.dtype:
+        return f"dtypes {query.dtype}, {key.dtype} and {value.dtype}"
     if key.shape != value.shape or query.shape[-1] > MAX_HEAD_DIM:
         return f"head dimensions {query.shape[-1]} and {value.shape[-1]}"
+    if query.is_cuda:  # what is not vouched for, or out of the kernels' range, torch's fused attention does
+        return why_portable(query)
+    if not query.is_cpu:
+        return f"device {query.device.type}"
+    if query.dtype not in KERNEL_DTYPES:
+        return f"dtype {str(query.dtype).removeprefix('torch.')}"
     return ""
 
 

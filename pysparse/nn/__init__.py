@@ -2,6 +2,7 @@
 
 from pysparse.nn.compact import CompactLinear
 from pysparse.nn.convert import ConversionReport, densify_, sparsify_
+from pysparse.nn.embedding import SparseEmbedding, SparseEmbeddingBag
 from pysparse.nn.fused import FusionReport, fuse_, unfuse_
 from pysparse.nn.linear import DenseLinear, SparseLinear
 from pysparse.nn.lowrank import Adapter, MaskedLowRank
@@ -15,6 +16,8 @@ __all__ = [
     "FusionReport",
     "MaskedLowRank",
     "Packing",
+    "SparseEmbedding",
+    "SparseEmbeddingBag",
     "SparseLinear",
     "densify_",
     "fuse_",

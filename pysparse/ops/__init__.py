@@ -30,6 +30,7 @@ from pysparse.ops.cuda import (
     packed_linear,
     packed_unpack,
 )
+from pysparse.ops.embedding import sparse_embedding, sparse_embedding_bag
 from pysparse.ops.fused import (
     ACTIVATIONS,
     Operand,
@@ -169,6 +170,8 @@ __all__ = [
     "row_mask",
     "select_nm",
     "select_rows",
+    "sparse_embedding",
+    "sparse_embedding_bag",
     "stripe_attention",
     "unpacked_linear",
 ]
