@@ -17,12 +17,12 @@ from pysparse.api.adapting import progress_folder, share_of
 from pysparse.calib import token_batches
 from pysparse.huggingface import training
 from pysparse.measure import torch_threads
-from pysparse.methods import LoSA, recipe_for
+from pysparse.methods import Adapt, LoSA, TwoSSP, parse_recipe, recipe_for, recipe_to_yaml
 from pysparse.methods.attach import Attached, float32_master, restored_after_error
 from pysparse.methods.block_features import reconstruction_errors, similarity_of_inputs
 from pysparse.models.discover import discover
 from pysparse.nn import Adapter, MaskedLowRank, SparseLinear
-from pysparse.pruning import run
+from pysparse.pruning import Stage, StagedRecipe, run
 
 # peft asks transformers for what the newest calls by another name
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
@@ -400,6 +400,39 @@ def test_windows_are_shared_out_over_the_rounds():
     assert share_of(1, 1, 7) == (0, 7)
     with pytest.raises(ValueError, match="2 windows for 3 rounds"):
         share_of(1, 3, 2)
+
+
+# --- as a stage ------------------------------------------------------------------------------------------
+
+
+def test_structure_then_zeros_then_adaptation_in_one_recipe(small, tokenizer, tmp_path):
+    (tmp_path / "texts.txt").write_text("\n".join(TEXTS))
+    last = Adapt(learning_rate=1e-2, batch_size=4, rank=2, texts=str(tmp_path / "texts.txt"))
+    recipe = StagedRecipe((Stage(TwoSSP(n_attn=0), 0.25), Stage(recipe_for("wanda"), 0.5), Stage(last)))
+    assert parse_recipe(recipe_to_yaml(recipe)) == recipe
+    before = sum(parameter.numel() for parameter in small.parameters())
+    result = pysparse.prune(
+        small, recipe=recipe, calibration=TEXTS, tokenizer=tokenizer, num_samples=4, max_length=16, progress=False,
+        output_dir=tmp_path / "out",
+    )  # fmt: skip
+    structure, zeros_, adapted = result.report.stages
+    assert sum(parameter.numel() for parameter in result.model.parameters()) < before
+    assert adapted.sparsity == pytest.approx(zeros_.sparsity)
+    assert adapted.rounds[0].trained.last_loss < adapted.rounds[0].trained.first_loss
+    assert structure.table().row_count
+    assert result.report.plot(tmp_path / "plot.png").is_file()
+    loaded = pysparse.from_pretrained(tmp_path / "out")
+    tokens = torch.arange(8)[None]
+    with torch.no_grad():
+        expected = result.model(tokens).logits
+        torch.testing.assert_close(loaded(tokens).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_stage_that_means_nothing_is_refused():
+    with pytest.raises(ValueError, match="unknown method 'lora'"):
+        Adapt("lora")
+    with pytest.raises(ValueError, match="rank=0 must be at least 1"):
+        Adapt(rank=0)
 
 
 # --- bad input -------------------------------------------------------------------------------------------

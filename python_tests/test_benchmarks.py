@@ -96,6 +96,14 @@ def test_int8_quality(quick):
     assert all(0.9 < row["over_own_dtype"] < 1.1 for row in run["rows"])
 
 
+def test_losa(quick):
+    run, printed = quick("losa")
+    figures = {row["arm"]: row["perplexity"] for row in run["rows"] if row["what"] == "quality"}
+    assert set(figures) == {"dense", "one-shot", "losa"}
+    assert figures["dense"] < min(figures["one-shot"], figures["losa"])
+    assert "wanda, losa" in printed
+
+
 def test_checkpoint(quick):
     run, printed = quick("checkpoint")
     (model,) = [row for row in run["rows"] if row["what"] == "bundled model"]

@@ -1,5 +1,6 @@
 """Floor 9: the public calls: prune, evaluate, benchmark, report, doctor."""
 
+from pysparse.api.adapt_stage import run_adaptation
 from pysparse.api.adapting import AdaptReport, AdaptResult, adapt
 from pysparse.api.attention import attention_stats
 from pysparse.api.benchmarking import benchmark, benchmark_shape
@@ -33,4 +34,5 @@ __all__ = [
     "plan_prune",
     "prune",
     "report",
+    "run_adaptation",
 ]

@@ -23,11 +23,11 @@ from pysparse.api.loading import Texts, Windows, calibration_for, load_model, to
 from pysparse.calib import Calibration, load_texts, token_batches
 from pysparse.huggingface.adapters import check_lora, require_peft, save_adapter
 from pysparse.measure.progress import Advance, progress_on_stderr
-from pysparse.measure.results import make_table, to_jsonable
+from pysparse.measure.results import Chart, make_table, save_plot, to_jsonable
 from pysparse.measure.rounds import torch_threads
 from pysparse.measure.windows import choose_window
 from pysparse.methods import recipe_for
-from pysparse.methods.adaptation import Adaptation, Round, Schedule, Trained, mean_of_last
+from pysparse.methods.adaptation import ADAPTATIONS, Adaptation, Round, Schedule, Trained, mean_of_last
 from pysparse.methods.attach import Attached, float32_master, restored_after_error
 from pysparse.methods.losa import LoSA
 from pysparse.models.discover import discover
@@ -37,7 +37,6 @@ if TYPE_CHECKING:
     from peft import LoraConfig
 
 _LOGGER = logging.getLogger("pysparse")
-METHODS = ("losa", "masked-lora", "masked-full")
 LAST_SHARE = (
     0.6  # of the training text is for LoSA's last round: about what the paper's six of ten thousand rows are
 )
@@ -78,6 +77,30 @@ class AdaptReport:
             "s",
         )
         return make_table(f"{self.method}: {self.layers} layers", columns, rows)
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """Nothing goes otherwise than asked: what cannot be done is an error."""
+        return ()
+
+    def plot(self, path: str | Path) -> Path:
+        """Draw loss and sparsity by round; RuntimeError without matplotlib."""
+        numbers = [one.index for one in self.rounds]
+        losses = {"first step": [one.trained.first_loss for one in self.rounds],
+                  "last steps": [one.trained.last_loss for one in self.rounds]}  # fmt: skip
+        charts = [
+            Chart(
+                "loss", "round", "nats per token", {name: (numbers, found) for name, found in losses.items()}
+            ),
+            Chart(
+                "sparsity",
+                "round",
+                "fraction",
+                {"": (numbers, [one.sparsity for one in self.rounds])},
+                bars=True,
+            ),
+        ]
+        return save_plot(path, charts, caption=self.method)
 
     def to_dict(self) -> dict[str, Any]:
         """Return a JSON-ready dict."""
@@ -209,8 +232,8 @@ def _plan(
 ) -> tuple[Schedule, LoraConfig]:  # fmt: skip
     """Return what each round does; every error that needs no model."""
     peft = require_peft()
-    if method not in METHODS:
-        raise ValueError(f"unknown method '{method}'; known: {', '.join(METHODS)}")
+    if method not in ADAPTATIONS:
+        raise ValueError(f"unknown method '{method}'; known: {', '.join(ADAPTATIONS)}")
     config = (
         peft.LoraConfig(r=8, lora_alpha=16, lora_dropout=0.0, task_type="CAUSAL_LM") if lora is None else lora
     )

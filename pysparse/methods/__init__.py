@@ -5,6 +5,7 @@ file with a frozen dataclass (see pysparse.pruning.recipe for what it must have)
 that recipes can be saved with it.
 """
 
+from pysparse.methods.adaptation import Adapt
 from pysparse.methods.anchor_attention import AnchorAttention
 from pysparse.methods.atp import ATP, BetaSearch, beta_grid, search_beta
 from pysparse.methods.custom import Custom
@@ -52,6 +53,7 @@ __all__ = [
     "PLANNERS",
     "STEPS",
     "STRUCTURAL",
+    "Adapt",
     "AllocationLike",
     "AnchorAttention",
     "BetaSearch",

@@ -22,6 +22,7 @@ from pysparse.nn import Adapter
 from pysparse.pruning import BlockLayout, Recipe, run
 
 _LOGGER = logging.getLogger("pysparse")
+ADAPTATIONS = ("losa", "masked-lora", "masked-full")
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +47,33 @@ class Round:
     ranks: list[int]  # of each block; empty without adapters
     trained: Trained
     seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Adapt:
+    """The last stage of a recipe: :func:`pysparse.adapt` with these settings.
+
+    Without a sparsity of its own "masked-lora" and "masked-full" train under the zeros that the stages before
+    have made; "losa" needs one and goes on pruning up to it.
+    """
+
+    method: str = "masked-lora"
+    host: str = "wanda"  # that prunes
+    rounds: int = 5  # of "losa"
+    rank: int = 8
+    alpha: float = 16.0  # the scale of the adapters is alpha / rank
+    learning_rate: float = 2e-4
+    epochs: float = 1.0
+    batch_size: int = 8
+    bf16: bool = False
+    texts: str | None = None  # file to train on; None: the bundled calibration text
+
+    def __post_init__(self) -> None:
+        if self.method not in ADAPTATIONS:
+            raise ValueError(f"unknown method '{self.method}'; known: {', '.join(ADAPTATIONS)}")
+        for name in ("rounds", "rank", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
 
 
 class Train(Protocol):

@@ -21,6 +21,7 @@ from typing import Any
 
 import yaml
 
+from pysparse.methods.adaptation import Adapt
 from pysparse.methods.atp import ATP
 from pysparse.methods.dlp import DLP
 from pysparse.methods.ebf import Columns, EbfUpdate, Emergent, Evidence
@@ -57,7 +58,7 @@ COMPONENTS: dict[str, dict[str, type[Any]]] = {
     "reconstruction": {"Keep": Keep, "ObsUpdate": ObsUpdate, "Correct": Correct, "EbfUpdate": EbfUpdate},
 }  # fmt: skip
 # Methods that are stages of their own, by class name: structural ones, and adaptations.
-STEPS: dict[str, type[Any]] = {"TwoSSP": TwoSSP, "ShortGPT": ShortGPT}
+STEPS: dict[str, type[Any]] = {"TwoSSP": TwoSSP, "ShortGPT": ShortGPT, "Adapt": Adapt}
 _LIMIT = 1 << 12  # bytes; a recipe has some ten lines, and the parser's time grows with the square
 
 
