@@ -41,6 +41,7 @@ CACHED = (
     2048,
 )  # rows and columns of the part that stays in two cores' second-level caches: 1.2 MB at 50 %
 GEMM_SIZE = 1024  # of the square product that shows how fast this machine multiplies bf16
+REAL_MASKS = ("wanda", "sparsegpt")
 CELL_WEIGHTS = 32  # of a 16 x 2 cell of the tiled bitmap
 ONE_TO_FOUR = nm_engines(1, 4)[0]
 
@@ -129,9 +130,9 @@ def _limits(subject: Subject, weight: Tensor, nbytes: int, timings: dict[str, Ti
 
 
 def compare_masks(sparsity: float, rounds: int, working_set: int) -> dict[str, Any]:
-    """Time one token on uniform zeros and on Wanda's in turn: what uneven columns cost the kernel."""
+    """Time one token on uniform zeros and on two methods' in turn: what uneven rows and columns cost the kernel."""
     copies: dict[str, Rotation[Any]] = {}
-    for mask in ("random", "wanda"):
+    for mask in ("random", *REAL_MASKS):
         weight = bench_linear.make_weight(bench_linear.Case(SHAPE, "bf16", sparsity, mask, 1))
         storage = PYSPARSE_SPARSE.storage
         copies[mask] = cold_copies(lambda w=weight, s=storage: s.pack(w), storage.nbytes, working_set)
@@ -147,7 +148,9 @@ def compare_masks(sparsity: float, rounds: int, working_set: int) -> dict[str, A
     timings = time_calls(calls, rounds)
     return {
         "shape": SHAPE, "kernel": PYSPARSE_SPARSE.name, "sparsity": sparsity, "tokens": 1,
-        "wanda_over_random": to_jsonable(timings["wanda"].speedup_over(timings["random"])),
+        "over_random": {
+            mask: to_jsonable(timings[mask].speedup_over(timings["random"])) for mask in REAL_MASKS
+        },
         "over_dense": {mask: to_jsonable(timings[mask].speedup_over(timings["dense"])) for mask in copies},
         "timings": {name: timing.record() for name, timing in timings.items()},
     }  # fmt: skip
@@ -187,17 +190,17 @@ def tables(rows: list[dict[str, Any]]) -> Iterator[Table]:
     )
     masks = []
     for row in (row for row in rows if "sparsity" in row):
-        ratios = (row["wanda_over_random"], *row["over_dense"].values())
+        ratios = (*row["over_random"].values(), *row["over_dense"].values())
         masks.append([f"{row['sparsity']:.0%}", *(one and one["median"] for one in ratios)])
-    yield make_table(
-        "one token, Wanda's zeros", ["zeros", "x random zeros", "random x dense", "wanda x dense"], masks
-    )
+    columns = ["zeros", *(f"{mask} x random zeros" for mask in REAL_MASKS)]
+    columns += [f"{mask} x dense" for mask in ("random", *REAL_MASKS)]
+    yield make_table("one token, zeros where methods put them", columns, masks)
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = command_line("limits", __doc__ or "")
     parser.add_argument(
-        "--mask-sparsity", nargs="*", type=float, default=[0.5, 0.7, 0.9], help="of Wanda's masks"
+        "--mask-sparsity", nargs="*", type=float, default=[0.5, 0.7, 0.9], help="of the real masks"
     )
     parser.add_argument("--rounds", type=int, default=15)
     return parser.parse_args(arguments)

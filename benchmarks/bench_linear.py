@@ -23,10 +23,10 @@ from harness import (
     threads_of,
     time_calls,
 )
+from real_masks import tiled_mask
 from rich.table import Table
 from rivals import ENGINES, PYSPARSE_DENSE, PYSPARSE_SPARSE, READ_PROBE, TORCH, TORCH_TUNED, Engine, Storage
 from torch import Tensor
-from wanda_masks import tiled_mask
 
 from pysparse.measure.results import make_table, to_jsonable
 from pysparse.measure.rounds import torch_threads
@@ -43,7 +43,7 @@ class Case:
     shape: str  # a key of shapes.LINEAR
     dtype: str  # a key of shapes.DTYPES
     sparsity: float
-    mask: str  # "random" | "wanda"
+    mask: str  # "random" | "wanda" | "sparsegpt"
     tokens: int
 
 
@@ -55,7 +55,7 @@ def make_weight(case: Case, seed: int = 0) -> Tensor:
     if case.mask == "random":
         zero_rows_at_random_(weight, case.sparsity, generator)
         return weight
-    return weight.mul_(tiled_mask(case.shape, (rows, cols), case.sparsity))
+    return weight.mul_(tiled_mask(case.shape, (rows, cols), case.sparsity, case.mask))
 
 
 def make_copies(weight: Tensor, working_set: int) -> Copies:
@@ -174,7 +174,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", nargs="+", choices=shapes.DTYPES, default=list(shapes.DTYPES))
     parser.add_argument("--sparsity", nargs="+", type=float, default=shapes.SPARSITIES)
     parser.add_argument("--tokens", nargs="+", type=int, default=shapes.TOKENS)
-    parser.add_argument("--mask", choices=("random", "wanda"), default="random", help="where the zeros are")
+    parser.add_argument(
+        "--mask", choices=("random", "wanda", "sparsegpt"), default="random", help="where the zeros are"
+    )
     parser.add_argument("--hot", action="store_true", help="one copy a weight: cached where it fits")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--sample-seconds", type=float, default=0.008, help="calls of one sample fill this")
