@@ -35,6 +35,7 @@ from pysparse.methods.registry import (
     recipe_for,
 )
 from pysparse.methods.released import as_released
+from pysparse.methods.shapley import ShapleyValue
 from pysparse.methods.sparsegpt import InverseHessian, ObsUpdate
 from pysparse.methods.streaming_attention import StreamingAttention
 from pysparse.methods.two_ssp import ShortGPT, TwoSSP
@@ -74,6 +75,7 @@ __all__ = [
     "ObsUpdate",
     "Profile",
     "ProxyAttention",
+    "ShapleyValue",
     "ShortGPT",
     "SquaredMagnitude",
     "StreamingAttention",

@@ -32,6 +32,7 @@ from pysparse.methods.lamp import LAMP
 from pysparse.methods.magnitude import Magnitude
 from pysparse.methods.owl import OWL
 from pysparse.methods.profile import DLPProfile, Profile
+from pysparse.methods.shapley import ShapleyValue
 from pysparse.methods.sparsegpt import InverseHessian, ObsUpdate
 from pysparse.methods.two_ssp import ShortGPT, TwoSSP
 from pysparse.methods.wanda import Wanda
@@ -43,6 +44,7 @@ from pysparse.pruning.structural import describe_method
 
 COMPONENTS: dict[str, dict[str, type[Any]]] = {
     "importance": {
+        "ShapleyValue": ShapleyValue,
         "InverseHessian": InverseHessian, "Magnitude": Magnitude, "Wanda": Wanda, "SquaredMagnitude": SquaredMagnitude,
         "FilterDistance": FilterDistance, "NuclearImpact": NuclearImpact, "Evidence": Evidence,
     },

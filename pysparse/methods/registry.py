@@ -21,6 +21,7 @@ from pysparse.methods.lamp import LAMP
 from pysparse.methods.magnitude import Magnitude
 from pysparse.methods.owl import OWL
 from pysparse.methods.profile import DLP_PROFILES, DLPProfile, as_profile, load_profile
+from pysparse.methods.shapley import ShapleyValue
 from pysparse.methods.sparsegpt import InverseHessian, ObsUpdate
 from pysparse.methods.two_ssp import ShortGPT, TwoSSP
 from pysparse.methods.wanda import Wanda
@@ -51,6 +52,7 @@ METHODS: dict[str, Recipe] = {
     "magnitude-global": Recipe(Magnitude(), GlobalMagnitude(), Unstructured("matrix"), Keep()),
     "wanda": Recipe(Wanda(), Uniform(), Unstructured("row"), Keep()),
     "wanda-variant": Recipe(Wanda(), Uniform(), RowMass(), Keep()),
+    "shapley": Recipe(ShapleyValue(), Uniform(), Unstructured("row"), Keep()),
     "sparsegpt": Recipe(InverseHessian(), Uniform(), Unstructured("matrix"), ObsUpdate()),
     "ebf": Recipe(Evidence(), Uniform(), Unstructured("matrix"), EbfUpdate()),
     "ebf-auto": Recipe(Evidence(), Uniform(), Emergent(), EbfUpdate()),

@@ -5,6 +5,7 @@ turns coalitions, bool [B, n_players], into B numbers. A new estimator is one fr
 """
 
 from pysparse.shapley.adaptive import TopK, TopPlayers, Truncated
+from pysparse.shapley.attribute import Attributions, FeatureGame, ShapleyValueSampling
 from pysparse.shapley.control import Control, Quadratic, fit_quadratic
 from pysparse.shapley.entries import (
     DeepModel,
@@ -21,9 +22,17 @@ from pysparse.shapley.exact import Exact
 from pysparse.shapley.game import FunctionGame, Game, WalkingGame
 from pysparse.shapley.sampling import Options, UnitEstimator
 from pysparse.shapley.state import read_state, write_state
+from pysparse.shapley.structured import (
+    PartsGame,
+    head_parts,
+    neuron_game,
+    reconstruction_values,
+    weight_values,
+)
 from pysparse.shapley.values import ShapleyValues
 
 __all__ = [
+    "Attributions",
     "Banzhaf",
     "Control",
     "DeepModel",
@@ -31,14 +40,17 @@ __all__ = [
     "EntryShapley",
     "Exact",
     "FactorisationMachine",
+    "FeatureGame",
     "FunctionGame",
     "Game",
     "KernelSHAP",
     "Options",
     "Owen",
+    "PartsGame",
     "Permutation",
     "PositionStratified",
     "Quadratic",
+    "ShapleyValueSampling",
     "ShapleyValues",
     "TopK",
     "TopPlayers",
@@ -48,8 +60,12 @@ __all__ = [
     "WalkingGame",
     "entry_shapley",
     "fit_quadratic",
+    "head_parts",
+    "neuron_game",
     "plan_entries",
     "read_state",
+    "reconstruction_values",
     "score_shard",
+    "weight_values",
     "write_state",
 ]
