@@ -249,9 +249,58 @@ def test_pruning_a_block(quick):
     )
 
 
+def test_attention_curves(quick, tmp_path):
+    run, printed = quick("attention_quality", "--only", "curves", "--plot", str(tmp_path))
+    curves = [row for row in run["rows"] if row["what"] == "curve"]
+    assert {row["planner"] for row in curves} >= {"anchor", "proxy", "flexprefill", "streaming"}
+    assert all(0 < row["density"] <= 1 and 0 < row["recall"] <= 1.001 and row["ms"] > 0 for row in curves)
+    best = [row for row in run["rows"] if row["what"] == "equal recall"]
+    assert all(row["recall"] >= row["target"] for row in best)
+    assert any(row["planner"] == "anchor" and row["faster_than_flexprefill"] > 0 for row in best)
+    assert "equal recall" in printed
+    assert {path.name for path in tmp_path.glob("*.png")} == {"recall_1536.png", "head_1536.png"}
+
+
+def test_retrieval_tasks_can_be_answered_from_the_prompt(script):
+    tasks = script("retrieval_model.tasks").Tasks(torch.arange(32, 96).repeat(50), seed=0)
+    for depth in (0.0, 0.4, 1.0):
+        prompt, answer = tasks.needle(500, depth)
+        question = bytes(prompt[-6:].tolist())
+        place = bytes(prompt[:-6].tolist()).index(question)
+        assert bytes(prompt.tolist())[place + 6 : place + 10] == bytes(answer.tolist())
+        assert place == pytest.approx(depth * 472, abs=1)
+    prompt, answer = tasks.long_copy(600)
+    place = bytes(prompt[:-32].tolist()).index(bytes(prompt[-32:].tolist()))
+    assert bytes(prompt.tolist())[place + 32 : place + 96] == bytes(answer.tolist())
+    tokens, weight = tasks.batch(6, 256)
+    assert tokens.shape == weight.shape == (6, 256)
+    assert (weight == 1).any(1).all()
+
+
+@pytest.mark.slow
+def test_a_first_token_and_a_model_trained_for_seconds(quick, script, tmp_path):
+    run, _ = quick("attention_quality", "--only", "first-token")
+    assert {row["planner"] for row in run["rows"]} == {
+        "sdpa",
+        "pysparse_flash",
+        "pysparse_anchor",
+        "pysparse_proxy",
+    }
+    script("retrieval_model.train").train(0.05, 0, tmp_path / "losses.json").save_pretrained(
+        tmp_path / "model"
+    )
+    (tmp_path / "attention_quality.json").unlink()
+    run, _ = quick("attention_quality", "--only", "retrieval", "--model", str(tmp_path / "model"))
+    assert all(0 <= row["needle"] <= 1 and 0 <= row["copy"] <= 1 for row in run["rows"])
+
+
 def test_run_all_knows_every_benchmark(script):
     scripts = {path.stem.removeprefix("bench_") for path in FOLDER.glob("bench_*.py")}
-    assert set(script("run_all").BENCHMARKS) == scripts - {"cuda", "cuda_end_to_end"}  # run on a GPU, by hand
+    assert set(script("run_all").BENCHMARKS) == scripts - {
+        "cuda",
+        "cuda_attention",
+        "cuda_end_to_end",
+    }  # run on a GPU, by hand
 
 
 def test_a_wrong_answer_is_never_timed(script):
