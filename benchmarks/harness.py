@@ -108,24 +108,37 @@ def time_calls(
 ) -> dict[str, Timing]:
     """Time ``calls`` interleaved: each round takes one sample of each, of as many calls as fill the time.
 
-    A sample during which this process's threads stood in the run queue for more than 2 % of its time is
-    dropped and counted. While less than half of the wished samples of any engine are clean, all go on, to
+    A sample during which the engine's threads stood in the run queue for more than 2 % of its time is dropped and
+    counted (:func:`undisturbed`). While less than half of the wished samples of any engine are clean, all go on, to
     at most four times ``rounds``.
     """
     counts = {name: _calls_for(call, sample_seconds) for name, call in calls.items()}
     samplers = {name: _sampler(call, counts[name]) for name, call in calls.items()}
-    seconds: dict[str, list[float | None]] = {name: [] for name in calls}
+    samples: dict[str, list[tuple[float, float]]] = {name: [] for name in calls}
     for _ in range(PATIENCE):
         run = round_robin(samplers, rounds, warmup)
-        for name, count in counts.items():
-            seconds[name] += [
-                one if (waited if theirs is None else theirs) <= WAIT_LIMIT * one * count else None
+        for name in calls:
+            samples[name] += [
+                (one, (waited if theirs is None else theirs) / (one * counts[name]))
                 for (one, theirs), waited in zip(run.results[name], run.waits[name], strict=True)
             ]
-        timings = {name: Timing(tuple(seconds[name]), count) for name, count in counts.items()}
+        timings = {
+            name: Timing(undisturbed(samples[name], own_waits=call.remote is not None), counts[name])
+            for name, call in calls.items()
+        }
         if all(timing.clean >= max(MIN_CLEAN, rounds / 2) for timing in timings.values()):
             break
     return timings
+
+
+def undisturbed(samples: Sequence[tuple[float, float]], own_waits: bool = False) -> tuple[float | None, ...]:
+    """Return the seconds of each sample (seconds, share waited), None where its threads waited for other programs.
+
+    With ``own_waits``, the least share that any sample shows is the engine's own doing: threads of another library
+    that sleep between its calls wait at every waking, on an idle machine too. What is above it comes from others.
+    """
+    least = min(share for _, share in samples) if own_waits else 0.0
+    return tuple(one if share <= least + WAIT_LIMIT else None for one, share in samples)
 
 
 def _calls_for(call: Call, sample_seconds: float) -> int:
