@@ -32,6 +32,7 @@ from pysparse.attention.synthetic import Synthetic
 from pysparse.measure.results import make_table
 from pysparse.measure.rounds import torch_threads
 from pysparse.methods import (
+    PLANNERS,
     AnchorAttention,
     FlexPrefill,
     ProxyAttention,
@@ -134,10 +135,7 @@ def measure_retrieval(options: argparse.Namespace) -> list[Row]:
     if options.model is None:
         return [{"what": "retrieval", "skipped": "no --model: make one with retrieval_model/train.py"}]
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32).eval()
-    planners: dict[str, Planner | None] = {
-        "exact": None,
-        **{name: points[len(points) // 2] for name, points in families(options.quick).items()},
-    }
+    planners: dict[str, Planner | None] = {"exact": None, **PLANNERS}  # as people get them
     rows = []
     for length in options.retrieval_lengths:
         for name, planner in planners.items():
