@@ -98,7 +98,7 @@ def without_kernel() -> Iterator[None]:
 
 def pruner_rows(options: argparse.Namespace) -> Iterator[Row]:
     """A whole layer pruned by evidence, all but the small problems being the same code."""
-    rows, cols = (32, 64) if options.quick else (512, 512)
+    rows, cols = (32, 64) if options.quick else (256, 256)
     weight, x = torch.randn(rows, cols) * 0.02, torch.randn(2 * cols, cols)
     x[:, 1:] += 0.5 * x[:, :-1]
     stats = {"gram": x.T @ x}
