@@ -1,85 +1,52 @@
-"""OWL, DLP, ATP, profiles and the global threshold against their published vectors; projection and mixed n:m."""
+"""OWL, DLP and ATP against their published vectors; projection, settings by name, allocations on models."""
 
-import dataclasses
 import itertools
-import json
 import math
 
 import pytest
 import tiny_models
 import torch
+from allocation_cases import block, stack
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
 
 from pysparse.calib import load_calibration
 from pysparse.measure import torch_threads
 from pysparse.methods import (
-    ALLOCATIONS,
     ATP,
     DLP,
-    METHODS,
     OWL,
-    Custom,
     DLPProfile,
     GlobalMagnitude,
     Profile,
     Wanda,
     allocation_for,
     beta_grid,
-    load_profile,
     parse_recipe,
     recipe_for,
     recipe_to_yaml,
     search_beta,
 )
 from pysparse.methods.atp import beta_bound
-from pysparse.methods.blockwise import ScoredBlock
 from pysparse.methods.dlp import BLOCK_STATISTICS
 from pysparse.methods.owl import outlier_percent
-from pysparse.methods.profile import DLP_PROFILES
 from pysparse.models.discover import discover
 from pysparse.pruning import (
     NM,
     Evidence,
     MixedNM,
-    PrunableLayer,
-    Unstructured,
     WeightsUnknownError,
     gather_evidence,
     plan,
     project,
     run,
 )
-from pysparse.pruning import order_statistics as order_module
-from pysparse.pruning.mixed import pattern_of
-from pysparse.pruning.order_statistics import kth_smallest
 
 
 @pytest.fixture(autouse=True)
 def _one_thread():
     with torch_threads(1):
         yield
-
-
-def block(*weights, norms=None, index=0):
-    """A scored block of the given weights; without ``norms`` every input channel has norm 1."""
-    layers = []
-    for number, weight in enumerate(weights):
-        module = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
-        module.weight.data = weight
-        a = torch.ones(weight.shape[1]) if norms is None else norms
-        layers.append(
-            Evidence(PrunableLayer(f"{index}.{number}", module, index), {"squared_norm": a.square()})
-        )
-    return ScoredBlock(tuple(layers))
-
-
-def stack(sizes, seed=0):
-    """Evidence of one square layer a block, of random weights of different strengths."""
-    generator = torch.Generator().manual_seed(seed)
-    weights = [torch.randn(size, size, generator=generator) ** (1 + i % 3) for i, size in enumerate(sizes)]
-    return [block(weight, index=index).layers[0] for index, weight in enumerate(weights)]
 
 
 def mean(sparsities, layers):
@@ -122,37 +89,6 @@ def test_projection_refuses_what_cannot_be():
         project([0.5], [1], 0.95, 0.0, 0.9)
     with pytest.raises(ValueError, match="raw sparsity 1 is nan"):
         project([0.5, math.nan], [1, 1], 0.5)
-
-
-# --- the k-th smallest -----------------------------------------------------------------------------------
-
-
-@settings(max_examples=80, deadline=None)
-@given(seed=st.integers(0, 999), levels=st.sampled_from([3, 1000, None]), chunk=st.sampled_from([7, 1 << 22]))
-def test_kth_smallest_of_several_tensors(seed, levels, chunk):
-    generator = torch.Generator().manual_seed(seed)
-    parts = [torch.rand(int(n), generator=generator) for n in torch.randint(1, 60, (3,), generator=generator)]
-    if levels is not None:
-        parts = [(part * levels).floor() for part in parts]  # ties
-    everything = torch.cat(parts).sort().values
-    count = int(torch.randint(1, len(everything) + 1, (1,), generator=generator))
-    before = order_module._CHUNK
-    try:
-        order_module._CHUNK = chunk
-        assert kth_smallest(lambda: parts, count) == float(everything[count - 1])
-    finally:
-        order_module._CHUNK = before
-
-
-def test_kth_smallest_refuses_what_is_not_ordered_by_its_bits():
-    for bad in (torch.tensor([1.0, math.nan]), torch.tensor([-1.0, 2.0])):
-        with pytest.raises(ValueError, match="NaN or negative"):
-            kth_smallest(lambda bad=bad: [bad], 1)
-    with pytest.raises(ValueError, match="count=3 is not between 1 and the 2 scores"):
-        kth_smallest(lambda: [torch.ones(2)], 3)
-    with pytest.raises(TypeError, match="scores are float32"):
-        kth_smallest(lambda: [torch.ones(2).double()], 1)
-    assert kth_smallest(lambda: [torch.tensor([math.inf, 1.0])], 2) == math.inf
 
 
 # --- OWL -------------------------------------------------------------------------------------------------
@@ -332,108 +268,6 @@ def test_the_search_walks_the_valid_range_and_stops_after_two_rises():
         search_beta([0.0, 0.1], lambda beta: math.nan)
 
 
-# --- profiles --------------------------------------------------------------------------------------------
-
-PUBLISHED = {  # blocks, first, last but one, last
-    "llama-2-7b": (32, 0.5348, 0.8348, 0.8277), "llama-7b": (32, 0.5324, 0.8324, 0.8138),
-    "llama-2-13b": (40, 0.5019, 0.8019, 0.7874), "llama-13b": (40, 0.5029, 0.8029, 0.7857),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("model", PUBLISHED)
-def test_published_profiles(model):
-    blocks, first, peak, last = PUBLISHED[model]
-    layers = stack([2] * blocks)
-    rates = DLPProfile(model)(layers, 0.7)
-    assert (rates[0], rates[-2], rates[-1]) == pytest.approx((first, peak, last), abs=1e-4)
-    assert sum(rates) / blocks == pytest.approx(0.7, abs=1e-9)
-    assert max(rates) - min(rates) == pytest.approx(0.3, abs=1e-4)
-    assert DLP_PROFILES[model].index(max(DLP_PROFILES[model])) == blocks - 2
-    lower = DLPProfile(model)(layers, 0.5)
-    assert [b - a for a, b in zip(lower, rates, strict=True)] == pytest.approx([0.2] * blocks, abs=1e-9)
-    assert max(DLPProfile(model)(layers, 0.9)) <= 0.99  # clipped, and the mean is kept
-    assert sum(DLPProfile(model)(layers, 0.9)) / blocks == pytest.approx(0.9, abs=1e-9)
-    assert ALLOCATIONS[f"dlp-{model}"] == DLPProfile(model)
-    with pytest.raises(ValueError, match=rf"profile of {model} has sparsities for {blocks} blocks, .* has 3"):
-        DLPProfile(model)(stack([2, 2, 2]), 0.7)
-
-
-def test_llama_2_7b_in_full_precision_at_the_ends():
-    """The JSON of the released code holds densities: 0.46519035 of block 0, 0.16519032 of 30, 0.17230450 of 31."""
-    rates = DLP_PROFILES["llama-2-7b"]
-    assert (rates[0], rates[30], rates[31]) == pytest.approx(
-        (1 - 0.46519035, 1 - 0.16519032, 1 - 0.17230450), abs=5e-5
-    )
-
-
-def test_profiles_from_lists_mappings_and_files(tmp_path):
-    layers = stack([4, 4])
-    file = tmp_path / "profile.json"
-    for content in ([0.4, 0.6], {"sparsities": [0.4, 0.6]}, {"densities": [0.6, 0.4]},
-                    {"0.0": 0.4, "re:^1": 0.6}):  # fmt: skip
-        file.write_text(json.dumps(content))
-        for value in (content, file, str(file)):
-            assert allocation_for(value)(layers, 0.5) == pytest.approx([0.4, 0.6])
-    rounded = Profile(blocks=(0.4, 0.602))(layers, 0.5)  # figures that were rounded
-    assert sum(rounded) / 2 == pytest.approx(0.5, abs=1e-12)
-    assert rounded[1] - rounded[0] == pytest.approx(0.202)
-    globbed = Profile(layers=(("0.*", 0.4), ("*", 0.6)))
-    assert globbed(layers, 0.5) == pytest.approx([0.4, 0.6])
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ([0.4, 0.4], "have the mean 0.4000 over this model's weights, not 0.5: pass sparsity=0.4000"),
-        ([0.5], "sparsities for 1 blocks, this model has 2"),
-        ({"0.0": 0.5}, "names no sparsity for 1.0"),
-        ({"0.0": 0.5, "1.0": 0.5, "7.0": 0.5}, "names 7.0, which no layer"),
-        ([0.4, 60], "did you mean 0.6"),
-        ([], "a profile lists a sparsity for each block"),
-        ({"densities": 3}, "densities of a profile holds a int"),
-        ([0.5, "0.5"], "holds '0.5', expected numbers"),
-        ([0.5, None], "holds None, expected numbers"),
-        (0.5, "a profile is a list or a mapping of sparsities, got float"),
-    ],
-)
-def test_profiles_with_mistakes(content, message, tmp_path):
-    (tmp_path / "p.json").write_text(json.dumps(content))
-    with pytest.raises(ValueError, match=message):
-        load_profile(tmp_path / "p.json")(stack([4, 4]), 0.5)
-
-
-def test_damaged_and_missing_profile_files(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no such allocation profile"):
-        allocation_for(tmp_path / "none.json")
-    (tmp_path / "bad.json").write_text("[0.5,")
-    with pytest.raises(ValueError, match=r"bad.json: Expecting value"):
-        allocation_for(tmp_path / "bad.json")
-    (tmp_path / "deep.json").write_text("[" * 100_000)
-    with pytest.raises(ValueError, match=r"deep.json"):
-        allocation_for(tmp_path / "deep.json")
-    (tmp_path / "long.json").write_text("[" + "0.5," * (1 << 19))
-    with pytest.raises(ValueError, match="a profile has at most"):
-        allocation_for(tmp_path / "long.json")
-
-
-def test_a_function_may_allocate():
-    layers = stack([4, 8])
-    assert allocation_for(lambda layers, target: [0.9, 0.4])(layers, 0.5) == [0.9, 0.4]
-    asking = Custom(lambda layers, target: [target] * len(layers), needs=("squared_norm",))
-    assert allocation_for(asking) is asking
-    assert allocation_for(OWL(m=7)) == OWL(m=7)
-    report = run(_layout(layers), recipe_for("magnitude", None, lambda layers, target: [0.9, 0.4]), 0.5)
-    assert [layer.pruned for layer in report.layers] == [14, 25]
-    assert report.recipe["allocation"]["function"].endswith("<lambda>")
-    with pytest.raises(TypeError, match="allocation is a int"):
-        allocation_for(3)
-
-
-def _layout(layers):
-    """A layout of the modules in ``layers``, one a block."""
-    return discover(nn.Sequential(*(nn.Sequential(evidence.layer.module) for evidence in layers)))
-
-
 # --- settings by name ------------------------------------------------------------------------------------
 
 
@@ -478,150 +312,6 @@ def test_what_yaml_cannot_hold_is_refused():
     long = Profile(layers=tuple((f"model.layers.{index}.self_attn.q_proj", 0.5) for index in range(200)))
     with pytest.raises(ValueError, match="may have 4096: name layers of a profile by patterns"):
         recipe_to_yaml(recipe_for("wanda", None, long))
-
-
-# --- one threshold for all -------------------------------------------------------------------------------
-
-
-@settings(max_examples=60, deadline=None)
-@given(sparsity=st.floats(0, 0.9), seed=st.integers(0, 99), coarse=st.booleans())
-def test_global_magnitude_prunes_exactly_the_smallest_of_all(sparsity, seed, coarse):
-    layers = stack([8, 12, 5], seed)
-    if coarse:
-        for evidence in layers:
-            evidence.layer.module.weight.data = (evidence.layer.weight * 2).round() / 2  # ties
-    everything = torch.cat([evidence.layer.weight.abs().flatten() for evidence in layers])
-    count = int(sparsity * len(everything) + 1e-9)
-    gone = torch.zeros(len(everything), dtype=torch.bool)
-    gone[everything.argsort(stable=True)[:count]] = True
-    expected = gone.split([evidence.layer.size for evidence in layers])
-    if any(bool(part.all()) for part in expected):
-        return
-    report = run(_layout(layers), METHODS["magnitude-global"], sparsity)
-    assert [layer.pruned for layer in report.layers] == [int(part.sum()) for part in expected]
-    for evidence, part in zip(layers, expected, strict=True):
-        assert (evidence.layer.weight.flatten()[part] == 0).all()
-
-
-def test_norms_make_the_global_threshold_blind_to_the_scale_of_a_layer():
-    def rates(norm, scale):
-        layers = stack([8, 8])
-        layers[0].layer.module.weight.data *= scale
-        return GlobalMagnitude(norm)(layers, 0.5)
-
-    assert rates("none", 4.0)[0] < rates("none", 1.0)[0]
-    for norm in ("l1", "l2"):
-        assert rates(norm, 4.0) == rates(norm, 1.0)
-    with pytest.raises(ValueError, match="norm is one of none, l1, l2, got 'l3'"):
-        GlobalMagnitude("l3")
-
-
-def test_a_layer_that_would_vanish_is_named():
-    layers = stack([8, 8])
-    layers[1].layer.module.weight.data *= 1e-3
-    with pytest.raises(ValueError, match=r"would prune 1.0 entirely"):
-        GlobalMagnitude()(layers, 0.6)
-    layers[1].layer.module.weight.data[0, 0] = math.nan
-    with pytest.raises(ValueError, match=r"^1.0: the weights hold NaN"):
-        GlobalMagnitude()(layers, 0.3)
-
-
-def test_magnitude_by_row():
-    report = run(_layout(stack([8, 8])), METHODS["magnitude-row"], 0.5)
-    assert {layer.structure for layer in report.layers} == {"unstructured, by row"}
-    assert [layer.pruned for layer in report.layers] == [32, 32]
-
-
-# --- mixed n:m -------------------------------------------------------------------------------------------
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    count=st.integers(1, 12), pattern=st.sampled_from([(4, 8), (2, 4), (1, 4), (3, 5), (2, 8)]),
-    spread=st.floats(0, 0.3), seed=st.integers(0, 99), unequal=st.booleans(),
-)  # fmt: skip
-def test_mixed_patterns_have_exactly_the_zeros_of_the_plain_one(count, pattern, spread, seed, unequal):
-    n, m = pattern
-    generator = torch.Generator().manual_seed(seed)
-    widths = torch.randint(1, 4, (count,), generator=generator).tolist() if unequal else [2] * count
-    layers = [block(torch.ones(6, width * m + (1 if unequal else 0)), index=i).layers[0]
-              for i, width in enumerate(widths)]  # fmt: skip
-    wishes = project(
-        [1 - n / m + spread * float(torch.randn(1, generator=generator)) for _ in range(count)],
-        [evidence.layer.size for evidence in layers], 1 - n / m, 0.0, 1 - 1 / m,
-    )  # fmt: skip
-    structure = MixedNM(n, m)
-    try:
-        found = structure.round([evidence.layer for evidence in layers], wishes)
-    except ValueError as error:
-        assert unequal
-        assert "sizes have too little in common" in str(error)  # noqa: PT017
-        return
-    pruned = sum(
-        structure.pruned_count(*evidence.layer.shape, s) for evidence, s in zip(layers, found, strict=True)
-    )
-    assert pruned == sum(NM(n, m).pruned_count(*evidence.layer.shape, 1 - n / m) for evidence in layers)
-    if not unequal:  # at most a whole step away, and never in the wrong order
-        assert all(abs(s - wish) * m < 1 + 1e-9 for s, wish in zip(found, wishes, strict=True))
-        order = sorted(range(count), key=lambda i: wishes[i])
-        assert all(found[a] <= found[b] for a, b in itertools.pairwise(order))
-
-
-def test_the_rounding_is_the_nearest():
-    layers = [block(torch.ones(4, 8), index=i).layers[0].layer for i in range(4)]
-    assert MixedNM(4, 8).round(layers, [0.30, 0.45, 0.58, 0.67]) == [0.25, 0.5, 0.625, 0.625]
-    assert MixedNM(2, 4).round(layers, [0.45, 0.48, 0.52, 0.55]) == [0.5] * 4
-    big = [block(torch.ones(8, 8), index=0).layers[0].layer, *layers]  # twice the others' weights
-    found = MixedNM(4, 8).round(big, [0.55, 0.45, 0.45, 0.45, 0.55])
-    assert 2 * found[0] + sum(found[1:]) == 6 * 0.5
-
-
-def test_layers_of_a_block_share_an_answer_where_that_is_exact():
-    pairs = [block(torch.ones(4, 8), torch.ones(8, 8), index=i).layers for i in range(3)]
-    layers = [evidence.layer for pair in pairs for evidence in pair]
-    found = MixedNM(4, 8).round(layers, [0.38] * 2 + [0.5] * 2 + [0.62] * 2)
-    assert found == [0.375] * 2 + [0.5] * 2 + [0.625] * 2
-
-
-def test_a_layers_pattern():
-    structure = MixedNM(4, 8)
-    assert pattern_of(structure, 0.375) == NM(5, 8)
-    assert pattern_of(structure, 0.0) == Unstructured()
-    assert pattern_of(NM(2, 4), 0.5) == NM(2, 4)
-    scores = torch.rand(3, 16)
-    assert structure.keep(scores, 0.625).sum() == 3 * 2 * 3
-    assert torch.equal(structure.keep_columns(scores[:, 8:], 0.625, 8), structure.keep(scores, 0.625)[:, 8:])
-    assert structure.step(20) == NM(4, 8).step(20)
-    for sparsity in (0.4, 1.0):
-        with pytest.raises(ValueError, match=rf"sparsity={sparsity:g} is not one of 0/8 .. 7/8"):
-            structure.of(sparsity)
-    with pytest.raises(ValueError, match="keeps 0 < n < m <= 64 weights, got 4:4"):
-        MixedNM(4, 4)
-
-
-def test_mixed_patterns_in_the_loop_and_in_the_plan(caplog):
-    model, calibration = tiny_models.tiny("llama"), load_calibration(tiny_models.tokens())
-    recipe = recipe_for("wanda", "4:8", ATP(0.2))
-    planned = plan(discover(model), recipe)
-    report = run(discover(model), recipe, None, calibration)
-    assert [layer.structure for layer in report.layers] == ["6:8"] * 7 + ["4:8"] * 7 + ["2:8"] * 7
-    assert [(layer.pruned, layer.structure) for layer in planned.layers] == [
-        (layer.pruned, layer.structure) for layer in report.layers
-    ]
-    assert report.sparsity == 0.5
-    assert "7 layers 2:8, 7 layers 4:8, 7 layers 6:8" in report.warnings[0]
-    assert "n:m differs by layer" in caplog.text
-    for layer in discover(model).layers:
-        kept = (layer.weight != 0).unflatten(1, (-1, 8)).sum(dim=2)
-        assert int(kept.max()) == (6, 4, 2)[layer.block]
-    narrow = plan(discover(model), recipe_for("wanda", "2:4", ATP(0.01)))
-    assert "differs too little between layers to move any from 2:4" in narrow.warnings[0]
-
-
-def test_a_fixed_pattern_refuses_an_allocation():
-    recipe = dataclasses.replace(recipe_for("magnitude", "2:4"), allocation=ATP(0.1))
-    with pytest.raises(ValueError, match=r"fixes it at 0.5: use the uniform allocation, .* or MixedNM"):
-        run(discover(tiny_models.tiny("llama")), recipe)
 
 
 # --- on models -------------------------------------------------------------------------------------------

@@ -141,7 +141,7 @@ def test_missing_weights_and_unknown_settings_are_refused():
     model = tiny_models.tiny("llama")
     before = copies(model)
     for arguments, message in [
-        ({"propagate": "both"}, "propagate is 'pruned' or 'dense', got 'both'"),
+        ({"propagate": "both"}, "propagate is one of pruned, dense, sequential, got 'both'"),
         ({"execution": Execution(device="nowhere")}, "device=nowhere cannot be used here"),
         ({"execution": Execution(device="meta")}, "device=meta computes nothing"),
         ({"execution": Execution(activations="tape")}, "'memory' or on 'disk', got 'tape'"),

@@ -1,5 +1,7 @@
 """Blocks and prunable layers, from the module tree alone."""
 
+import warnings
+
 import pytest
 import tiny_models
 import torch
@@ -10,9 +12,11 @@ from transformers import AutoModel, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from pysparse import data
+from pysparse.methods import METHODS
 from pysparse.models.discover import discover
 from pysparse.models.skeleton import skeleton
 from pysparse.nn import sparsify_
+from pysparse.pruning import plan, run
 
 EMBEDDING = "Embedding is no kind of layer that is pruned"
 STACKS = {
@@ -180,6 +184,79 @@ def test_shared_computed_and_quantized_weights_stay_dense():
         "blocks.1.1": "its weight is no matrix of floating-point parameters (quantized, or computed from others?)",
     }
     assert [layer.path for layer in layout.layers] == ["blocks.0.0", "blocks.2.1"]
+
+
+class Quantized(nn.Module):
+    """A linear layer as other quantizers make it: integers in buffers."""
+
+    def __init__(self):
+        super().__init__()
+        self.in_features, self.out_features = 8, 8
+        self.register_buffer("qweight", torch.zeros(8, 1, dtype=torch.int32))
+        self.register_buffer("scales", torch.ones(8, 1))
+
+
+def test_layers_whose_weights_are_no_parameters_are_reported():
+    blocks = [nn.ModuleDict({"a": nn.Linear(8, 8), "b": nn.Linear(8, 8), "c": Quantized()}) for _ in range(2)]
+    model = nn.ModuleDict({"blocks": nn.ModuleList(blocks), "norm": nn.BatchNorm1d(8)})
+    converted = _dynamically_quantized(model, {"blocks.0.a", "blocks.1.a"})
+    layout = discover(converted)
+    packed = "keeps its weights packed, not as parameters (quantized?)"
+    dynamic = f"torch.ao.nn.quantized.dynamic.modules.linear.Linear {packed}"
+    assert layout.skipped == {
+        "blocks.0.a": dynamic,
+        "blocks.0.c": f"{__name__}.Quantized {packed}",
+        "blocks.1.a": dynamic,
+        "blocks.1.c": f"{__name__}.Quantized {packed}",
+    }
+    assert [layer.path for layer in layout.layers] == ["blocks.0.b", "blocks.1.b"]
+    assert run(layout, METHODS["magnitude"], 0.5).skipped == layout.skipped
+    everything = _dynamically_quantized(nn.Sequential(nn.Linear(8, 8), nn.ReLU()), {nn.Linear})
+    with pytest.raises(
+        ValueError, match=r"nothing to prune; 1 layers cannot be pruned, 0 first: torch.ao.*packed"
+    ):
+        discover(everything)
+
+
+def _dynamically_quantized(model, which):
+    with warnings.catch_warnings():
+        warnings.simplefilter(
+            "ignore"
+        )  # torch's own, of several kinds: all of torch.ao.quantization is deprecated
+        return torch.ao.quantization.quantize_dynamic(model, which, dtype=torch.qint8)
+
+
+def test_a_module_in_several_places_is_pruned_once_and_said():
+    torch.manual_seed(0)
+    shared, frozen = nn.Linear(8, 8), nn.Conv1d(8, 8, 1)
+    blocks = nn.ModuleList(
+        nn.ModuleDict({"own": nn.Linear(8, 8), "shared": shared, "conv": frozen}) for _ in range(3)
+    )
+    layout = discover(nn.ModuleDict({"blocks": blocks}))
+    assert [layer.path for layer in layout.layers] == [
+        "blocks.0.own", "blocks.0.shared", "blocks.1.own", "blocks.2.own",
+    ]  # fmt: skip
+    once = "the same module as blocks.0.shared: pruned once, by the inputs it has there"
+    dense = "the same module as blocks.0.conv, which is not pruned"
+    assert layout.skipped == {
+        "blocks.0.conv": "Conv1d is no kind of layer that is pruned",
+        "blocks.1.shared": once, "blocks.1.conv": dense, "blocks.2.shared": once, "blocks.2.conv": dense,
+    }  # fmt: skip
+    report = run(layout, METHODS["magnitude"], 0.5)
+    assert report.skipped == layout.skipped
+    assert int((shared.weight == 0).sum()) == 32
+    note = "1 other modules with matrices stay dense, 4 are shared and stand in several places"
+    assert note in report.table().caption
+    assert note in plan(layout, METHODS["magnitude"], 0.5).table().caption
+
+
+def test_a_block_that_stands_again_names_its_layers():
+    block = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+    model = nn.ModuleDict({"first": block, "again": block, "last": nn.Linear(4, 4)})
+    model.add_module("itself", None)
+    assert discover(model).skipped == {
+        "again.0": "the same module as first.0: pruned once, by the inputs it has there"
+    }
 
 
 def test_a_skeleton_has_the_layers_and_no_weights():

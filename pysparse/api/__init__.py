@@ -7,7 +7,8 @@ from pysparse.api.benchmarking import benchmark, benchmark_shape
 from pysparse.api.evaluation import Evaluation, evaluate
 from pysparse.api.loading import load_model
 from pysparse.api.merging import merge_and_sparsify
-from pysparse.api.pruning import PruneResult, plan_prune, prune
+from pysparse.api.planning import plan_prune
+from pysparse.api.pruning import PruneResult, prune
 from pysparse.measure.comparison import BenchResult, BenchSettings
 from pysparse.measure.doctor import doctor
 from pysparse.measure.kernels import KernelInfo, kernel_info

@@ -22,6 +22,7 @@ from pysparse.api.adapt_progress import AdaptProgress
 from pysparse.api.loading import Texts, Windows, calibration_for, load_model, tokenizer_for
 from pysparse.calib import Calibration, load_texts, token_batches
 from pysparse.huggingface.adapters import check_lora, require_peft, save_adapter
+from pysparse.huggingface.folder import check_replaceable
 from pysparse.measure.progress import Advance, progress_on_stderr
 from pysparse.measure.results import Chart, make_table, save_plot, to_jsonable
 from pysparse.measure.rounds import torch_threads
@@ -192,6 +193,8 @@ def adapt(
     schedule, config = _plan(sparsity, method, host, pattern, lora, losa, seed)
     if resume and output_dir is None:
         raise ValueError("resume=True needs output_dir: progress is kept beside the folder of the result")
+    if output_dir is not None:
+        check_replaceable(output_dir)
     with TemporaryDirectory() as scratch:
         arguments = training_arguments(training or {}, Path(scratch), cpu=True, seed=seed)
     model = load_model(model_or_path, format="dense")

@@ -1,4 +1,4 @@
-"""The calls that prune, and that say what pruning would do."""
+"""The call that prunes."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
-from pysparse import huggingface, methods
+from pysparse.api.choosing import choose, find_layout, one_of, refuse_in_stages
 from pysparse.api.execution import Running, Task, executing
 from pysparse.api.loading import (
     Texts,
@@ -21,40 +20,25 @@ from pysparse.api.loading import (
     load_model,
     tokenizer_or_none,
 )
+from pysparse.api.saving import Saving, packing_for
 from pysparse.api.search import is_searched, part_texts, search_windows
-from pysparse.api.stages import Order, plan_in_stages, prune_in_stages
+from pysparse.api.stages import Order, prune_in_stages
 from pysparse.calib.activations import Place
-from pysparse.calib.load import DEFAULT_SAMPLES
 from pysparse.calib.ranks import joined
-from pysparse.huggingface.folder import is_ours
-from pysparse.huggingface.saving import FORMATS
 from pysparse.measure.progress import progress_on_stderr
 from pysparse.measure.rounds import torch_threads
-from pysparse.measure.windows import choose_window
 from pysparse.methods import AllocationLike
-from pysparse.models.discover import Filter, discover
-from pysparse.models.skeleton import skeleton
-from pysparse.nn import Packing
+from pysparse.models.discover import Filter
 from pysparse.pruning import (
-    NM,
     BlockEvent,
     BlockLayout,
-    PrunePlan,
     PruneReport,
     Recipe,
-    Stage,
-    StagedPlan,
     StagedRecipe,
     StagedReport,
     StructuralMethod,
-    StructuralPlan,
     StructuralReport,
-    check_sparsity,
-    gather_evidence,
-    plan,
-    resolve_sparsity,
 )
-from pysparse.pruning.report import structure_warning
 from pysparse.pruning.run import Propagate
 
 
@@ -158,20 +142,21 @@ def prune(
 
     Returns the model and a report with the exact count of every layer. Everything is checked before a weight
     is touched. Raises ValueError for a wrong sparsity, an unknown name, contradicting arguments, a model
-    without linear layers, missing or empty calibration data, activations that are not finite; MemoryError that
-    names what can be lowered.
+    without linear layers, missing or empty calibration data, activations that are not finite; FileExistsError,
+    NotADirectoryError or PermissionError for an ``output_dir`` that cannot be written; MemoryError that names
+    what can be lowered.
     """
     cut = Windows(
-        _one_of("num_samples", num_samples, "num_calibration_samples", num_calibration_samples),
-        _one_of("max_length", max_length, "max_seq_length", max_seq_length), batch_size, seed,
+        one_of("num_samples", num_samples, "num_calibration_samples", num_calibration_samples),
+        one_of("max_length", max_length, "max_seq_length", max_seq_length), batch_size, seed,
     )  # fmt: skip
     running = Running(output_dir, resume, device, activations, activations_dir)
-    chosen = _chosen(recipe, method, pattern, allocation, sparsity, compat)
-    saving = _Saving.checked(
-        output_dir, save_format, _packing(values, group_size, chosen, save_format), chosen
+    chosen = choose(recipe, method, pattern, allocation, sparsity, compat)
+    saving = Saving.checked(
+        output_dir, save_format, packing_for(values, group_size, chosen, save_format), chosen
     )
     if isinstance(chosen, StagedRecipe):
-        _refuse_in_stages(filter_fn=filter_fn, strict=strict, search_texts=search_texts)
+        refuse_in_stages(filter_fn=filter_fn, strict=strict, search_texts=search_texts)
         order = Order(
             model_or_path, chosen, calibration, tokenizer, cut, running, targets, ignore, propagate, save_format,
             saving.packing, seed, threads, progress, callbacks or (),
@@ -179,7 +164,7 @@ def prune(
         return PruneResult(*prune_in_stages(order))
     model = load_model(model_or_path, format="dense")
     saving.check_model(model)
-    layout = _layout(model, chosen, targets, ignore, filter_fn, strict)
+    layout = find_layout(model, chosen, targets, ignore, filter_fn, strict)
     found = tokenizer_or_none(model_or_path, model, tokenizer)
     task = _task(layout, chosen, sparsity, calibration, search_texts, found, cut, propagate)
     with (
@@ -200,73 +185,6 @@ def prune(
     return PruneResult(model, report)
 
 
-def plan_prune(
-    model_or_path: nn.Module | str | Path,
-    sparsity: float | None = None,
-    method: str = "wanda",
-    pattern: str | None = None,
-    calibration: Any = None,
-    tokenizer: Any = None,
-    *,
-    num_samples: int | None = None,
-    max_length: int | None = None,
-    batch_size: int = 8,
-    targets: Sequence[str] = ("Linear",),
-    ignore: Sequence[str] = ("lm_head",),
-    allocation: AllocationLike | None = None,
-    recipe: Recipe | StagedRecipe | StructuralMethod | str | Path | None = None,
-    filter_fn: Filter | None = None,
-    strict: bool = False,
-    compat: str | None = None,
-    seed: int = 0,
-) -> PrunePlan | StructuralPlan | StagedPlan:
-    """Return what :func:`prune` would do with these arguments: layers, budgets, exact counts, predicted bytes, time.
-
-    Touches nothing; of a folder only ``config.json`` is read. An allocation that looks at activations is
-    computed when ``calibration`` is given (the model is then loaded and run), one that looks at weights when
-    the model is an object or loaded for that reason; otherwise the plan has the totals and says that the
-    layers' shares are not known yet. A structural method is planned by shapes alone; which modules go is known
-    after the search. Raises as :func:`prune` does.
-    """
-    chosen = _chosen(recipe, method, pattern, allocation, sparsity, compat)
-    if isinstance(chosen, StagedRecipe):
-        _refuse_in_stages(filter_fn=filter_fn, strict=strict)
-        shapes = model_or_path if isinstance(model_or_path, nn.Module) else skeleton(model_or_path)
-        return plan_in_stages(shapes, chosen, targets, ignore)  # type: ignore[no-any-return]
-    cut = Windows(num_samples, max_length, batch_size, seed)
-    computed = calibration is not None and bool(chosen.allocation.needs)
-    if isinstance(model_or_path, nn.Module):
-        model = model_or_path
-    else:
-        model = load_model(model_or_path, format="dense") if computed else skeleton(model_or_path)
-    layout = _layout(model, chosen, targets, ignore, filter_fn, strict)
-    if not computed:
-        return plan(layout, chosen, sparsity, tokens=_expected_tokens(model, cut))
-    found = tokenizer_or_none(model_or_path, model, tokenizer)
-    batches = calibration_for(calibration, model, found, cut)
-    tokens = sum(batch.tokens for batch in batches.batches)
-    return plan(layout, chosen, sparsity, gather_evidence(layout, chosen, batches), tokens)
-
-
-def _layout(
-    model: nn.Module, recipe: Recipe, targets: Sequence[str], ignore: Sequence[str], filter_fn: Filter | None,
-    strict: bool,
-) -> BlockLayout:  # fmt: skip
-    """Return what is prunable; when ``strict`` raise what would be warned of."""
-    layout = discover(model, targets, ignore, filter_fn=filter_fn)
-    remarks = [*filter(None, (structure_warning(recipe.structure, layout.layers),)), *layout.warnings]
-    if strict and remarks:
-        raise ValueError(f"strict=True, and {'; '.join(remarks)}")
-    return layout
-
-
-def _expected_tokens(model: nn.Module, cut: Windows) -> int | None:
-    """Return how many tokens of calibration are taken when there is enough text; None for other inputs."""
-    if getattr(model, "main_input_name", "input_ids") != "input_ids":
-        return None
-    return (cut.num_samples or DEFAULT_SAMPLES) * (cut.max_length or choose_window(model, None))
-
-
 def _task(
     layout: BlockLayout, recipe: Recipe, sparsity: float | None, calibration: Any, search_texts: Texts | None,
     tokenizer: Any, cut: Windows, propagate: Propagate,
@@ -279,129 +197,3 @@ def _task(
     if recipe.needs_calibration:
         data_in = calibration_for(material, layout.model, tokenizer, cut, bundled=calibration is None)
     return Task(layout, recipe, sparsity, data_in, windows, propagate, cut.seed)
-
-
-@dataclass(frozen=True, slots=True)
-class _Saving:
-    """Where the result goes and how; nowhere when ``folder`` is None."""
-
-    folder: str | Path | None
-    format: str
-    packing: Packing
-
-    @classmethod
-    def checked(
-        cls, folder: str | Path | None, format: str, packing: Packing, recipe: Recipe | StagedRecipe
-    ) -> _Saving:
-        """Raise now what would keep the result from being saved after the work is done."""
-        if folder is not None:
-            _check_output(folder, format, recipe)
-        return cls(folder, format, packing)
-
-    def check_model(self, model: nn.Module) -> None:
-        if self.folder is not None and not isinstance(model, PreTrainedModel):
-            raise ValueError(
-                f"output_dir needs a transformers model, got {type(model).__name__}: leave it out"
-            )
-
-    def save(self, model: nn.Module, tokenizer: Any, recipe: Recipe, report: PruneReport) -> None:
-        if self.folder is None:
-            return
-        files = {
-            "recipe.yaml": methods.recipe_to_yaml(recipe),
-            "prune_report.json": report.to_json() + "\n",
-        }
-        huggingface.save_pretrained(
-            model,
-            self.folder,
-            format=self.format,
-            tokenizer=tokenizer,
-            extra_files=files,
-            packing=self.packing,
-        )
-
-
-def _packing(
-    values: str | None, group_size: int | None, recipe: Recipe | StagedRecipe, save_format: str
-) -> Packing:
-    """Return how the result is to be packed; an error now rather than after the work."""
-    parts = [one.method for one in recipe.stages] if isinstance(recipe, StagedRecipe) else [recipe]
-    patterns = [
-        str(one.structure) for one in parts if isinstance(one, Recipe) and isinstance(one.structure, NM)
-    ]
-    pattern = patterns[-1] if values is not None and patterns else None
-    packing = Packing(values, pattern, group_size)
-    if not packing.is_plain and save_format != "pysparse":
-        raise ValueError(f'values="{values}" can be saved in format "pysparse" only, got "{save_format}"')
-    return packing
-
-
-def _one_of(name: str, value: int | None, alias: str, other: int | None) -> int | None:
-    """Return what was given under either name; ValueError when both were and they differ."""
-    if value is not None and other is not None and value != other:
-        raise ValueError(f"{name}={value} and {alias}={other} are two names of one thing: pass one of them")
-    return other if value is None else value
-
-
-def _chosen(
-    recipe: Recipe | StagedRecipe | StructuralMethod | str | Path | None,
-    method: str,
-    pattern: str | None,
-    allocation: AllocationLike | None,
-    sparsity: float | None,
-    compat: str | None,
-) -> Recipe | StagedRecipe:
-    """Return what is to be done, with its sparsity checked; a structural method is a recipe of one stage."""
-    if compat not in (None, "paper"):
-        raise ValueError(f"compat is None or 'paper', got {compat!r}")
-    found = _recipe(recipe, method, pattern, allocation)
-    if compat is not None:
-        found = methods.as_released(found)
-    if isinstance(found, StagedRecipe):
-        if sparsity is not None:
-            raise ValueError(
-                f"sparsity={sparsity}: each stage of this recipe has a sparsity of its own; leave it out"
-            )
-        return found
-    if isinstance(found, StructuralMethod):
-        return StagedRecipe((Stage(found, None if sparsity is None else check_sparsity(sparsity)),))
-    resolve_sparsity(found.structure, sparsity)
-    return found
-
-
-def _refuse_in_stages(**given: Any) -> None:
-    """Raise ValueError for what a recipe of stages cannot take."""
-    for name, value in given.items():
-        if value not in (None, False):
-            raise ValueError(f"{name} is not for recipes of stages, nor for structural methods: leave it out")
-
-
-def _recipe(
-    recipe: Recipe | StagedRecipe | StructuralMethod | str | Path | None,
-    method: str,
-    pattern: str | None,
-    allocation: AllocationLike | None,
-) -> Recipe | StagedRecipe | StructuralMethod:
-    if recipe is None and pattern is None and allocation is None:
-        return methods.method_for(method)
-    if recipe is None:
-        return methods.recipe_for(method, pattern, allocation)
-    for name, value, default in (("method", method, "wanda"), ("pattern", pattern, None),
-                                 ("allocation", allocation, None)):  # fmt: skip
-        if value != default:
-            raise ValueError(f"{name}={value!r} is part of the recipe that was given too: pass one of them")
-    return methods.load_recipe(recipe) if isinstance(recipe, str | Path) else recipe
-
-
-def _check_output(output_dir: str | Path, save_format: str, recipe: Recipe | StagedRecipe) -> None:
-    """Raise now what would keep the result from being saved after the work is done."""
-    if save_format not in FORMATS:
-        raise ValueError(f"save_format is one of {', '.join(FORMATS)}, got '{save_format}'")
-    folder = Path(output_dir).expanduser()
-    if folder.exists() and not folder.is_dir():
-        raise NotADirectoryError(f"output_dir={output_dir} is a file; pass a folder")
-    if folder.is_dir() and any(folder.iterdir()) and not is_ours(folder):
-        raise FileExistsError(
-            f"output_dir={output_dir} is neither empty nor a model that pysparse saved: choose another folder"
-        )
-    methods.recipe_to_yaml(recipe)

@@ -24,10 +24,9 @@ def replaced_folder(directory: str | Path) -> Iterator[Path]:
 
     The folder is filled beside its target, flushed to disk, then renamed, so ``directory`` holds the old
     model or the new one, never a mixture. Files that a save does not write are carried over from the old
-    folder. Raises FileExistsError when ``directory`` is neither missing, empty, nor a pysparse model.
+    folder. Raises as :func:`check_replaceable` does.
     """
-    target = Path(os.path.realpath(Path(directory).expanduser()))
-    _check_replaceable(target)
+    target = check_replaceable(directory)
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = _new_sibling(target, "new")
     try:
@@ -40,16 +39,37 @@ def replaced_folder(directory: str | Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _check_replaceable(target: Path) -> None:
-    if not target.exists():
-        return
-    if not target.is_dir():
-        raise FileExistsError(f"{target} is a file; save_pretrained writes a folder")
-    if any(target.iterdir()) and not is_ours(target):
+def check_replaceable(directory: str | Path) -> Path:
+    """Return the real path of ``directory`` if :func:`replaced_folder` can make or replace it.
+
+    Raises FileExistsError when it is neither missing, empty, nor a pysparse model; NotADirectoryError when it,
+    or a folder above it, is a file; PermissionError when it, or the place where it would stand, is read-only.
+    """
+    target = Path(os.path.realpath(Path(directory).expanduser()))
+    if target.exists() and not target.is_dir():
+        raise NotADirectoryError(f"{directory} is a file; pass a folder")
+    if target.is_dir() and any(target.iterdir()) and not is_ours(target):
         raise FileExistsError(
-            f"{target} is neither empty nor a model that pysparse saved: nothing was written; "
+            f"{directory} is neither empty nor a model that pysparse saved: nothing was written; "
             "choose another folder, or remove this one"
         )
+    if target.is_dir() and not os.access(target, os.W_OK):
+        raise PermissionError(f"{directory} is read-only: choose another folder, or make it writable")
+    _check_place(directory, target)
+    return target
+
+
+def _check_place(directory: str | Path, target: Path) -> None:
+    """Make a folder where ``target`` will be filled and remove it: what permissions say is not the whole truth."""
+    place = next(parent for parent in target.parents if parent.exists())
+    if not place.is_dir():
+        raise NotADirectoryError(f"{directory} cannot be made: {place} is a file")
+    try:
+        _new_sibling(place / target.name, "probe").rmdir()
+    except OSError as error:
+        raise PermissionError(
+            f"{directory} cannot be written: {place} takes no new folder ({error.strerror}); choose another folder"
+        ) from None
 
 
 def is_ours(folder: Path) -> bool:

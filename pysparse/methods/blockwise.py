@@ -55,8 +55,9 @@ def band(
     low, high = min(values), max(values)
     if high == low:
         return [target] * len(values)
-    mean = sum(values) / len(values)
-    raw = [target + 2 * half_width * (value - mean) / (high - low) for value in values]
+    unit = [(value - low) / (high - low) for value in values]  # first, for a mean of tiny values loses digits
+    mean = sum(unit) / len(unit)
+    raw = [target + 2 * half_width * (value - mean) for value in unit]
     return project(raw, sizes, target, 0.0, max(highest, target))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +13,8 @@ from pysparse.calib.inputs import Slot
 from pysparse.calib.offload import data_of, device_of
 
 _EXPERT = re.compile(r"(^|\.)experts\.\d+\.")
+
+SECOND_NAME = "the same module as "  # begins the reason for a path under which a module stands again
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -99,7 +102,7 @@ class BlockLayout:
     model: nn.Module
     blocks: tuple[tuple[str, nn.Module], ...]  # (path, module)
     layers: tuple[PrunableLayer, ...]  # in block order
-    skipped: dict[str, str]  # path of a module with weight matrices -> why it stays dense
+    skipped: dict[str, str]  # path of a module with weight matrices -> why it is not pruned, or not here
     warnings: tuple[str, ...] = ()
 
     def layers_of(self, block: int) -> tuple[PrunableLayer, ...]:
@@ -115,3 +118,10 @@ class BlockLayout:
     def model_size(self) -> int:
         """Number of parameters of the whole model."""
         return sum(parameter.numel() for parameter in self.model.parameters())
+
+
+def skipped_note(skipped: Mapping[str, str]) -> str:
+    """Say how many modules are not pruned; second names of one that may be are counted apart."""
+    again = sum(reason.startswith(SECOND_NAME) for reason in skipped.values())
+    text = f"{len(skipped) - again} other modules with matrices stay dense"
+    return f"{text}, {again} are shared and stand in several places" if again else text

@@ -11,7 +11,7 @@ from rich.table import Table
 from pysparse.measure.results import make_table, megabytes, to_jsonable
 from pysparse.pruning.allocation import WeightsUnknownError, allocate
 from pysparse.pruning.forecast import Forecast, forecast
-from pysparse.pruning.layout import BlockLayout, PrunableLayer
+from pysparse.pruning.layout import BlockLayout, PrunableLayer, skipped_note
 from pysparse.pruning.mixed import mixed_note, pattern_of
 from pysparse.pruning.recipe import Evidence, Recipe
 from pysparse.pruning.report import describe_recipe, structure_warning
@@ -88,7 +88,7 @@ class PrunePlan:
         )  # fmt: skip
         caption = (
             f"{self.structure}; {self.weights / self.model_parameters:.0%} of the model's {self.model_parameters:,} "
-            f"parameters are in these layers, {len(self.skipped)} other modules with matrices stay dense"
+            f"parameters are in these layers, {skipped_note(self.skipped)}"
         )
         time = () if self.forecast is None else (f"predicted time: {self.forecast}",)
         return make_table(

@@ -19,7 +19,7 @@ from pysparse.measure.results import (
     to_jsonable,
     write_json,
 )
-from pysparse.pruning.layout import PrunableLayer
+from pysparse.pruning.layout import PrunableLayer, skipped_note
 from pysparse.pruning.recipe import MaskStructure, Recipe
 
 _LONG = 64  # layers above which the table shows one line a block
@@ -57,7 +57,7 @@ class PruneReport:
     target: float  # sparsity asked for
     recipe: dict[str, Any]
     layers: tuple[PrunedLayer, ...]
-    skipped: dict[str, str]  # what else holds matrices and stayed dense, and why
+    skipped: dict[str, str]  # what else holds matrices and was not pruned, or not under this path, and why
     model_parameters: int
     calibration: dict[str, Any] | None  # None: the method needs none
     propagate: str  # whether a block's statistics saw the blocks before it "pruned" or "dense"
@@ -101,7 +101,7 @@ class PruneReport:
     def _remarks(self) -> list[str]:
         share = (
             f"{self.share_of_model:.0%} of the model's {self.model_parameters:,} parameters are in these layers; "
-            f"{len(self.skipped)} other modules with matrices stay dense; {self.seconds['total']:.1f} s"
+            f"{skipped_note(self.skipped)}; {self.seconds['total']:.1f} s"
             + (
                 f", {megabytes(int(peak))} resident at most"
                 if (peak := self.memory.get("resident_peak"))
