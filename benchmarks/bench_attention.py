@@ -139,7 +139,7 @@ def settings(length: int, quick: bool) -> Iterator[tuple[float, int, int]]:
     """(share, run length, group size) of the stripes at ``length``: one thing varied at a time."""
     group = 256 if quick else 2048
     yield 0.1, 1, group
-    if not quick:
+    if not quick and length <= SLOW_LENGTH:  # beyond, one setting takes a minute
         yield from ((share, 1, group) for share in SHARES if share != 0.1)
         yield 0.1, 16, group
         yield from ((0.1, 1, smaller) for smaller in (512, 1024))
