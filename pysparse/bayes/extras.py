@@ -2,18 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
 from typing import Any
+
+from pysparse.calib.extras import optional
 
 
 def extra(module: str) -> Any:
     """Return ``module``; ModuleNotFoundError that names the extra where its package is missing."""
-    try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        package = module.partition(".")[0]
-        if error.name is None or error.name.partition(".")[0] != package:
-            raise
-        raise ModuleNotFoundError(
-            f"this needs the package {package}: pip install 'pysparse[bayes]'", name=error.name
-        ) from error
+    return optional(module, "bayes")

@@ -12,6 +12,7 @@ import pysparse
 from pysparse.cli.adapt import adapt
 from pysparse.cli.attention import attention
 from pysparse.cli.ebf import app as ebf_app
+from pysparse.cli.embed import embed
 from pysparse.cli.options import Debug, Dtype, Json, Model, Plot, Seed, Threads, torch_dtype
 from pysparse.cli.output import EXIT_FAILED, console, emit, guarded, say
 from pysparse.cli.prune import prune
@@ -45,6 +46,7 @@ def main(
 
 app.command()(prune)
 app.command()(adapt)
+app.command()(embed)
 app.add_typer(ebf_app, name="ebf")
 app.add_typer(attention)
 

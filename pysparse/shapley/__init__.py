@@ -21,6 +21,7 @@ from pysparse.shapley.estimators import Banzhaf, KernelSHAP, Owen, Permutation, 
 from pysparse.shapley.exact import Exact
 from pysparse.shapley.game import FunctionGame, Game, WalkingGame
 from pysparse.shapley.sampling import Options, UnitEstimator
+from pysparse.shapley.sharded import Shards, entry_shapley_on_ray
 from pysparse.shapley.state import read_state, write_state
 from pysparse.shapley.structured import (
     PartsGame,
@@ -52,6 +53,7 @@ __all__ = [
     "Quadratic",
     "ShapleyValueSampling",
     "ShapleyValues",
+    "Shards",
     "TopK",
     "TopPlayers",
     "Truncated",
@@ -59,6 +61,7 @@ __all__ = [
     "Walker",
     "WalkingGame",
     "entry_shapley",
+    "entry_shapley_on_ray",
     "fit_quadratic",
     "head_parts",
     "neuron_game",

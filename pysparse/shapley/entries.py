@@ -147,9 +147,14 @@ def entry_shapley(walker: Walker, samples: EntrySamples, run: EntryRun) -> Entry
         journal.save(totals, done, force=done == total)
         if run.progress is not None:
             run.progress("samples", done, total)
+    return entry_values(totals, done, samples, run)
+
+
+def entry_values(totals: EntryTotals, done: int, samples: EntrySamples, run: EntryRun) -> EntryShapley:
+    """Return what ``totals`` of the first ``done`` draws of ``run`` say, however these were shared out."""
     mean, stderr, ratio = _summary(totals, done)
     evaluations = done * cost_of_a_sample(samples, run.antithetic)
-    return EntryShapley(mean, stderr, done, evaluations, done // count, run.seed, ratio)
+    return EntryShapley(mean, stderr, done, evaluations, done // len(samples.ids), run.seed, ratio)
 
 
 def score_shard(walker: Walker, samples: EntrySamples, draw: EntryDraw, rows: tuple[int, int]) -> EntryTotals:
@@ -185,12 +190,7 @@ class _Journal:
         self._saved = self._clock()
         self._identity: dict[str, Any] = {}
         if run.state is not None:
-            self._identity = {
-                "walker": walker.fingerprint(),
-                "samples": _digest(samples),
-                "seed": run.seed,
-                "antithetic": run.antithetic,
-            }
+            self._identity = identity_of(walker, samples, run)
 
     def load(self, totals: EntryTotals) -> int:
         """Fill ``totals`` and return how many draws they hold; 0 when there is no state yet."""
@@ -209,6 +209,16 @@ class _Journal:
             return
         write_state(self._path, self._identity, {**totals.arrays(), "done": np.array([done])})
         self._saved = self._clock()
+
+
+def identity_of(walker: Walker, samples: EntrySamples, run: EntryRun) -> dict[str, Any]:
+    """Return what the bits of an estimation depend on, for its state on disk."""
+    return {
+        "walker": walker.fingerprint(),
+        "samples": _digest(samples),
+        "seed": run.seed,
+        "antithetic": run.antithetic,
+    }
 
 
 def _digest(samples: EntrySamples) -> str:
