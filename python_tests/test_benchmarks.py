@@ -131,7 +131,7 @@ def test_encoder(quick):
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["prefill", "dispatch", "int8_nm", "fused", "attention"])
+@pytest.mark.parametrize("name", ["prefill", "dispatch", "int8_nm", "fused", "attention", "shaver"])
 def test_the_others(quick, name):
     _, printed = quick(name)
     assert printed.strip()

@@ -71,10 +71,10 @@ def embed(
         if dry_run:
             emit("", json, {"evaluations": plan, "samples": len(parts[0].ids), "forms": 3})
             return
-        config = CtrConfig(kind.value, parts[0].field_sizes, dims)  # type: ignore[arg-type]
+        config = CtrConfig(kind.value, parts[0].field_sizes, dims)
         training = CtrTraining(epochs, 512, learning_rate, patience=2, seed=seed)
         with torch_threads(threads or _torch_threads()):
-            model, seconds = trained_model(config, *parts[:2], training, say)
+            model, seconds = trained_model(config, parts[0], parts[1], training, say)
             found = study(model, seconds, parts, all_scorers(passes, seed), budgets, say)
             content = {"source": source, "model": kind.value, "evaluations": plan, **found.record()}
             content["lookup"] = _lookups(model, parts, Shaver(passes=passes, seed=seed), budgets, output)

@@ -16,6 +16,7 @@ from pysparse.cli.embed import embed
 from pysparse.cli.options import Debug, Dtype, Json, Model, Plot, Seed, Threads, torch_dtype
 from pysparse.cli.output import EXIT_FAILED, console, emit, guarded, say
 from pysparse.cli.prune import prune
+from pysparse.cli.shapley import shapley
 
 app = typer.Typer(
     name="pysparse",
@@ -47,6 +48,7 @@ def main(
 app.command()(prune)
 app.command()(adapt)
 app.command()(embed)
+app.command()(shapley)
 app.add_typer(ebf_app, name="ebf")
 app.add_typer(attention)
 

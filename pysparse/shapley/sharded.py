@@ -88,7 +88,8 @@ def _results(
         num_cpus=shards.threads,
         runtime_env={"env_vars": {"OMP_NUM_THREADS": str(shards.threads)}},
     )
-    waiting, running = list(reversed(pieces)), {}
+    waiting = list(reversed(pieces))
+    running: dict[Any, int] = {}
     while waiting or running:
         while waiting and len(running) < shards.in_flight:
             piece, begin, end = waiting.pop()

@@ -1,0 +1,61 @@
+"""The commands about Shapley values: plan first, results as JSON, files written, errors of the user's in one line."""
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from pysparse import backend
+from pysparse.cli import app
+from pysparse.nn import SparseEmbedding
+
+pytestmark = pytest.mark.skipif(
+    not backend.available(), reason=f"no compiled core: {backend.missing_reason()}"
+)
+
+
+def call(*arguments, code=0):
+    result = CliRunner().invoke(app, [str(one) for one in arguments])
+    assert result.exit_code == code, result.output
+    return result
+
+
+def test_embed(tmp_path):
+    arguments = ["embed", "synthetic", "--samples", 3000, "--dims", 4, "--epochs", 2, "--json", "-"]
+    plan = json.loads(call(*arguments, "--dry-run").stdout)
+    assert plan == {"evaluations": 2 * 8 * 4 * 2100, "samples": 2100, "forms": 3}
+    plot = tmp_path / "study.png"
+    found = json.loads(call(*arguments, "--sparsity", 0.8, "-o", tmp_path / "out", "--plot", plot).stdout)
+    assert {row["scores"] for row in found["rows"]} == {
+        "shaver", "shaver, model target", "shaver, zero", "codebook error", "taylor", "magnitude", "random",
+    }  # fmt: skip
+    assert all(row["sparsity"] == 0.8 and 0 < row["auc"] < 1 for row in found["rows"])
+    assert found["lookup"][0]["packed_microseconds"] > 0
+    assert SparseEmbedding.load(tmp_path / "out" / "table-0.8.safetensors").table.density == pytest.approx(
+        0.2
+    )
+    assert plot.stat().st_size > 10_000
+
+
+def test_embed_refuses():
+    assert "no data set 'criteo'" in call("embed", "criteo", code=2).stderr
+    assert "sparsities are in [0, 1]" in call("embed", "fair", "--sparsity", 1.5, code=2).stderr
+    assert "nothing.tsv" in call("embed", "nothing.tsv", code=2).stderr
+
+
+def test_shapley(tmp_path):
+    file = tmp_path / "gloves.py"
+    file.write_text(
+        "import numpy as np\ndef value(c):\n    return np.minimum(c[:, :2].sum(1), c[:, 2:].sum(1))\nnot_one = 3\n"
+    )
+    arguments = ["shapley", f"{file}:value", "--players", 5, "--json", "-"]
+    assert json.loads(call(*arguments, "--budget", 100, "--dry-run").stdout)["evaluations"] <= 100
+    exact = json.loads(call(*arguments, "--budget", 32, "--estimator", "exact").stdout)
+    assert exact["mean"] == pytest.approx([0.65, 0.65, 7 / 30, 7 / 30, 7 / 30])
+    drawn = json.loads(call(*arguments, "--budget", 20_000).stdout)
+    for mean, error, true in zip(drawn["mean"], drawn["stderr"], exact["mean"], strict=True):
+        assert abs(mean - true) < 5 * error
+    assert "needs a budget of" in call(*arguments, "--budget", 3, code=2).stderr
+    wrong = ["shapley", f"{file}:not_one", "--players", 5, "--budget", 100]
+    assert "defines no function 'not_one'" in call(*wrong, code=2).stderr
+    assert "FILE.py:FUNCTION" in call("shapley", "value", "--players", 5, "--budget", 99, code=2).stderr
