@@ -1,6 +1,7 @@
 """Click data: bundled sets, the generator, logs in TSV and Parquet in pieces, the rare-value rule, missing extras."""
 
 import sys
+import tracemalloc
 
 import numpy as np
 import pyarrow as pa
@@ -134,3 +135,16 @@ def test_a_parquet_log(tmp_path):
     assert found.counts().tolist() == [40, 0, 20, 10, 10, 0]
     with pytest.raises(ValueError, match="has no column 'clicked'; it has id, click, site, hour"):
         parquet(path, label="clicked")
+
+
+@pytest.mark.slow
+def test_ten_million_rows_in_bounded_memory():
+    """Beside the table and the law of one field, a draw holds one chunk."""
+    truth = SyntheticClicks(SyntheticSpec(values=1_250_000, zipf=1.05))
+    assert truth.table.shape == (10_000_000, 4)
+    tracemalloc.start()
+    seen = sum(len(part.ids) for part in truth.chunks(400_000, chunk=20_000))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert seen == 400_000
+    assert peak < 20_000 * 8 * 4 * 8 * 6  # a few float64 arrays [chunk, fields, dims]

@@ -7,6 +7,7 @@ from typer.testing import CliRunner
 
 from pysparse import backend
 from pysparse.cli import app
+from pysparse.methods.shaver_bits import load_affine
 from pysparse.nn import SparseEmbedding
 
 pytestmark = pytest.mark.skipif(
@@ -34,12 +35,19 @@ def test_embed(tmp_path):
     assert SparseEmbedding.load(tmp_path / "out" / "table-0.8.safetensors").table.density == pytest.approx(
         0.2
     )
+    wide = (tmp_path / "out" / "table-0.8.safetensors").stat().st_size
+    call(*arguments, "--sparsity", 0.8, "-o", tmp_path / "narrow", "--bits", 8)
+    narrow = tmp_path / "narrow" / "table-0.8.safetensors"
+    assert load_affine(narrow).table.density == pytest.approx(0.2)
+    assert narrow.stat().st_size < wide
     assert plot.stat().st_size > 10_000
 
 
 def test_embed_refuses():
     assert "no data set 'criteo'" in call("embed", "criteo", code=2).stderr
     assert "sparsities are in [0, 1]" in call("embed", "fair", "--sparsity", 1.5, code=2).stderr
+    assert "bits is 4, 8 or 16, got 5" in call("embed", "fair", "--bits", 5, code=2).stderr
+    assert "logs are .parquet, .tsv, .txt files, got x.csv" in call("embed", "x.csv", code=2).stderr
     assert "nothing.tsv" in call("embed", "nothing.tsv", code=2).stderr
 
 

@@ -26,7 +26,8 @@ from pysparse.methods.shaver import (
     prune_embedding,
     walker_of,
 )
-from pysparse.methods.shaver_tuning import affine_values, fine_tune, quantise_embedding
+from pysparse.methods.shaver_bits import affine_values, load_affine, quantise_embedding, save_affine
+from pysparse.methods.shaver_tuning import fine_tune
 from pysparse.nn import SparseEmbedding
 from pysparse.nn.ctr import CTR_KINDS, CtrConfig, CtrModel
 from pysparse.ops import EntryDraw, fm_marginals, head_marginals
@@ -234,7 +235,7 @@ def test_training_then_tuning_under_the_mask():
 
 
 @pytest.mark.parametrize("bits", [4, 8, 16])
-def test_bits(bits):
+def test_bits(bits, tmp_path):
     values = np.random.default_rng(0).normal(size=1001).astype(np.float32)
     codes = affine_values(values, bits)
     assert np.abs(codes.values() - values).max() <= codes.scale * 1.001
@@ -253,6 +254,18 @@ def test_bits(bits):
     change = (rounded.embedding.table.to_dense() - pruned.embedding.table.to_dense()).abs()
     assert float(change.max()) <= kept.scale * 1.001
     assert not change[~pruned.embedding.table.keep_mask()].any()
+    path = tmp_path / "table.safetensors"
+    save_affine(path, pruned.embedding, bits)
+    ids = torch.from_numpy(clicks.ids)
+    assert torch.equal(load_affine(path)(ids), rounded.embedding(ids))
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(ValueError, match="is damaged"):
+        load_affine(path)
+    pruned.embedding.save(path)
+    with pytest.raises(
+        ValueError, match="is not a pysparse-embedding-affine-1 file: format 'pysparse-embedding-1'"
+    ):
+        load_affine(path)
 
 
 # --- bad input -------------------------------------------------------------------------------------------

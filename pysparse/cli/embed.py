@@ -46,6 +46,9 @@ def embed(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Folder for Shaver's packed tables.")
     ] = None,
+    bits: Annotated[
+        int | None, typer.Option(help="Bits of a value in these files: 4, 8 or 16. [default: float32]")
+    ] = None,
     threads: Threads = None,
     seed: Seed = 0,
     json: Json = None,
@@ -63,6 +66,8 @@ def embed(
         budgets = sorted(set(sparsity or (0.5, 0.8, 0.95)))
         if not 0.0 <= budgets[0] <= budgets[-1] <= 1.0:
             raise ValueError(f"sparsities are in [0, 1], got {budgets}")
+        if bits not in (None, 4, 8, 16):
+            raise ValueError(f"bits is 4, 8 or 16, got {bits}")
         parts = _load(source, samples, seed).split(0.7, 0.1, seed=seed)
         plan = Shaver(passes=passes).evaluations(parts[0], dims)
         say(
@@ -77,7 +82,8 @@ def embed(
             model, seconds = trained_model(config, parts[0], parts[1], training, say)
             found = study(model, seconds, parts, all_scorers(passes, seed), budgets, say)
             content = {"source": source, "model": kind.value, "evaluations": plan, **found.record()}
-            content["lookup"] = _lookups(model, parts, Shaver(passes=passes, seed=seed), budgets, output)
+            shaver = Shaver(passes=passes, seed=seed)
+            content["lookup"] = _lookups(model, parts, shaver, budgets, (output, bits))
         emit(_table(source, found, content["lookup"]), json, content)
         if plot is not None:
             say(f"wrote {draw_study(found, plot)}")
@@ -99,7 +105,10 @@ def _load(source: str, samples: int, seed: int) -> Clicks:
         return SyntheticClicks(SyntheticSpec(seed=seed)).draw(samples)
     if not Path(source).suffix:
         return clicks.load_clicks(source)
-    log = clicks_files.parquet(source) if Path(source).suffix == ".parquet" else clicks_files.criteo(source)
+    readers = {".parquet": clicks_files.parquet, ".tsv": clicks_files.criteo, ".txt": clicks_files.criteo}
+    if Path(source).suffix not in readers:
+        raise ValueError(f"logs are {', '.join(readers)} files, got {source}")
+    log = readers[Path(source).suffix](source)
     vocabulary = clicks_files.count_values(log)
     pieces: list[Clicks] = []
     for piece in clicks_files.read_clicks(log, vocabulary):
@@ -113,7 +122,7 @@ def _load(source: str, samples: int, seed: int) -> Clicks:
 
 
 def _lookups(
-    model: CtrModel, parts: Any, scorer: Any, budgets: list[float], output: Path | None
+    model: CtrModel, parts: Any, scorer: Any, budgets: list[float], files: tuple[Path | None, int | None]
 ) -> list[dict[str, Any]]:
     """Time dense and packed lookups of the test samples, one after the other in each round; save the tables."""
     import time
@@ -135,11 +144,20 @@ def _lookups(
                     seconds[name].append(time.perf_counter() - begin)
         times = {f"{name}_microseconds": 1e6 * median(found) for name, found in seconds.items()}
         rows.append({"sparsity": budget, "ids": ids.numel(), **times})
-        if output is not None:
-            output.mkdir(parents=True, exist_ok=True)
-            packed.save(output / f"table-{budget:g}.safetensors")  # type: ignore[operator]
-            say(f"wrote {output / f'table-{budget:g}.safetensors'}")
+        if files[0] is not None:
+            _save(packed, files[0] / f"table-{budget:g}.safetensors", files[1])
     return rows
+
+
+def _save(packed: Any, path: Path, bits: int | None) -> None:
+    from pysparse.methods.shaver_bits import save_affine
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if bits is None:
+        packed.save(path)
+    else:
+        save_affine(path, packed, bits)
+    say(f"wrote {path} ({path.stat().st_size} bytes)")
 
 
 def _table(source: str, found: Study, lookups: list[dict[str, Any]]) -> Any:

@@ -1,23 +1,16 @@
-"""What may follow Shaver's cut: training under the frozen mask and codebook, and fewer bits for the values."""
+"""What may follow Shaver's cut: training under the frozen mask and codebook."""
 
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
-from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from pysparse.calib.clicks import Clicks
 from pysparse.methods.ctr_training import CtrScore, CtrTraining, Report, train_ctr
 from pysparse.methods.shaver import EntryScores, pack_embedding
-from pysparse.nn import SparseEmbedding
 from pysparse.nn.ctr import CtrModel
-
-_BITS = (4, 8, 16)
 
 
 class MaskedEmbedding(nn.Module):
@@ -59,65 +52,3 @@ def fine_tune(
     dense = nn.Embedding.from_pretrained(masked.weight.detach(), freeze=False)
     tuned.embedding = dense
     return pack_embedding(tuned, keep, scores.base, scores.field_sizes), score
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class AffineValues:
-    """Values on an even grid of 2^bits steps between the smallest and the largest one."""
-
-    codes: NDArray[Any]  # uint8 or uint16 [nnz]; two 4-bit codes a byte, the first in the low half
-    scale: float
-    zero_point: float
-    bits: int
-    count: int
-
-    def __post_init__(self) -> None:
-        if self.bits not in _BITS:
-            raise ValueError(f"bits is one of {_BITS}, got {self.bits}")
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of codes, scale and zero point."""
-        return self.codes.nbytes + 16
-
-    def values(self) -> NDArray[np.float32]:
-        """Return (code - zero_point) * scale, float32 [nnz]."""
-        codes = self.codes
-        if self.bits == 4:
-            codes = np.stack([codes & 15, codes >> 4], axis=1).ravel()[: self.count]
-        return ((codes.astype(np.float64) - self.zero_point) * self.scale).astype(np.float32)
-
-
-def affine_values(values: NDArray[np.float32], bits: int) -> AffineValues:
-    """Round ``values`` to 4, 8 or 16 bits by one scale and zero point a table: at most one step from where they were.
-
-    Raises ValueError for other bits and for values that are not finite.
-    """
-    if bits not in _BITS:
-        raise ValueError(f"bits is one of {_BITS}, got {bits}")
-    if not np.isfinite(values).all():
-        raise ValueError(f"{int((~np.isfinite(values)).sum())} values are not finite")
-    low, high = (float(values.min()), float(values.max())) if values.size else (0.0, 0.0)
-    top = 2**bits - 1
-    scale = (high - low) / top if high > low else (abs(low) or 1.0)
-    zero_point = float(np.trunc(-low / scale))
-    codes = np.clip(np.rint(values.astype(np.float64) / scale + zero_point), 0, top)
-    packed = codes.astype(np.uint16 if bits == 16 else np.uint8)
-    if bits == 4:
-        pairs = np.pad(packed, (0, packed.size % 2)).reshape(-1, 2)
-        packed = pairs[:, 0] | (pairs[:, 1] << 4)
-    return AffineValues(packed, scale, zero_point, bits, values.size)
-
-
-def quantise_embedding(model: CtrModel, bits: int) -> tuple[CtrModel, AffineValues]:
-    """Return a copy of a packed model whose kept values are those of ``bits`` bits, and the codes."""
-    if not isinstance(model.embedding, SparseEmbedding):
-        raise TypeError(f"only a packed table is quantised, got {type(model.embedding).__name__}")
-    table = model.embedding.table
-    codes = affine_values(table.values.float().cpu().numpy(), bits)
-    result = copy.deepcopy(model)
-    rounded = torch.from_numpy(codes.values()).to(table.values)
-    result.embedding = SparseEmbedding(
-        type(table)(rounded, table.bitmask, table.codebook, table.field_rows, table.dims)
-    )
-    return result, codes
