@@ -214,13 +214,13 @@ def test_scores_beat_chance_and_zeros():
 
 
 def test_training_then_tuning_under_the_mask():
-    clicks = load_clicks("digits")
+    clicks = load_clicks("digits").take(slice(None, None, 2))
     train, valid = clicks.split(0.7)
     torch.manual_seed(0)
-    model = CtrModel(CtrConfig("deepfm", clicks.field_sizes, 4, (16,)))
-    training = CtrTraining(epochs=5, batch_size=128, learning_rate=5e-3, patience=2)
+    model = CtrModel(CtrConfig("deepfm", clicks.field_sizes, 2, (16,)))
+    training = CtrTraining(epochs=6, batch_size=64, learning_rate=1e-2, patience=2)
     score = train_ctr(model, train, valid, training)
-    assert score.auc > 0.9
+    assert score.auc > 0.85
     assert score_ctr(model, valid) == score  # the best epoch was kept
     scores = Shaver()(model, train)
     pruned = prune_embedding(model, scores, 0.95)
