@@ -12,7 +12,10 @@ from pysparse.cli.options import Debug, Json, Plot, Seed, Threads
 from pysparse.cli.output import emit, guarded, say
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from pysparse.calib.clicks import Clicks
+    from pysparse.calib.clicks_files import ClickLog
     from pysparse.methods.shaver_study import Study
     from pysparse.nn.ctr import CtrModel
 
@@ -105,7 +108,11 @@ def _load(source: str, samples: int, seed: int) -> Clicks:
         return SyntheticClicks(SyntheticSpec(seed=seed)).draw(samples)
     if not Path(source).suffix:
         return clicks.load_clicks(source)
-    readers = {".parquet": clicks_files.parquet, ".tsv": clicks_files.criteo, ".txt": clicks_files.criteo}
+    readers: dict[str, Callable[[str], ClickLog]] = {
+        ".parquet": clicks_files.parquet,
+        ".tsv": clicks_files.criteo,
+        ".txt": clicks_files.criteo,
+    }
     if Path(source).suffix not in readers:
         raise ValueError(f"logs are {', '.join(readers)} files, got {source}")
     log = readers[Path(source).suffix](source)
