@@ -120,7 +120,7 @@ def test_the_half_laplace_minimum_is_global():
     problem, prior, levels = problems()[0], HalfLaplace(2.0), {}
     for code in range(16):
         support = np.array([bool(code >> i & 1) for i in range(4)])
-        found = solve(problem, prior, NOISE, Settings(max_iterations=250), support * 1.0)
+        found = solve(problem, prior, NOISE, Settings(**EXACT), support * 1.0)
         levels[tuple(np.flatnonzero(support))] = found.objective[-1]
     assert min(levels.values()) == pytest.approx(-0.6658683426, abs=1e-9)
     for support, level in {(0,): -0.460518, (0, 1): -0.464534, (2, 3): 2.933939, (): 89.843373}.items():
