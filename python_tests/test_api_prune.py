@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 
 import pytest
 import tiny_models
@@ -332,6 +333,53 @@ def test_places_that_cannot_be_saved_to_are_found_before_the_work(small, tmp_pat
     assert not (tmp_path / "new").exists()
     with pytest.raises(FileNotFoundError, match="no such model folder"):
         api.prune(tmp_path / "nothing", progress=False)
+
+
+@pytest.mark.parametrize("method", ["magnitude", "2ssp"])
+def test_places_that_take_no_folder_are_found_before_the_work(small, method, tmp_path):
+    (tmp_path / "file").write_text("x")
+    rows = tiny_models.tokens()
+    for folder, error, message in [
+        (tmp_path / "file" / "out", NotADirectoryError, "out cannot be made: .*file is a file"),
+        ("/proc/a/b", PermissionError, "/proc/a/b cannot be written: /proc takes no new folder"),
+    ]:
+        refused(small, message, error, sparsity=0.3, method=method, calibration=rows, output_dir=folder)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write to read-only folders")
+def test_read_only_folders_are_found_before_the_work(small, tmp_path):
+    (tmp_path / "above").mkdir(mode=0o555)
+    (tmp_path / "itself").mkdir(mode=0o555)
+    refused(small, "above takes no new folder", PermissionError, method="magnitude",
+            output_dir=tmp_path / "above" / "out")  # fmt: skip
+    refused(small, "is read-only", PermissionError, method="magnitude", output_dir=tmp_path / "itself")
+
+
+@pytest.mark.parametrize("method", ["magnitude", "sparsegpt", "2ssp"])
+def test_sparsity_zero_saves_the_model_bit_for_bit(small, method, tmp_path):
+    before = {name: one.detach().clone() for name, one in small.named_parameters()}
+    api.prune(
+        small, 0, method, calibration=tiny_models.tokens(), output_dir=tmp_path / "same", progress=False
+    )
+    loaded = dict(api.load_model(tmp_path / "same").named_parameters())
+    assert loaded.keys() == before.keys()
+    assert all(
+        torch.equal(one.view(torch.int32), before[name].view(torch.int32)) for name, one in loaded.items()
+    )
+
+
+@pytest.mark.parametrize("method", ["2ssp", "shortgpt"])
+def test_structural_methods_refuse_what_the_others_do(small, method):
+    rows = tiny_models.tokens()
+    padding = {"input_ids": torch.ones(2, 4, dtype=torch.long), "attention_mask": torch.zeros(2, 4)}
+    for sparsity, hint in [(50, "got 50; did you mean 0.5"), (1.0, "got 1.0"), (-0.1, "got -0.1")]:
+        refused(small, f"sparsity is a fraction.*{hint}", sparsity=sparsity, method=method, calibration=rows)
+    refused(small, "padding only", sparsity=0.3, method=method, calibration=[padding])
+    refused(small, "texts need a tokenizer", sparsity=0.3, method=method)
+    small.model.layers[1].mlp.up_proj.weight.data[0, 0] = torch.inf
+    with pytest.raises(ValueError, match=r"model.layers.1.* NaN.*nothing was changed"):
+        api.prune(small, 0.3, method, calibration=rows, progress=False)
 
 
 def test_too_little_memory_is_answered_with_what_to_lower(small):

@@ -81,15 +81,16 @@ def test_damaged_weights_are_refused_before_anything_is_touched(method, value):
     assert all(torch.equal(one, old) for one, old in zip(clean, before, strict=True))
 
 
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt", "ebf"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_activations_that_are_not_finite_name_the_layer(value):
+def test_activations_that_are_not_finite_name_the_layer(value, method):
     model = tiny_models.tiny("llama")
     model.model.embed_tokens.weight.data[7, 3] = value
     rows = tiny_models.tokens()
     rows[2, 4] = 7
     before = copies(model)
     with pytest.raises(ValueError, match="inputs of model.layers.0.self_attn.q_proj hold NaN or infinity"):
-        run(discover(model), METHODS["wanda"], 0.5, load_calibration(rows))
+        run(discover(model), METHODS[method], 0.5, load_calibration(rows))
     assert all(
         torch.equal(parameter.nan_to_num(), before[name].nan_to_num())
         for name, parameter in model.named_parameters()

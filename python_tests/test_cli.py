@@ -206,6 +206,35 @@ def test_wrong_input_is_one_line_and_exit_code_2(dense, tmp_path):
     assert not (tmp_path / "never").exists()
 
 
+def test_folders_that_cannot_be_written_are_refused_before_the_work(dense, tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine.txt").write_text("x")
+    (tmp_path / "file").write_text("x")
+    # Nothing here may be loaded: the model named does not exist, and that would be said otherwise.
+    missing = tmp_path / "no model"
+    assert "neither empty nor a model that pysparse saved" in refused(
+        "prune", missing, "-o", tmp_path / "full"
+    )
+    assert "is a file; pass a folder" in refused("prune", missing, "-o", tmp_path / "file")
+    assert "file is a file" in refused("prune", missing, "-o", tmp_path / "file" / "out")
+    assert "/proc takes no new folder" in refused("prune", missing, "-o", "/proc/out")
+    assert [path.name for path in (tmp_path / "full").iterdir()] == ["mine.txt"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "full"]
+
+
+def test_a_missing_tokenizer_is_said_and_a_method_without_data_needs_none(dense, tmp_path):
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (bare / name).write_bytes((dense / name).read_bytes())
+    message = refused("prune", bare, "-o", tmp_path / "out")
+    assert "calibration texts need a tokenizer: pass tokenizer=" in message
+    assert "save it in the model's folder" in message
+    assert not (tmp_path / "out").exists()
+    result = run("prune", bare, "-o", tmp_path / "out", "--method", "magnitude")
+    assert result.exit_code == 0, result.stderr
+
+
 def test_a_damaged_checkpoint_is_refused(pruned, tmp_path):
     broken = tmp_path / "broken"
     broken.mkdir()

@@ -219,10 +219,8 @@ def test_layers_whose_weights_are_no_parameters_are_reported():
 
 
 def _dynamically_quantized(model, which):
-    with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore"
-        )  # torch's own, of several kinds: all of torch.ao.quantization is deprecated
+    with warnings.catch_warnings():  # torch's own, of several kinds: torch.ao.quantization is deprecated
+        warnings.simplefilter("ignore")
         return torch.ao.quantization.quantize_dynamic(model, which, dtype=torch.qint8)
 
 

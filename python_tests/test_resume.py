@@ -143,6 +143,55 @@ def test_kills_at_random_moments(saved, tmp_path):
     assert same_bits(tmp_path / "whole", target)
 
 
+@pytest.mark.slow
+def test_ctrl_c_on_the_command_and_then_resume(saved, tmp_path):
+    """The bundled tokenizer and text, as a user would: the second block is done when the signal comes."""
+    tokenizer = AutoTokenizer.from_pretrained(data.demo_model_path())
+    model = tiny_models.tiny("llama", num_hidden_layers=8, vocab_size=4096, max_position_embeddings=128)
+    model.save_pretrained(saved)
+    tokenizer.save_pretrained(saved)
+    start_command(saved, tmp_path / "whole")[0].wait(timeout=100)
+    process, progress = start_command(saved, tmp_path / "out")
+    while process.poll() is None and "block-00001.safetensors" not in files(progress):
+        time.sleep(0.0005)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=100)
+    assert process.returncode == 130, errors
+    assert "pysparse: interrupted: " in errors
+    assert f"kept in {progress}; resume goes on with them" in " ".join(errors.split())
+    assert "Traceback" not in errors
+    assert not (tmp_path / "out").exists()
+    again, _ = start_command(saved, tmp_path / "out")
+    _, errors = again.communicate(timeout=100)
+    assert again.returncode == 2
+    assert "pass resume=True" in errors
+    resumed, _ = start_command(saved, tmp_path / "out", "--resume")
+    _, errors = resumed.communicate(timeout=100)
+    assert resumed.returncode == 0, errors
+    assert same_bits(tmp_path / "whole", tmp_path / "out")
+    assert not progress.exists()
+
+
+# A shell's background jobs, and so their children, ignore Ctrl-C.
+COMMAND = """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from pysparse.cli import app
+app()
+"""
+
+
+def start_command(source, target, *more):
+    """Start ``pysparse prune`` and return the process and where it keeps its progress."""
+    command = [
+        sys.executable, "-c", COMMAND, "prune", source, "-o", target, "--format", "dense",
+        "--num-samples", 8, "--max-length", 64, "--threads", 1, *more,
+    ]  # fmt: skip
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    process = subprocess.Popen([*map(str, command)], env=environment, stderr=subprocess.PIPE, text=True)
+    return process, progress_folder(target)
+
+
 # --- in one process --------------------------------------------------------------------------------------
 
 
@@ -284,6 +333,19 @@ def test_progress_is_not_thrown_away_without_a_word(tmp_path):
     with pytest.raises(FileExistsError, match="it holds other files"):
         prune_until(None, other)
     assert (progress_folder(other) / "mine.txt").read_text() == "x"
+
+
+def test_an_interrupt_says_what_is_kept(tmp_path):
+    def interrupt(event):
+        if event.index == 1:
+            raise KeyboardInterrupt
+
+    rows = tiny_models.tokens()
+    with pytest.raises(KeyboardInterrupt) as caught:
+        api.prune(tiny_models.tiny("llama"), calibration=rows, output_dir=tmp_path / "x", callbacks=[interrupt],
+                  progress=False)  # fmt: skip
+    folder = progress_folder(tmp_path / "x")
+    assert caught.value.__notes__ == [f"2 blocks are done and kept in {folder}; resume goes on with them"]
 
 
 def test_nothing_is_left_of_a_run_that_did_nothing(tmp_path):

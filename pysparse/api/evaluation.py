@@ -14,13 +14,13 @@ from pysparse.measure.agreement import Agreement
 from pysparse.measure.perplexity import Perplexity
 from pysparse.measure.progress import progress_on_stderr
 from pysparse.measure.quality import score_models
-from pysparse.measure.results import dumps, make_table, to_jsonable, write_json
+from pysparse.measure.results import Result, make_table
 from pysparse.measure.rounds import torch_threads
 from pysparse.measure.windows import choose_window, text_windows
 
 
 @dataclass(frozen=True, slots=True)
-class Evaluation:
+class Evaluation(Result):
     """Quality of a model, beside its dense reference when one was given."""
 
     perplexity: Perplexity
@@ -44,20 +44,6 @@ class Evaluation:
             f"stride {protocol['stride']}, {protocol['window_choice']}"
         )
         return make_table("quality", columns, rows, caption=caption)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return a JSON-ready dict."""
-        result: dict[str, Any] = to_jsonable(self)
-        return result
-
-    def to_json(self, path: str | Path | None = None) -> str:
-        """Return JSON text, and write it to ``path`` when given."""
-        if path is not None:
-            write_json(path, self.to_dict())
-        return dumps(self.to_dict())
-
-    def __rich__(self) -> Table:
-        return self.table()
 
 
 def evaluate(

@@ -107,6 +107,12 @@ def executing(
     journal = Journal.open(place, identity(running.device), resume=running.resume, ranks=ranks)
     try:
         yield Execution(running.device, running.activations, running.activations_dir or place, journal)
+    except KeyboardInterrupt as interrupt:
+        if not journal.empty:
+            interrupt.add_note(
+                f"{journal.done} blocks are done and kept in {place}; resume goes on with them"
+            )
+        raise
     finally:
         journal.close()
         if journal.empty and place.is_dir():

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from pysparse.measure.results import dumps, make_table, write_json
+from pysparse.measure.results import Result, make_table
 
 SPARSE, DENSE, TORCH = "sparse", "dense", "torch"  # our planned, our exact, torch's own attention
 
@@ -47,7 +46,7 @@ class Tally:
 
 
 @dataclass(slots=True)
-class AttentionLog:
+class AttentionLog(Result):
     """Counts attention calls by (layer, way, reason). Its size grows with the layers, not with the calls."""
 
     tallies: dict[tuple[int, str, str], Tally] = field(default_factory=dict)
@@ -107,15 +106,6 @@ class AttentionLog:
     def to_dict(self) -> dict[str, Any]:
         """Return a JSON-ready dict."""
         return {"calls": self.rows(), "fallbacks": self.fallbacks}
-
-    def to_json(self, path: str | Path | None = None) -> str:
-        """Return the log as JSON text, and write it to ``path`` if given."""
-        if path is not None:
-            write_json(path, self.to_dict())
-        return dumps(self.to_dict())
-
-    def __rich__(self) -> Table:
-        return self.table()
 
     def __str__(self) -> str:
         console = Console(width=130, no_color=True)

@@ -44,7 +44,10 @@ def load_calibration(
     if texts is None:
         return own_batches(items, num_samples, max_length)
     if tokenizer is None:
-        raise ValueError("calibration texts need a tokenizer: pass tokenizer=..., or tokens instead of texts")
+        raise ValueError(
+            "calibration texts need a tokenizer: pass tokenizer=..., save it in the model's folder, or give tokens "
+            "instead of texts"
+        )
     return token_batches(
         texts, tokenizer, num_samples or DEFAULT_SAMPLES, max_length or default_length, batch_size, seed=seed,
         source=f"'{source}'" if isinstance(source, str | Path) else f"{len(texts)} texts",

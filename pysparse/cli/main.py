@@ -41,7 +41,7 @@ def main(
 ) -> None:
     """Make Hugging Face models sparse, and make the sparsity pay.
 
-    Results go to stdout, progress and messages to stderr. Exit code: 0 done, 1 failed, 2 wrong input.
+    Results go to stdout, progress and messages to stderr. Exit code: 0 done, 1 failed, 2 wrong input, 130 interrupted.
     """
 
 

@@ -14,6 +14,7 @@ from rich.console import Console
 from pysparse.measure.results import dumps, write_json
 
 EXIT_FAILED, EXIT_USER = 1, 2
+EXIT_INTERRUPTED = 130  # what a shell makes of Ctrl-C
 _WIDTH = 130  # of tables in a pipe or a file, where there is no terminal to ask
 _USER_ERRORS = (
     ValueError,
@@ -51,15 +52,22 @@ def emit(result: Any, json_target: str | None, content: Any) -> None:
 
 @contextmanager
 def guarded(debug: bool) -> Iterator[None]:
-    """Turn errors into one line on stderr: exit code 2 for the user's to mend, 1 for everything else."""
+    """Turn errors into one line on stderr: exit code 2 for the user's to mend, 1 for everything else.
+
+    Ctrl-C is one line as well, with the notes of the interrupt, and exit code 130.
+    """
     logging.basicConfig(level=logging.DEBUG if debug else logging.WARNING)
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()  # our own progress is shown; a bar per file drowns it
     try:
         yield
-    except (typer.Exit, typer.Abort, KeyboardInterrupt):
+    except (typer.Exit, typer.Abort):
         raise
+    except KeyboardInterrupt as interrupt:
+        hints = getattr(interrupt, "__notes__", ())
+        typer.echo(": ".join(("pysparse: interrupted", *hints)), err=True)
+        raise typer.Exit(EXIT_INTERRUPTED) from None
     except Exception as error:
         if debug:
             raise

@@ -23,7 +23,14 @@ from pysparse.measure.latency import (
 from pysparse.measure.machine import last_level_cache_bytes, machine_card
 from pysparse.measure.memory import model_bytes, peak_memory
 from pysparse.measure.quality import evaluating
-from pysparse.measure.results import Chart, dumps, make_table, megabytes, save_plot, to_jsonable, write_json
+from pysparse.measure.results import (
+    Chart,
+    Result,
+    make_table,
+    megabytes,
+    save_plot,
+    to_jsonable,
+)
 from pysparse.measure.rounds import torch_threads
 
 TORCH_DENSE = "torch dense"
@@ -46,7 +53,7 @@ class BenchSettings:
 
 
 @dataclass(frozen=True, slots=True)
-class BenchResult:
+class BenchResult(Result):
     """Engines side by side; the first one is the baseline of every speed-up."""
 
     title: str
@@ -97,17 +104,6 @@ class BenchResult:
             f"{s['new_tokens']} tokens; load {load:.1f} on {card.get('cores')} cores"
         )
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return a JSON-ready dict."""
-        result: dict[str, Any] = to_jsonable(self)
-        return result
-
-    def to_json(self, path: str | Path | None = None) -> str:
-        """Return JSON text, and write it to ``path`` when given."""
-        if path is not None:
-            write_json(path, self.to_dict())
-        return dumps(self.to_dict())
-
     def plot(self, path: str | Path) -> Path:
         """Draw tokens per second as bars into ``path``; RuntimeError without matplotlib."""
         charts = [
@@ -116,9 +112,6 @@ class BenchResult:
         ]
         charts = [chart for chart in charts if chart.x_names]
         return save_plot(path, charts, caption=f"{self.title}: {self.header()}")
-
-    def __rich__(self) -> Table:
-        return self.table()
 
     def __str__(self) -> str:
         console = Console(width=120, no_color=True)

@@ -13,7 +13,14 @@ from rich.table import Table
 from torch import nn
 
 from pysparse.measure.memory import model_bytes
-from pysparse.measure.results import Chart, dumps, make_table, megabytes, save_plot, to_jsonable, write_json
+from pysparse.measure.results import (
+    Chart,
+    Result,
+    make_table,
+    megabytes,
+    save_plot,
+    to_jsonable,
+)
 from pysparse.measure.twins import linear_layers
 from pysparse.nn import CompactLinear, DenseLinear, SparseLinear
 
@@ -34,7 +41,7 @@ class LayerReport:
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
+class Report(Result):
     """Sparsity, bytes and kernels of a model's linear layers; prints itself as a table."""
 
     layers: tuple[LayerReport, ...]
@@ -87,15 +94,6 @@ class Report:
             sparsity=self.sparsity, linear_bytes=self.linear_bytes, linear_bytes_dense=self.linear_bytes_dense
         )
         return result
-
-    def to_json(self, path: str | Path | None = None) -> str:
-        """Return JSON text, and write it to ``path`` when given."""
-        if path is not None:
-            write_json(path, self.to_dict())
-        return dumps(self.to_dict())
-
-    def __rich__(self) -> Table:
-        return self.table()
 
     def __str__(self) -> str:
         console = Console(width=120, no_color=True)

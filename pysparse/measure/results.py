@@ -7,15 +7,41 @@ import json
 import math
 import os
 import tempfile
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from rich.console import Group
 from rich.table import Table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
+
+class Result(ABC):
+    """What a call returns: a table for people, JSON for programs."""
+
+    __slots__ = ()
+
+    @abstractmethod
+    def table(self) -> Table | Group:
+        """Return a rich table, or several."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return a JSON-ready dict."""
+        fields: dict[str, Any] = to_jsonable(self)
+        return fields
+
+    def to_json(self, path: str | Path | None = None) -> str:
+        """Return JSON text, and write it to ``path`` when given."""
+        if path is not None:
+            write_json(path, self.to_dict())
+        return dumps(self.to_dict())
+
+    def __rich__(self) -> Table | Group:
+        return self.table()
 
 
 def to_jsonable(value: Any) -> Any:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pysparse.bayes.rows import RowHyperprior, polish_rows, refit_rows, solve_columns, solve_rows
-from pysparse.methods.obs import inverse_factor
+from pysparse.methods.obs import check_finite, inverse_factor
 from pysparse.pruning import Importance, MaskStructure, Pruned, Stats
 from pysparse.pruning.structure import count_of
 
@@ -177,9 +177,7 @@ class EbfUpdate:
         Computed in float32, returned in the weight's dtype. Raises ValueError when the weight is not finite or no
         damping makes the Hessian positive definite.
         """
-        bad = weight.numel() - int(torch.isfinite(weight).sum())
-        if bad:
-            raise ValueError(f"{bad} of {weight.numel()} weights are NaN or infinite: is the weight damaged?")
+        check_finite(weight)
         factor = inverse_factor(stats["gram"], self.damping)
         gram = damped(stats["gram"], self.damping)
         work = weight.to(torch.float32, copy=True)

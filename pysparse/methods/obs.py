@@ -206,3 +206,10 @@ def sweep(
             errors[:, column - start] = error
         work[:, end:].addmm_(errors, upper[start:end, end:], alpha=-1)  # what lies further right, at once
     return work, keep
+
+
+def check_finite(weight: Tensor) -> None:
+    """Raise ValueError, with the count, for a weight that holds NaN or infinity."""
+    bad = weight.numel() - int(torch.isfinite(weight).sum())
+    if bad:
+        raise ValueError(f"{bad} of {weight.numel()} weights are NaN or infinite: is the weight damaged?")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pysparse import ops
-from pysparse.methods.obs import Factor, NotPositiveDefiniteError, inverse_factor, sweep
+from pysparse.methods.obs import Factor, NotPositiveDefiniteError, check_finite, inverse_factor, sweep
 from pysparse.methods.wanda import Wanda
 from pysparse.pruning import (
     Importance,
@@ -85,7 +85,7 @@ class ObsUpdate:
 
         Computed in float32, returned in the weight's dtype. Raises ValueError when the weight is not finite.
         """
-        _check_finite(weight)
+        check_finite(weight)
         rows, cols = weight.shape
         if not structure.pruned_count(rows, cols, sparsity):
             return Pruned(weight.clone(), torch.ones_like(weight, dtype=torch.bool))
@@ -126,11 +126,3 @@ def _of_columns(value: Tensor, columns: slice) -> Tensor:
 def _check_damping(damping: Any) -> None:
     if isinstance(damping, bool) or not isinstance(damping, int | float) or not 0 <= damping < float("inf"):
         raise ValueError(f"damping is a number from 0 on, got {damping!r}")
-
-
-def _check_finite(weight: Tensor) -> None:
-    finite = torch.isfinite(weight)
-    if not finite.all():
-        raise ValueError(
-            f"{int((~finite).sum())} of {weight.numel()} weights are NaN or infinite: is the weight damaged?"
-        )

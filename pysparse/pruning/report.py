@@ -12,12 +12,11 @@ from rich.table import Table
 
 from pysparse.measure.results import (
     Chart,
-    dumps,
+    Result,
     make_table,
     megabytes,
     save_plot,
     to_jsonable,
-    write_json,
 )
 from pysparse.pruning.layout import PrunableLayer, skipped_note
 from pysparse.pruning.recipe import MaskStructure, Recipe
@@ -51,7 +50,7 @@ class PrunedLayer:
 
 
 @dataclass(frozen=True, slots=True)
-class PruneReport:
+class PruneReport(Result):
     """What :func:`pysparse.pruning.run` did."""
 
     target: float  # sparsity asked for
@@ -131,12 +130,6 @@ class PruneReport:
             entry["sparsity"] = layer.sparsity
         return result
 
-    def to_json(self, path: str | Path | None = None) -> str:
-        """Return JSON text, and write it to ``path`` when given."""
-        if path is not None:
-            write_json(path, self.to_dict())
-        return dumps(self.to_dict())
-
     def plot(self, path: str | Path) -> Path:
         """Draw sparsity and seconds by block, and the search if there was one; RuntimeError without matplotlib."""
         sparsity: dict[str, tuple[list[float], list[float]]] = {}
@@ -158,9 +151,6 @@ class PruneReport:
             charts.append(Chart("search", "setting", "perplexity on text kept apart", tried))
         parts = (f"{part} {value['type']}" for part, value in self.recipe.items())
         return save_plot(path, charts, caption=", ".join(parts))
-
-    def __rich__(self) -> Table:
-        return self.table()
 
 
 def _row(name: str, group: Sequence[PrunedLayer]) -> tuple[Any, ...]:

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from rich.console import Group
 
-from pysparse.measure.results import dumps, write_json
+from pysparse.measure.results import Result
 from pysparse.pruning.recipe import Recipe
 from pysparse.pruning.structural import StructuralMethod
 
@@ -66,7 +66,7 @@ def _rank(method: Any) -> int:
 
 
 @dataclass(frozen=True, slots=True)
-class StagedReport:
+class StagedReport(Result):
     """The reports of all stages."""
 
     stages: tuple[Any, ...]  # StageReport
@@ -89,18 +89,9 @@ class StagedReport:
         """Return a JSON-ready dict."""
         return {"stages": [one.to_dict() for one in self.stages], "warnings": list(self.warnings)}
 
-    def to_json(self, path: str | Path | None = None) -> str:
-        """Return JSON text, and write it to ``path`` when given."""
-        if path is not None:
-            write_json(path, self.to_dict())
-        return dumps(self.to_dict())
-
     def plot(self, path: str | Path) -> Path:
         """Draw a picture a stage, numbered; return the last one's path. RuntimeError without matplotlib."""
         place = Path(path)
         for number, one in enumerate(self.stages, start=1):
             place = one.plot(Path(path).with_stem(f"{Path(path).stem}-{number}"))
         return place
-
-    def __rich__(self) -> Group:
-        return self.table()

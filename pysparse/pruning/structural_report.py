@@ -12,12 +12,11 @@ from rich.table import Table
 
 from pysparse.measure.results import (
     Chart,
-    dumps,
+    Result,
     make_table,
     megabytes,
     save_plot,
     to_jsonable,
-    write_json,
 )
 from pysparse.pruning.depth import Removal
 from pysparse.pruning.parts import Block, parameters_of
@@ -50,7 +49,7 @@ class BlockChange:
 
 
 @dataclass(frozen=True, slots=True)
-class StructuralReport:
+class StructuralReport(Result):
     """What :func:`pysparse.pruning.prune_structure` did."""
 
     target: float  # share of the blocks' parameters that was to go
@@ -116,12 +115,6 @@ class StructuralReport:
         """Return a JSON-ready dict, totals first."""
         return {"sparsity": self.sparsity, **to_jsonable(self)}
 
-    def to_json(self, path: str | Path | None = None) -> str:
-        """Return JSON text, and write it to ``path`` when given."""
-        if path is not None:
-            write_json(path, self.to_dict())
-        return dumps(self.to_dict())
-
     def plot(self, path: str | Path) -> Path:
         """Draw parameters by block and the perplexity of the search; RuntimeError without matplotlib."""
         share = [one.parameters / one.parameters_before for one in self.blocks]
@@ -138,6 +131,3 @@ class StructuralReport:
             steps = (list(range(1, len(self.steps) + 1)), [step.perplexity for step in self.steps])
             charts.append(Chart("search", "attention modules removed", "perplexity", {"": steps}))
         return save_plot(path, charts, caption=self.recipe["type"])
-
-    def __rich__(self) -> Table:
-        return self.table()
