@@ -72,6 +72,42 @@ def _pruning(what: str, detail: str, over: str) -> Callable[[Row], float | None]
     return figure
 
 
+def _dense_attention(tokens: int, over: str) -> Callable[[Row], float | None]:
+    def figure(row: Row) -> float | None:
+        spread = (
+            row["speedup_over_dense"].get(over) if row["tokens"] == tokens and "share" not in row else None
+        )
+        return 1.0 / float(spread["median"]) if spread else None
+
+    return figure
+
+
+def _peak_share(tokens: int) -> Callable[[Row], float | None]:
+    return lambda row: (
+        row.get("dense_share_of_peak") if row["tokens"] == tokens and "share" not in row else None
+    )
+
+
+def _stripes(tokens: int) -> Callable[[Row], float | None]:
+    def figure(row: Row) -> float | None:
+        setting = (row["tokens"], row.get("share"), row.get("run_length"), row.get("group_size"))
+        return (
+            _median(row["speedup_over_dense"].get("stripes")) if setting == (tokens, 0.1, 1, 2048) else None
+        )
+
+    return figure
+
+
+def _attention_claims() -> Iterator[Claim]:
+    for tokens in (2048, 4096, 8192, 16384):
+        text = f"exact attention, bf16, {tokens} tokens: "
+        yield Claim(text + "speed over torch SDPA", "attention", 4.5, _dense_attention(tokens, "torch sdpa"))
+        yield Claim(text + "share of the measured bf16 peak", "attention", 0.85, _peak_share(tokens))
+    for tokens, bound in ((8192, 2.5), (16384, 3.8), (32768, 5.0)):
+        text = f"10 % of the stripes, {tokens} tokens, search included: speed over our dense"
+        yield Claim(text, "attention", bound, _stripes(tokens))
+
+
 def _pruning_claims() -> Iterator[Claim]:
     for dtype in ("bf16", "fp32"):
         for over, bound in (("torch stable sort", 90.0), ("torch topk", 18.0)):
@@ -224,7 +260,9 @@ def _dispatch_claims() -> Iterator[Claim]:
             )
 
 
-CLAIMS = (*_claims(), *_prefill_claims(), *_dispatch_claims(), *_pruning_claims(), *_quality_claims())
+CLAIMS = (
+    *_claims(), *_prefill_claims(), *_dispatch_claims(), *_pruning_claims(), *_quality_claims(), *_attention_claims(),
+)  # fmt: skip
 
 
 def figures(claim: Claim, runs: list[tuple[str, Row]]) -> list[float]:
