@@ -80,14 +80,14 @@ def causal_block_mask(length: int) -> BlockMask:
     return create_block_mask(lambda b, h, i, j: i >= j, None, None, length, length, device="cpu")
 
 
-def exact_ways(case: Case, compiled_flex: Callable[..., Any]) -> dict[str, Callable[[], Tensor]]:
+def exact_ways(case: Case, compiled_flex: Callable[..., Any] | None) -> dict[str, Callable[[], Tensor]]:
     ways: dict[str, Callable[[], Tensor]] = {DENSE: lambda: ops.flash_attention(case.q, case.k, case.v)[0]}
     if case.length <= SLOW_LENGTH:
         ways[SDPA] = lambda: functional.scaled_dot_product_attention(
             case.q, case.k, case.v, is_causal=True, enable_gqa=True
         )
         ways[COMPOSED] = lambda: composed(case)
-    if case.length <= FLEX_LENGTH:
+    if compiled_flex is not None and case.length <= FLEX_LENGTH:
         mask = causal_block_mask(case.length)
         ways[FLEX] = lambda: compiled_flex(case.q, case.k, case.v, block_mask=mask, enable_gqa=True)
     return ways
@@ -146,7 +146,8 @@ def settings(length: int, quick: bool) -> Iterator[tuple[float, int, int]]:
 
 
 def run(options: argparse.Namespace, peak: float | None) -> Iterator[dict[str, Any]]:
-    compiled_flex = torch.compile(flex_attention, dynamic=False)
+    # Compiling takes longer than all the rest of a quick run.
+    compiled_flex = None if options.quick else torch.compile(flex_attention, dynamic=False)
     for length in options.lengths or (QUICK_LENGTHS if options.quick else LENGTHS):
         case = draw(length, 0.1, 1)
         ways = exact_ways(case, compiled_flex)
@@ -212,11 +213,11 @@ def table(rows: list[dict[str, Any]]) -> Table:
     return make_table("Prefill attention, bf16", columns, lines)
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = command_line("attention", str(__doc__).splitlines()[0])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--lengths", type=int, nargs="*", help="tokens; default 2k to 32k")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     started = Run.start("attention", options)
     with torch_threads(threads_of(options)) as threads, torch.no_grad():
         peak = peak_gigaflops("bf16", threads)

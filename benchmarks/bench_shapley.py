@@ -126,10 +126,10 @@ def deep(options: argparse.Namespace) -> list[Row]:
     return found
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = command_line("shapley", __doc__ or "")
     parser.add_argument("--rounds", type=int, default=7)
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     options.rounds = 3 if options.quick else options.rounds
     run = Run.start("shapley", options)
     samples = 256 if options.quick else 4096
