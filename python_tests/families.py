@@ -144,6 +144,7 @@ TESTED_ELSEWHERE = {
     "product": "test_sparsegpt.py",
     "gate": "test_fused.py",
     "attention": "test_attention_kernels.py",
+    "embedding": "test_embedding.py",
     "lowrank": "test_lowrank.py",
     "shapley": "test_shapley.py",
     "ridge": "test_ridge.py",
