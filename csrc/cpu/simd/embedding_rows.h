@@ -13,6 +13,15 @@ inline void prefetch_lines(const void* begin, int64_t bytes) {
   for (int64_t at = 0; at < bytes; at += 64) _mm_prefetch(line + at, _MM_HINT_T0);
 }
 
+// The bits of up to 32 columns; a copy of a size known at run time would be a call.
+inline uint32_t mask_bits(const uint8_t* mask, int64_t columns) {
+  uint32_t bits = mask[0];
+  if (columns > 8) bits |= uint32_t{mask[1]} << 8;
+  if (columns > 16) bits |= uint32_t{mask[2]} << 16;
+  if (columns > 24) bits |= uint32_t{mask[3]} << 24;
+  return bits;
+}
+
 template <class Lanes>
 void embedding_rows(const EmbeddingView& table, const Lookup& lookup, void* out) {
   using T = typename Lanes::Value;
@@ -41,8 +50,7 @@ void embedding_rows(const EmbeddingView& table, const Lookup& lookup, void* out)
       const T* code = codebook + lookup.fields[i] * table.dims;
       for (int64_t d = 0; d < table.dims; d += kWidth) {
         const int64_t left = std::min(kWidth, table.dims - d);
-        uint32_t bits = 0;
-        std::memcpy(&bits, mask + d / 8, static_cast<size_t>((left + 7) / 8));
+        const uint32_t bits = mask_bits(mask + d / 8, left);
         const uint32_t inside = left == 32 ? ~0u : (1u << left) - 1;
         Lanes::spread(target + d, code + d, next, bits, inside);
         next += _mm_popcnt_u32(bits);
