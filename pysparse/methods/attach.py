@@ -36,7 +36,7 @@ class Attached:
             masked.train(layer.module.training)
             self.layers[layer.path] = masked
             layout.model.set_submodule(layer.path, masked)
-            _set_weight(layer.module, torch.empty(0))  # lives packed for now
+            _set_weight(layer.module, torch.empty(0))  # the masked layer holds it until merge()
 
     @property
     def adapters(self) -> dict[str, Adapter]:
