@@ -435,6 +435,24 @@ def test_a_stage_that_means_nothing_is_refused():
         Adapt(rank=0)
 
 
+@pytest.mark.parametrize(
+    ("last", "error", "message"),
+    [
+        (Adapt("losa"), ValueError, "a sparsity of its own, got sparsity=None"),
+        (Adapt(host="wandas"), ValueError, "unknown method 'wandas'"),
+        (Adapt(texts="/no/such/texts.txt"), FileNotFoundError, "/no/such/texts.txt, are no file"),
+    ],
+)
+def test_a_stage_that_cannot_work_is_found_before_an_earlier_one_changes_the_model(
+    small, tokenizer, last, error, message
+):
+    before = {name: one.detach().clone() for name, one in small.named_parameters()}
+    recipe = StagedRecipe((Stage(recipe_for("magnitude"), 0.5), Stage(last)))
+    with pytest.raises(error, match=message):
+        pysparse.prune(small, recipe=recipe, calibration=TEXTS, tokenizer=tokenizer, progress=False)
+    assert all(torch.equal(one, before[name]) for name, one in small.named_parameters())
+
+
 # --- bad input -------------------------------------------------------------------------------------------
 
 

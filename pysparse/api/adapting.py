@@ -190,7 +190,7 @@ def adapt(
         training_arguments,
     )  # takes seconds: it imports peft's every model
 
-    schedule, config = _plan(sparsity, method, host, pattern, lora, losa, seed)
+    schedule, config = schedule_for(sparsity, method, host, pattern, lora, losa, seed)
     if resume and output_dir is None:
         raise ValueError("resume=True needs output_dir: progress is kept beside the folder of the result")
     if output_dir is not None:
@@ -229,7 +229,7 @@ def progress_folder(output_dir: str | Path) -> Path:
     return target.with_name(f"{target.name}.adapt-progress")
 
 
-def _plan(
+def schedule_for(
     sparsity: float | None, method: str, host: str, pattern: str | None, lora: LoraConfig | None,
     losa: LoSA | None, seed: int,
 ) -> tuple[Schedule, LoraConfig]:  # fmt: skip

@@ -77,8 +77,17 @@ class Setting:
     advance: Advance
 
 
-# Adaptations by their class: called with the model, the stage and the setting, they change the model in place.
-RUNNERS: dict[type, Callable[[nn.Module, Stage, Setting], Any]] = {}
+@dataclass(frozen=True, slots=True)
+class Runner:
+    """How a kind of adaptation is done as a stage."""
+
+    run: Callable[[nn.Module, Stage, Setting], Any]  # changes the model in place, returns its report
+    check: Callable[
+        [Stage], None
+    ]  # raises for what cannot work, before an earlier stage has changed the model
+
+
+RUNNERS: dict[type, Runner] = {}  # by the class of the adaptation
 
 
 def prune_in_stages(order: Order) -> tuple[nn.Module, Any]:
@@ -134,6 +143,8 @@ def _check(stage: Stage) -> None:
     elif not isinstance(method, StructuralMethod) and type(method) not in RUNNERS:
         known = ", ".join(kind.__name__ for kind in RUNNERS) or "none"
         raise TypeError(f"{type(method).__name__} is no method that a stage can run (adaptations: {known})")
+    elif not isinstance(method, StructuralMethod):
+        RUNNERS[type(method)].check(stage)
 
 
 def _run(model: nn.Module, stage: Stage, setting: Setting) -> tuple[Stage, Any]:
@@ -148,7 +159,7 @@ def _run(model: nn.Module, stage: Stage, setting: Setting) -> tuple[Stage, Any]:
         task = Task(layout, stage.method, stage.sparsity, data, None, order.propagate, order.seed)
         settled, report = task.perform(setting.execution, setting.advance, order.callbacks)
         return Stage(settled, report.target), report
-    return stage, RUNNERS[type(stage.method)](model, stage, setting)
+    return stage, RUNNERS[type(stage.method)].run(model, stage, setting)
 
 
 def _calibration(model: nn.Module, setting: Setting, windows: Windows) -> Any:
