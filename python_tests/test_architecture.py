@@ -7,9 +7,9 @@ import pysparse
 
 ROOT = Path(pysparse.__file__).parent
 FLOORS = {
-    "cli": 10,
+    "cli": 11,
+    "suite": 10,
     "api": 9,
-    "suite": 9,
     "huggingface": 8,
     "models": 8,
     "methods": 7,
