@@ -8,13 +8,13 @@ import dataclasses
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 from unittest import mock
 
 import torch
+from audit import Audited
 from bench_encoder import compare as compare_embeddings
 from bench_encoder import embed, held_out_sentences, model_folder
 from harness import RESULTS, Call, Run, Timing, command_line, show, threads_of, time_calls
@@ -34,17 +34,7 @@ from pysparse.measure.windows import text_windows
 from pysparse.methods import METHODS, EbfUpdate, Evidence
 from pysparse.models.discover import discover
 from pysparse.models.sources import load_tokenizer
-from pysparse.pruning import (
-    Importance,
-    Keep,
-    MaskStructure,
-    Pruned,
-    Recipe,
-    Reconstruction,
-    Stats,
-    Unstructured,
-    run,
-)
+from pysparse.pruning import Keep, Recipe, Unstructured, run
 
 OURS, TORCH, CHUNKED = "pysparse", "torch batched", "torch batched, 64 at a time"
 RIDGE_TOLERANCE = 1e-4  # of the largest entry, between two float32 solutions
@@ -133,27 +123,6 @@ def speed_row(what: str, detail: str, timed: Mapping[str, Timing], **more: Any) 
 # --- quality -----------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class Audited:
-    """A reconstruction that notes each layer's relative output error."""
-
-    inner: Reconstruction
-    errors: list[float] = field(default_factory=list)
-
-    @property
-    def needs(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(("gram", *self.inner.needs)))
-
-    def solve(
-        self, weight: Tensor, stats: Stats, importance: Importance, structure: MaskStructure, sparsity: float
-    ) -> Pruned:
-        pruned = self.inner.solve(weight, stats, importance, structure, sparsity)
-        dense, gram = weight.double(), stats["gram"].double()
-        lost = dense - pruned.weight.double()
-        self.errors.append(float(((lost @ gram) * lost).sum() / ((dense @ gram) * dense).sum()))
-        return pruned
-
-
 def recipes() -> dict[str, Recipe]:
     """What is compared at the same sparsity: masks alone, then with their updates."""
     free = Unstructured("matrix")
@@ -172,11 +141,12 @@ def prune_copy(
 ) -> tuple[nn.Module, Row]:
     """Prune a copy; its layers' output errors and sparsities."""
     pruned, start = copy.deepcopy(model), time.perf_counter()
-    audit = Audited(recipe.reconstruction)
+    audit = Audited(recipe.reconstruction, beside=False)
     report = run(discover(pruned), dataclasses.replace(recipe, reconstruction=audit), sparsity, calibration)
     layers = {one.path: one.zeros / (one.shape[0] * one.shape[1]) for one in report.layers}
+    errors = [one["updated"] for one in audit.errors]
     return pruned, {
-        "sparsity": report.sparsity, "mean_output_error": mean(audit.errors), "output_errors": audit.errors,
+        "sparsity": report.sparsity, "mean_output_error": mean(errors), "output_errors": errors,
         "layer_sparsity": layers, "seconds": time.perf_counter() - start,
     }  # fmt: skip
 

@@ -26,13 +26,20 @@ from pysparse import data
 from pysparse.measure.memory import peak_memory
 from pysparse.measure.results import make_table
 from pysparse.measure.rounds import torch_threads
+from pysparse.methods import LoSA
 from pysparse.models.sources import load_tokenizer
 from pysparse.nn import Adapter, MaskedLowRank
 from pysparse.ops import LowRankTerm, dense_lowrank_linear
 
 Row = dict[str, Any]
 HOSTS = ("wanda", "sparsegpt")
+# What each part of LoSA is worth: the whole, and without one of its parts.
+LOSA_ARMS = {
+    "losa": LoSA(), "losa, one rate": LoSA(spread=0.0), "losa, one rank": LoSA(rank_by_error=False),
+    "losa, one round": LoSA(rounds=1, first_rank=10),
+}  # fmt: skip
 ARMS = ("one-shot", "masked-lora", "losa", "masked-full")
+ALL_ARMS = (*ARMS, *(arm for arm in LOSA_ARMS if arm not in ARMS))
 RANK = 10  # of masked LoRA: LoSA's mean in its last round
 BYTES = ("step_bytes", "weight_bytes")
 SCALE = 2.0  # of every adapter, as in the paper
@@ -63,12 +70,13 @@ class Quality:
             )  # fmt: skip
         else:
             report = pysparse.adapt(
-                model, sparsity, arm, host, tokenizer=self.tokenizer, training=self.training,
+                model, sparsity, "losa" if arm in LOSA_ARMS else arm, host, tokenizer=self.tokenizer,
+                training=self.training, losa=LOSA_ARMS.get(arm),
                 lora=LoraConfig(r=RANK, lora_alpha=SCALE * RANK, task_type="CAUSAL_LM"),
                 num_samples=self.options.samples, max_length=self.options.length, seed=seed, progress=False,
             ).report  # fmt: skip
             rounds = [
-                {"sparsity": one.sparsity, "ranks": one.ranks, "steps": one.trained.steps,
+                {"sparsity": one.sparsity, "rates": one.rates, "ranks": one.ranks, "steps": one.trained.steps,
                  "loss": one.trained.last_loss}
                 for one in report.rounds
             ]  # fmt: skip
@@ -188,7 +196,7 @@ def tables(rows: Sequence[Row]) -> Iterator[Any]:
     if dense:
         lines = [
             [f"{host}, {arm}", *(shown(figures(rows, host, arm, level)) for level in levels)]
-            for host in HOSTS for arm in ARMS if any(figures(rows, host, arm, level) for level in levels)
+            for host in HOSTS for arm in ALL_ARMS if any(figures(rows, host, arm, level) for level in levels)
         ]  # fmt: skip
         heads = ["", *(f"{level:.0%}" for level in levels)]
         yield make_table(f"perplexity of the bundled model (dense {dense[0]:.2f})", heads, lines)
@@ -208,7 +216,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--only", nargs="+", default=["memory", "quality"], choices=["memory", "quality"])
     parser.add_argument("--level", nargs="+", type=float, default=[0.5, 0.6, 0.7])
     parser.add_argument("--host", nargs="+", default=HOSTS, choices=HOSTS)
-    parser.add_argument("--arm", nargs="+", default=ARMS, choices=ARMS)
+    parser.add_argument("--arm", nargs="+", default=ARMS, choices=ALL_ARMS)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--samples", type=int, default=32, help="calibration sequences")
     parser.add_argument(

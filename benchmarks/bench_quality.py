@@ -1,6 +1,7 @@
 """What pruning costs the bundled model: perplexity by method, allocation and sparsity, with calibration seeds.
 
-Also, layer by layer: the output error of SparseGPT beside that of its own mask without the update, and Wanda's.
+Also, layer by layer: the output error of SparseGPT and EBF beside that of their own masks without the update, and
+of Wanda's.
 An interrupted run goes on where it was: finished cells are read from the result file.
 """
 
@@ -12,16 +13,17 @@ import dataclasses
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 import torch
+from audit import Audited
 from harness import RESULTS, Run, command_line, read_runs, result_path, show, threads_of
 from rich.table import Table
-from torch import Tensor, nn
+from torch import nn
 
 from pysparse import data, huggingface
 from pysparse.api.search import find_beta, part_texts
@@ -32,20 +34,10 @@ from pysparse.measure.quality import score_models
 from pysparse.measure.results import make_table
 from pysparse.measure.rounds import torch_threads
 from pysparse.measure.windows import text_windows
-from pysparse.methods import METHODS, Wanda, allocation_for, recipe_for
+from pysparse.methods import METHODS, allocation_for, recipe_for
 from pysparse.models.discover import discover
 from pysparse.models.sources import load_tokenizer
-from pysparse.pruning import (
-    Execution,
-    Importance,
-    Keep,
-    MaskStructure,
-    Pruned,
-    Recipe,
-    Reconstruction,
-    Stats,
-    run,
-)
+from pysparse.pruning import Execution, Recipe, run
 
 METHOD_NAMES = tuple(name for name in ("magnitude", "wanda", "sparsegpt", "ebf") if name in METHODS)
 ALLOCATION_NAMES = ("uniform", "owl", "dlp", "atp")
@@ -84,41 +76,6 @@ def cells(options: argparse.Namespace) -> Iterator[Cell]:
                     cell = Cell(method, allocation, level, seed)
                     if place == 0 or cell.seeded:
                         yield cell
-
-
-@dataclass(frozen=True, slots=True)
-class Audited:
-    """A reconstruction that also notes each layer's output error beside the mask's alone, and Wanda's."""
-
-    inner: Reconstruction
-    errors: list[Row] = field(default_factory=list)
-
-    @property
-    def needs(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(("gram", *self.inner.needs)))
-
-    def solve(
-        self, weight: Tensor, stats: Stats, importance: Importance, structure: MaskStructure, sparsity: float
-    ) -> Pruned:
-        pruned = self.inner.solve(weight, stats, importance, structure, sparsity)
-        gram = stats["gram"].double()
-        norms = {"squared_norm": stats["gram"].diagonal()}
-        solutions = {
-            "updated": pruned.weight,
-            "mask_only": weight * pruned.keep,
-            "wanda": Keep().solve(weight, norms, Wanda(), structure, sparsity).weight,
-        }
-        scale = output_energy(weight.double(), gram)
-        self.errors.append({
-            name: output_energy(weight.double() - solution.double(), gram) / scale
-            for name, solution in solutions.items()
-        })  # fmt: skip
-        return pruned
-
-
-def output_energy(weight: Tensor, gram: Tensor) -> float:
-    """||X weight^T||^2 up to a constant, for ``gram`` = X^T X, float64."""
-    return float((weight @ gram).mul_(weight).sum())
 
 
 class Bench:
@@ -198,7 +155,7 @@ class Bench:
         return float(found["beta"])
 
     def cell_row(self, cell: Cell) -> Row:
-        """Prune a copy, score it, and for SparseGPT note the errors of its layers."""
+        """Prune a copy, score it, and note the errors of its layers where the method updates weights."""
         start = time.perf_counter()
         if cell.allocation == "atp" and self._beta(cell) == 0.0:  # the very recipe of the uniform cell
             uniform = self.find(dataclasses.replace(cell, allocation="uniform").key)
@@ -263,24 +220,25 @@ def comparisons(rows: Sequence[Row]) -> Iterator[Row]:
             means = {m: mean(found) for m in METHOD_NAMES if (found := figures(rows, m, allocation, level))}
             ratios = {
                 f"{ours}_over_{theirs}": means[ours] / means[theirs]
-                for ours, theirs in (("wanda", "magnitude"), ("sparsegpt", "wanda"))
+                for ours, theirs in (("wanda", "magnitude"), ("sparsegpt", "wanda"), ("ebf", "sparsegpt"))
                 if ours in means and theirs in means
             }
             if ratios:
                 yield {"what": "comparison", "level": level, "allocation": allocation, **ratios}
-    audited = [row["errors"] for row in rows if row.get("errors")]
-    if audited:
-        ratios_of = {
-            name: [u / o for errors in audited for u, o in zip(errors["updated"], errors[name], strict=True)]
-            for name in ("mask_only", "wanda")
-        }
-        yield {
-            "what": "layer errors", "layers": len(ratios_of["mask_only"]),
-            "largest_over_mask_only": max(ratios_of["mask_only"]),
-            "largest_over_wanda": max(ratios_of["wanda"]),
-            "geometric_mean_over_mask_only": math.exp(mean(map(math.log, ratios_of["mask_only"]))),
-            "geometric_mean_over_wanda": math.exp(mean(map(math.log, ratios_of["wanda"]))),
-        }  # fmt: skip
+    for method in METHOD_NAMES:
+        audited = [row["errors"] for row in rows if row.get("errors") and row["method"] == method]
+        if audited:
+            yield {"what": "layer errors", "method": method, **_error_ratios(audited)}
+
+
+def _error_ratios(audited: Sequence[Row]) -> Row:
+    """How the errors of all layers lie to those of their masks without the update, and to Wanda's."""
+    found: Row = {"layers": sum(len(errors["updated"]) for errors in audited)}
+    for name in ("mask_only", "wanda"):
+        ratios = [u / o for errors in audited for u, o in zip(errors["updated"], errors[name], strict=True)]
+        found[f"largest_over_{name}"] = max(ratios)
+        found[f"geometric_mean_over_{name}"] = math.exp(mean(map(math.log, ratios)))
+    return found
 
 
 def _shown(found: Sequence[float]) -> str:

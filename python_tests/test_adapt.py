@@ -104,6 +104,20 @@ def test_losa_ramps_allocates_and_sizes(small, tokenizer):
     assert min(last.errors) > 0
 
 
+@pytest.mark.parametrize(("host", "sparsity"), [("wanda", 0.63), ("sparsegpt", 0.5), ("magnitude", 0.7)])
+def test_losa_ends_with_exactly_the_zeros_of_its_host_alone(small, tokenizer, host, sparsity):
+    """Rates that differ by block lose nothing to rounding, to the last weight."""
+    alone = copy.deepcopy(small)
+    settings = {"num_samples": 4, "max_length": 16, "tokenizer": tokenizer, "progress": False}
+    pysparse.prune(alone, sparsity, host, calibration=TEXTS, **settings)
+    wanted = sum(int(mask.sum()) for mask in zeros(alone).values())
+    report = adapt(small, sparsity, "losa", host=host, tokenizer=tokenizer, losa=SHORT).report
+    found = zeros(small)
+    assert sum(int(mask.sum()) for mask in found.values()) == wanted
+    assert report.sparsity == 1 - (discover(small).size - wanted) / discover(small).size
+    assert len({round(rate, 6) for rate in report.rounds[-1].rates}) > 1
+
+
 def test_the_zeros_stay_exactly_where_they_were(small, tokenizer):
     pysparse.prune(small, 0.5, "magnitude", progress=False)
     mask = zeros(small)

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from allocation_cases import block
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import linprog
@@ -19,6 +20,9 @@ from pysparse.methods.losa import (
     linear_cka,
     redundancy,
 )
+from pysparse.pruning import Unstructured, exact_sparsities
+from pysparse.pruning.counts import _fraction
+from pysparse.pruning.structure import count_of
 
 # --- the ramp --------------------------------------------------------------------------------------------
 
@@ -207,5 +211,63 @@ def test_an_impossible_budget_of_rank_is_refused():
             allocate_ranks([1.0, error], 6)
 
 
+def test_spread_and_ranks_can_be_turned_off():
+    plain = LoSA(spread=0.0, rank_by_error=False)
+    assert plain.half_width(0.7) == 0.0
+    assert block_rates([0.1, 0.9], [3, 5], 0.7, plain.half_width(0.7)) == [0.7, 0.7]
+    assert plain.ranks([1.0, 9.0], 2) == [7, 7]
+    assert LoSA().half_width(0.7) == band_half_width(0.7)
+    assert LoSA().ranks([1.0, 2.0, 3.0, 4.0], 1) == allocate_ranks([1.0, 2.0, 3.0, 4.0], 6)
+    for spread in (-0.1, 1.0, math.nan):
+        with pytest.raises(ValueError, match=f"spread={spread}"):
+            LoSA(spread=spread)
+
+
 def test_the_budget_grows_by_one_a_round():
     assert [LoSA().mean_rank(step) for step in range(1, 6)] == [6, 7, 8, 9, 10]
+
+
+# --- whole numbers of zeros ------------------------------------------------------------------------------
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    count=st.integers(1, 9), target=st.floats(0.05, 0.95), seed=st.integers(0, 99),
+    group=st.sampled_from(["row", "matrix"]),
+)  # fmt: skip
+def test_layers_of_one_shape_get_exactly_the_zeros_of_one_rate(count, target, seed, group):
+    """However the rates are spread, the total is that of the target in every layer, to the last weight."""
+    generator = np.random.default_rng(seed)
+    layers = [block(torch.ones(6, 37), index=index).layers[0].layer for index in range(count)]
+    width = band_half_width(target)
+    rates = block_rates(generator.random(count).tolist(), [1] * count, target, width)
+    structure = Unstructured(group)
+    found = exact_sparsities(layers, structure, rates, target)
+    counts = [structure.pruned_count(6, 37, one) for one in found]
+    assert sum(counts) == count * structure.pruned_count(6, 37, target)
+    step = 6 if group == "row" else 1
+    assert all(abs(n - rate * 222) <= 2 * step for n, rate in zip(counts, rates, strict=True))
+
+
+def test_layers_of_unlike_shapes_come_as_near_as_whole_rows_allow():
+    """Rows of 3 and 5: 3 a + 5 b with a, b near their wishes; a layer keeps what it lost already."""
+    layers = [
+        block(torch.ones(*shape), index=i).layers[0].layer for i, shape in enumerate([(3, 10), (5, 20)])
+    ]
+    structure = Unstructured()
+    found = exact_sparsities(layers, structure, [0.6, 0.5], 0.5)
+    assert [structure.pruned_count(*layer.shape, s) for layer, s in zip(layers, found, strict=True)] == [
+        15,
+        50,
+    ]
+    held = exact_sparsities(layers, structure, [0.5, 0.5], 0.5, [18, 0])
+    assert [structure.pruned_count(*layer.shape, s) for layer, s in zip(layers, held, strict=True)] == [
+        18,
+        45,
+    ]
+
+
+def test_a_count_of_a_very_large_matrix_survives_the_division():
+    for size in (11008 * 4096, 2**31 - 1):
+        for count in (size // 3, size - 1, 7):
+            assert count_of(size, _fraction(count, size)) == count

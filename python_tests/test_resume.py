@@ -150,7 +150,7 @@ def test_ctrl_c_on_the_command_and_then_resume(saved, tmp_path):
     model = tiny_models.tiny("llama", num_hidden_layers=8, vocab_size=4096, max_position_embeddings=128)
     model.save_pretrained(saved)
     tokenizer.save_pretrained(saved)
-    start_command(saved, tmp_path / "whole")[0].wait(timeout=100)
+    finish(start_command(saved, tmp_path / "whole")[0])
     process, progress = start_command(saved, tmp_path / "out")
     while process.poll() is None and "block-00001.safetensors" not in files(progress):
         time.sleep(0.0005)

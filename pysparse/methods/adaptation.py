@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import logging
 import math
 import time
@@ -15,9 +14,9 @@ import torch
 
 from pysparse.calib import Calibration
 from pysparse.methods.attach import Attached
-from pysparse.methods.block_features import reconstruction_errors, similarity_of_inputs
-from pysparse.methods.losa import LoSA, allocate_ranks, band_half_width, block_rates, redundancy
-from pysparse.methods.profile import Profile
+from pysparse.methods.block_features import reconstruction_errors
+from pysparse.methods.losa import LoSA
+from pysparse.methods.losa_budgets import rates_by_similarity, with_rates
 from pysparse.nn import Adapter
 from pysparse.pruning import BlockLayout, Recipe, run
 
@@ -188,43 +187,25 @@ class Adaptation:
         target, mean_rank = schedule.sparsities[index - 1], schedule.mean_ranks[index - 1]
         rates: list[float] = []
         if target is not None and schedule.host is not None:
-            rates = self._rates(target)
-            recipe = (
-                dataclasses.replace(schedule.host, allocation=Profile(blocks=tuple(rates)))
-                if rates
-                else schedule.host
-            )
-            run(self._layout, recipe, target, self._calibration)
+            recipe, mean = schedule.host, target
+            if schedule.losa is not None and self._calibration is not None:
+                width, sequences = schedule.losa.half_width(target), schedule.similarity_sequences
+                rates = rates_by_similarity(self._layout, self._calibration, target, width, sequences)
+                recipe, mean = with_rates(recipe, self._layout, rates, target)
+            run(self._layout, recipe, mean, self._calibration)
         achieved = self._sparsity()
         errors: list[float] = []
         ranks = [mean_rank] * len(self._blocks) if mean_rank else []
         if schedule.losa is not None and self._dense is not None and self._calibration is not None:
             found = reconstruction_errors(self._dense, self._layout, self._calibration)
             errors = [found[block] for block in self._blocks]
-            ranks = allocate_ranks(errors, mean_rank, schedule.losa.max_rank)
+            ranks = schedule.losa.ranks(errors, index)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(schedule.seed + 1000 * index)
             adapters = self._sized(ranks)
         weights = {layer.path: layer.weight for layer in self._layout.layers}
         return State(
             index, achieved if target is None else target, rates, errors, ranks, weights, adapters, list(done)
-        )
-
-    def _rates(self, target: float) -> list[float]:
-        """Return LoSA's sparsity of each block with layers to prune; none for the host's own allocation."""
-        schedule = self._schedule
-        if schedule.losa is None or self._calibration is None:
-            return []
-        similarity = similarity_of_inputs(self._layout, self._calibration, schedule.similarity_sequences)
-        shares = redundancy(similarity)
-        sizes, before = [], []
-        for block in self._blocks:
-            layers = self._layout.layers_of(block)
-            sizes.append(sum(layer.size for layer in layers))
-            zeros = sum(layer.size - int(layer.weight.count_nonzero()) for layer in layers)
-            before.append(min(zeros / sizes[-1], target))
-        return block_rates(
-            [shares[block] for block in self._blocks], sizes, target, band_half_width(target), before
         )
 
     def _sized(self, ranks: list[int]) -> dict[str, Adapter]:

@@ -28,18 +28,33 @@ class LoSA:
     first_rank: int = 6  # mean rank of the blocks in the first round
     rank_step: int = 1  # by which the mean grows each round
     max_rank: int = 16  # of a block
+    spread: float | None = None  # how far a block's sparsity may be from the target; None: the authors' bands
+    rank_by_error: bool = True  # False: every block has the mean rank
 
     def __post_init__(self) -> None:
         if self.rounds < 1:
             raise ValueError(f"rounds={self.rounds} must be at least 1")
         if self.rank_step < 0:
             raise ValueError(f"rank_step={self.rank_step} must not be negative: a mean rank never falls")
+        if self.spread is not None and not 0.0 <= self.spread < 1.0:
+            raise ValueError(
+                f"spread={self.spread} must be in [0, 1): the most a block's sparsity differs by"
+            )
         _check_budget(self.first_rank, self.max_rank)
         _check_budget(self.mean_rank(self.rounds), self.max_rank)
 
     def mean_rank(self, round_: int) -> int:
         """Return the mean rank of the blocks in round 1 to ``rounds``."""
         return self.first_rank + self.rank_step * (round_ - 1)
+
+    def half_width(self, target: float) -> float:
+        """Return how far a block's sparsity may be from ``target``; 0 gives all blocks one rate."""
+        return band_half_width(target) if self.spread is None else self.spread
+
+    def ranks(self, errors: Sequence[float], round_: int) -> list[int]:
+        """Return the rank of each block, whose reconstruction errors are ``errors``, in a round."""
+        mean = self.mean_rank(round_)
+        return allocate_ranks(errors, mean, self.max_rank) if self.rank_by_error else [mean] * len(errors)
 
     def sparsities(self, final: float) -> list[float]:
         """Return the target of each round."""

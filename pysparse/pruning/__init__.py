@@ -3,6 +3,7 @@
 from pysparse.pruning.allocation import Uniform, WeightsUnknownError, allocate
 from pysparse.pruning.batchnorm import fold_batch_norm_, recalibrate_
 from pysparse.pruning.correction import Correct
+from pysparse.pruning.counts import exact_sparsities
 from pysparse.pruning.filters import Filters
 from pysparse.pruning.layout import BlockLayout, PrunableLayer
 from pysparse.pruning.mixed import MixedNM
@@ -75,6 +76,7 @@ __all__ = [
     "allocate",
     "check_sparsity",
     "column_scale",
+    "exact_sparsities",
     "fold_batch_norm_",
     "gather_evidence",
     "match_outputs_",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,12 +9,10 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from pysparse import ops
+from pysparse.pruning.counts import fit_counts
 from pysparse.pruning.layout import PrunableLayer
 from pysparse.pruning.recipe import MaskStructure
 from pysparse.pruning.structure import NM, Unstructured
-
-_STATES = 20_000  # partial sums kept a step: exact for like layers, a bound on time for very unlike ones
-_STEPS = (-1, 0, 1, 2)  # zeros a group beside the floor of the wish
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,11 +84,11 @@ class MixedNM:
         keys = [(layer.block, wish) for layer, wish in zip(layers, sparsities, strict=True)]
         for key, count in zip(keys, groups, strict=True):
             by_block[key] += count
-        zeros = _fit([wish * self.m for _, wish in by_block], list(by_block.values()), total, self.m)
+        zeros = self._fit([wish for _, wish in by_block], list(by_block.values()), total)
         if zeros is not None:
             found: Mapping[tuple[int, float], int] = dict(zip(by_block, zeros, strict=True))
             return [found[key] / self.m for key in keys]
-        zeros = _fit([wish * self.m for wish in sparsities], groups, total, self.m)
+        zeros = self._fit(sparsities, groups, total)
         if zeros is None:
             raise ValueError(
                 f"this allocation cannot be rounded to n:{self.m} with the zeros of {self.n}:{self.m} in all "
@@ -99,6 +96,11 @@ class MixedNM:
                 "n:m pattern"
             )
         return [count / self.m for count in zeros]
+
+    def _fit(self, wishes: Sequence[float], groups: Sequence[int], total: int) -> list[int] | None:
+        """Return the zeros in a group of m for each wish; a layer keeps one weight of a group at least."""
+        limits = [(0, self.m - 1)] * len(groups)
+        return fit_counts([wish * self.m for wish in wishes], groups, total, limits)
 
     def __str__(self) -> str:
         return f"{self.n}:{self.m} on average"
@@ -121,56 +123,3 @@ def mixed_note(structure: MaskStructure, sparsities: Sequence[float]) -> str | N
         )
     parts = ", ".join(f"{count} layers {kept}:{structure.m}" for kept, count in counts)
     return f"n:m differs by layer ({parts}): hardware for one pattern needs allocation='uniform'"
-
-
-def _fit(wishes: Sequence[float], weights: Sequence[int], total: int, m: int) -> list[int] | None:
-    """Return whole numbers in [0, m) near ``wishes`` whose ``weights``-weighted sum is ``total``, or None.
-
-    Dynamic programming over the partial sums, one unit after the other; the cost is the weighted squared
-    distance. Sums are counted from the floors in units of the weights' common divisor, which keeps them few.
-    """
-    unit = math.gcd(*weights) or 1
-    shares = [weight // unit for weight in weights]
-    floors = [math.floor(wish + 1e-9) for wish in wishes]
-    gap = total // unit - sum(share * floor for share, floor in zip(shares, floors, strict=True))
-    steps = [[k for k in _STEPS if 0 <= floor + k < m] for floor in floors]
-    rest = [(0, 0)]  # what the later units can still add, at least and at most
-    for share, options in zip(reversed(shares), reversed(steps), strict=True):
-        if not options:
-            return None
-        rest.append((rest[-1][0] + share * options[0], rest[-1][1] + share * options[-1]))
-    states: dict[int, float] = {0: 0.0}  # sum so far -> least cost
-    trail: list[dict[int, int]] = []  # of each unit: sum after it -> step taken
-    for index, (share, options) in enumerate(zip(shares, steps, strict=True)):
-        low, high = rest[len(shares) - index - 1]
-        states, chosen = _extend(states, share, options, floors[index] - wishes[index], gap - high, gap - low)
-        trail.append(chosen)
-    return _walk_back(trail, shares, floors, gap) if gap in states else None
-
-
-def _extend(
-    states: Mapping[int, float], share: int, options: Sequence[int], offset: float, low: int, high: int
-) -> tuple[dict[int, float], dict[int, int]]:
-    """Add one unit to every partial sum; only sums from which the goal can be reached stay."""
-    costs: dict[int, float] = {}
-    chosen: dict[int, int] = {}
-    for before, cost in states.items():
-        for step in options:
-            after = before + share * step
-            price = cost + share * (offset + step) ** 2
-            if low <= after <= high and price < costs.get(after, math.inf):
-                costs[after], chosen[after] = price, step
-    if len(costs) > _STATES:
-        costs = dict(sorted(costs.items(), key=lambda item: (item[1], item[0]))[:_STATES])
-    return costs, chosen
-
-
-def _walk_back(
-    trail: Sequence[Mapping[int, int]], shares: Sequence[int], floors: Sequence[int], gap: int
-) -> list[int]:
-    zeros = []
-    for chosen, share, floor in zip(reversed(trail), reversed(shares), reversed(floors), strict=True):
-        step = chosen[gap]
-        zeros.append(floor + step)
-        gap -= share * step
-    return zeros[::-1]
