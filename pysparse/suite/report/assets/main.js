@@ -1,0 +1,10 @@
+const DEFAULTS = { ...settings };
+buildTable();
+readAddress();
+buildFacets();
+buildPareto();
+buildLayers();
+buildFailures();
+Object.assign(DEFAULTS, { x: (xChoices()[0] || [""])[0] });
+if (layerSettings().length) DEFAULTS.layer = layerSettings()[Math.floor(layerSettings().length / 2)];
+changed();

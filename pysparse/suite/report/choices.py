@@ -1,0 +1,153 @@
+"""Which allocation, reconstruction and method: cells that differ in that one thing, paired."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+from pysparse.suite.report.pairs import (
+    NO_DIFFERENCE,
+    PAIRED_COLUMNS,
+    TOO_FEW,
+    Finding,
+    Paired,
+    listed,
+)
+from pysparse.suite.report.rows import Record, allocation_of, natural, quality_kept
+from pysparse.suite.report.summary import show_setting
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """One thing in which recipes differ."""
+
+    name: str
+    question: str
+    usual: str  # what the others are compared with; the most frequent one where it is missing
+
+    def level(self, record: Record) -> str:
+        """Return what the record chose."""
+        return _parts(record)[self.name]
+
+    def context(self, record: Record) -> tuple[Hashable, ...]:
+        """Return everything else that could make a difference."""
+        others = (value for name, value in _parts(record).items() if name != self.name)
+        return (
+            record["task"],
+            record["model"],
+            record["pattern"],
+            record["sparsity"],
+            record["seed"],
+            *others,
+        )
+
+
+CHOICES = (
+    Choice("allocation", "Which allocation?", "uniform"),
+    Choice("reconstruction", "Which reconstruction?", "none"),
+    Choice("method", "Which method?", "magnitude"),
+)
+
+
+def answer(choice: Choice, records: Iterable[Record]) -> Finding:
+    """Compare every level of ``choice`` with the usual one, task by task."""
+    contexts, ambiguous = _contexts(choice, records)
+    tasks = sorted({str(context[0]) for context in contexts})
+    sentences: list[str] = []
+    lines: list[tuple[str, ...]] = []
+    for task in tasks:
+        found = _compared(choice, task, {key: kept for key, kept in contexts.items() if key[0] == task})
+        if found:
+            sentences.append(_sentence(task, found))
+            lines += [(one.task, f"{one.first} against {one.second}", *one.cells()) for one in found]
+    if not lines:
+        sentences = [f"No two cells differ in the {choice.name} alone: this run does not tell."]
+    columns = ("task", choice.name, *PAIRED_COLUMNS) if lines else ()
+    return Finding(choice.question, tuple(sentences), columns, tuple(lines), _note(ambiguous))
+
+
+def _parts(record: Record) -> dict[str, str]:
+    return {
+        "method": str(record["method"]),
+        "allocation": allocation_of(record),
+        "reconstruction": record["reconstruction"] or "none",
+    }
+
+
+Contexts = dict[tuple[Any, ...], dict[str, float]]
+
+
+def _contexts(choice: Choice, records: Iterable[Record]) -> tuple[Contexts, int]:
+    """Return the quality kept by context and level, and how many cells were left out.
+
+    Left out are recipes of one context and level: they differ in something that is not compared here.
+    """
+    found: dict[tuple[Any, ...], dict[str, list[float]]] = {}
+    for record in records:
+        kept = quality_kept(record["quality"])
+        if kept is not None:
+            found.setdefault(choice.context(record), {}).setdefault(choice.level(record), []).append(kept)
+    ambiguous = sum(len(kept) for levels in found.values() for kept in levels.values() if len(kept) > 1)
+    single = {
+        context: {level: kept[0] for level, kept in levels.items() if len(kept) == 1}
+        for context, levels in found.items()
+    }
+    return {context: levels for context, levels in single.items() if len(levels) > 1}, ambiguous
+
+
+def _compared(choice: Choice, task: str, contexts: Contexts) -> list[Paired]:
+    counts: dict[str, int] = {}
+    for levels in contexts.values():
+        for level in levels:
+            counts[level] = counts.get(level, 0) + 1
+    if not counts:
+        return []
+    usual = choice.usual if choice.usual in counts else max(counts, key=lambda level: counts[level])
+    found = []
+    for level in sorted(counts, key=natural):
+        differences: dict[tuple[str, float], list[float]] = {}
+        for context, levels in contexts.items():
+            if level != usual and {level, usual} <= levels.keys():
+                setting = (str(context[2]), float(context[3]))
+                differences.setdefault(setting, []).append(100 * (levels[level] - levels[usual]))
+        if differences:
+            found.append(paired(task, level, usual, differences))
+    return sorted(found, key=lambda one: -one.median)
+
+
+def paired(task: str, first: str, second: str, differences: dict[tuple[str, float], list[float]]) -> Paired:
+    """Return the comparison of differences that lie by (pattern, sparsity)."""
+    settings = sorted(differences, key=lambda s: (s[0] != "unstructured", natural(s[0]), s[1]))
+    return Paired(
+        task, first, second, tuple(value for setting in settings for value in differences[setting]),
+        tuple((show_setting(*setting), median(differences[setting])) for setting in settings),
+    )  # fmt: skip
+
+
+def _sentence(task: str, found: list[Paired]) -> str:
+    """Say who is better, who is worse and of whom neither can be said."""
+    usual = found[0].second
+    by_verdict = {verdict: [one for one in found if one.verdict == verdict] for verdict in
+                  ("better", "worse", NO_DIFFERENCE, TOO_FEW)}  # fmt: skip
+    said = [
+        f"{verdict} than {usual}: {listed([str(one) for one in ones])}"
+        for verdict, ones in by_verdict.items()
+        if ones and verdict in ("better", "worse")
+    ]
+    said += [
+        f"{verdict} against {usual}: {listed([str(one) for one in by_verdict[verdict]])}"
+        for verdict in (NO_DIFFERENCE, TOO_FEW)
+        if by_verdict[verdict]
+    ]
+    return f"{task}: {'; '.join(said)}."
+
+
+def _note(ambiguous: int) -> str:
+    if not ambiguous:
+        return ""
+    return (
+        f"{ambiguous} cells were left out: their recipes share method, allocation and reconstruction and differ in "
+        "something else."
+    )
