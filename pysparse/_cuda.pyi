@@ -2,6 +2,7 @@
 
 SOURCE_HASHES: dict[str, str]
 ARCHITECTURES: str
+OBS_STRIP: int
 
 def device_count() -> int: ...
 def shared_bytes(device: int) -> int: ...
@@ -101,4 +102,96 @@ def find_stripes(
 def count_stripes(bits: int, rows: int, words: int, counts: int, device: int | None, stream: int) -> None: ...
 def list_stripes(
     bits: int, rows: int, words: int, offsets: int, indices: int, device: int | None, stream: int
+) -> None: ...
+
+# A table: values, records, codebook, field_rows; then dims, fields. Ids: address, number, columns. Bags: offsets,
+# weights, number.
+def embedding_check(
+    entry: int,
+    at: tuple[int, ...],
+    sizes: tuple[int, int],
+    ids: tuple[int, int, int],
+    bags: tuple[int, int, int],
+    faults: int,
+    device: int | None,
+    stream: int,
+) -> None: ...
+def embedding_lookup(
+    entry: int,
+    at: tuple[int, ...],
+    sizes: tuple[int, int],
+    ids: tuple[int, int, int],
+    out: int,
+    device: int | None,
+    stream: int,
+) -> None: ...
+def embedding_bag(
+    entry: int,
+    at: tuple[int, ...],
+    sizes: tuple[int, int],
+    ids: tuple[int, int, int],
+    bags: tuple[int, int, int],
+    mean: bool,
+    out: int,
+    device: int | None,
+    stream: int,
+) -> None: ...
+
+# A draw: seed, first, visit, purpose, rows, cols. A shape: samples, fields, cols. Samples: table, base, ids, offset,
+# labels. Orders: seed, first, visit, antithetic, given orders.
+def shapley_words(
+    draw: tuple[int, int, int, int, int, int], words: int, device: int | None, stream: int
+) -> None: ...
+def shapley_permutations(
+    draw: tuple[int, int, int, int, int, int], room: int, orders: int, device: int | None, stream: int
+) -> None: ...
+def fm_walk_bytes(fields: int, cols: int) -> int: ...
+def fm_marginals(
+    at: list[int],
+    shape: tuple[int, int, int],
+    orders: tuple[int, int, int, bool, int],
+    marginals: int,
+    peak: int,
+    device: int | None,
+    stream: int,
+) -> None: ...
+def add_marginals(
+    marginals: int,
+    ids: int,
+    shape: tuple[int, int, int],
+    sums: int,
+    squares: int,
+    device: int | None,
+    stream: int,
+) -> None: ...
+
+# A matrix: weight, scale, rows, cols. Results: keep, pruned, damage. Operands: weight, upper, scale, keep, errors,
+# damage. Sizes: rows, cols, block.
+def select_rows(
+    entry: int,
+    matrix: tuple[int, int, int, int],
+    count: int,
+    joint: bool,
+    at: tuple[int, int, int],
+    device: int | None,
+    stream: int,
+) -> None: ...
+def select_nm(
+    entry: int,
+    matrix: tuple[int, int, int, int],
+    n: int,
+    m: int,
+    at: tuple[int, int, int],
+    device: int | None,
+    stream: int,
+) -> None: ...
+def obs_sweep(
+    at: tuple[int, ...],
+    sizes: tuple[int, int, int],
+    joint: bool,
+    counts: list[int],
+    n: int,
+    m: int,
+    device: int | None,
+    stream: int,
 ) -> None: ...

@@ -206,14 +206,15 @@ def cuda_kernels() -> list[KernelKey]:
     if _cuda is None:
         return []
     usable = not cuda_missing_reason()
-    packed = sorted(set(_cuda.SOURCE_HASHES) - {"attention"})
-    names = [(op, format) for format in packed for op in ("linear", "unpack")]
-    names += [("attention", format) for format in ("blocks", "spans", "stripes")]
-    return [
-        KernelKey(op, format, dtype, "cuda", usable)
-        for op, format in names
-        for dtype in ("bfloat16", "float16")
+    halves, entries = ("bfloat16", "float16"), ("float32", "bfloat16", "float16")
+    names: list[tuple[str, str, tuple[str, ...]]] = []
+    names += [
+        (op, packing, halves) for packing in ("delta", "fragment", "pair") for op in ("linear", "unpack")
     ]
+    names += [("attention", keys, halves) for keys in ("blocks", "spans", "stripes")]
+    names += [("embedding", "bitmap", entries), ("select", "row", entries), ("select", "nm", entries)]
+    names += [("sweep", "dense", ("float32",)), ("shapley", "fm", ("float32",))]
+    return [KernelKey(op, format, dtype, "cuda", usable) for op, format, dtypes in names for dtype in dtypes]
 
 
 @cache
@@ -227,8 +228,8 @@ def _reported_hashes() -> dict[str, str]:
 def cuda_gate(format: str) -> str:
     """Return why kernels of ``format`` are not chosen by default, or an empty string when they are.
 
-    ``format`` is a packing or "attention". Its kernels are chosen only when the report of a GPU run names the hash of
-    their present sources, or when PYSPARSE_CUDA_UNVALIDATED=1 asks for them.
+    ``format`` is a packing, "attention", "embedding", "pruning" or "shapley". Its kernels are chosen only when the
+    report of a GPU run names the hash of their present sources, or when PYSPARSE_CUDA_UNVALIDATED=1 asks for them.
     """
     missing = cuda_missing_reason()
     if missing:

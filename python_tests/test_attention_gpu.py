@@ -9,7 +9,10 @@ from pysparse import backend, ops
 from pysparse.ops import attention_cuda
 
 reason = backend.missing_reason() or backend.cuda_missing_reason()
-pytestmark = pytest.mark.skipif(bool(reason), reason=f"no CUDA kernels: {reason}")
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(bool(reason), reason=f"no CUDA kernels: {reason}"),
+]
 REGION = ops.AnchorRegion(group_size=128, init=48, local=32)
 SHAPES = [
     {"rows": 1}, {"rows": 70}, {"rows": 515, "past": 70, "dim": 128, "heads": 4, "key_heads": 2},

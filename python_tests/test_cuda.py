@@ -11,7 +11,10 @@ from pysparse.nn import SparseLinear, sparsify_
 from pysparse.nn.device import Prediction
 
 reason = backend.missing_reason() or backend.cuda_missing_reason()
-pytestmark = pytest.mark.skipif(bool(reason), reason=f"no CUDA kernels: {reason}")
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(bool(reason), reason=f"no CUDA kernels: {reason}"),
+]
 
 reference.EPSILON[torch.float16] = 2.0**-11
 NAMES = list(PACKINGS)

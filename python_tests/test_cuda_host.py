@@ -408,6 +408,9 @@ BUDGETS = [
     (r"attention_kernel", 255),  # two blocks of 128
     (r"find_stripes_kernel", 128),  # four of 128
     (r"unpack_kernel|add_parts_kernel|count_stripes_kernel|list_stripes_kernel", 64),
+    (r"embedding_\w+_kernel|fm_walk_kernel|words_kernel|swap_kernel|add_kernel", 64),  # 1024 threads
+    (r"select_\w+_kernel|sweep_kernel", 64),
+    (r"update_kernel", 128),  # 512
 ]
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
 
@@ -426,7 +429,10 @@ def compile_cuda(source, arch, target):
 @needs_nvcc
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", [80, 90])
-@pytest.mark.parametrize("source", ["delta", "fragment", "pair", "strip", "attention", "stripes"])
+@pytest.mark.parametrize(
+    "source",
+    ["delta", "fragment", "pair", "strip", "attention", "stripes", "embedding", "shapley", "pruning"],
+)
 def test_no_spills_and_registers_within_budget(source, arch, tmp_path):
     log = compile_cuda(ROOT / f"csrc/cuda/{source}.cu", arch, tmp_path / "out.cubin")
     pattern = (
@@ -453,6 +459,8 @@ def test_no_spills_and_registers_within_budget(source, arch, tmp_path):
         "pair": ["HMMA.SP"],
         "attention": ["HMMA.16816", "LDSM.16.M88.4", "LDSM.16.MT88.4", "LDGSTS.E.BYPASS.128", "MUFU.EX2"],
         "stripes": ["HMMA.16816", "LDSM.16.M88.4"],
+        "shapley": ["IMAD.WIDE.U32", "MUFU.RCP"],
+        "pruning": ["ATOMS.POPC.INC.32"],  # a histogram's equal digits in one step
     }
     for instruction in expected.get(source, []):
         assert instruction in code, instruction

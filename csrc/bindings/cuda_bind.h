@@ -30,5 +30,8 @@ inline void check(int error, const char* kernel) {
 }
 
 void bind_attention(pybind11::module_& module);
+void bind_embedding(pybind11::module_& module);
+void bind_pruning(pybind11::module_& module);
+void bind_shapley(pybind11::module_& module);
 
 }  // namespace pysparse::cuda

@@ -38,7 +38,9 @@ PYBIND11_MODULE(_cuda, module) {
   module.doc() = "CUDA kernels of pysparse; see pysparse/_cuda.pyi";
   module.attr("SOURCE_HASHES") = py::dict(
       py::arg("delta") = PYSPARSE_HASH_DELTA, py::arg("fragment") = PYSPARSE_HASH_FRAGMENT,
-      py::arg("pair") = PYSPARSE_HASH_PAIR, py::arg("attention") = PYSPARSE_HASH_ATTENTION);
+      py::arg("pair") = PYSPARSE_HASH_PAIR, py::arg("attention") = PYSPARSE_HASH_ATTENTION,
+      py::arg("embedding") = PYSPARSE_HASH_EMBEDDING, py::arg("shapley") = PYSPARSE_HASH_SHAPLEY,
+      py::arg("pruning") = PYSPARSE_HASH_PRUNING);
   module.attr("ARCHITECTURES") = PYSPARSE_CUDA_ARCH_LIST;
   module.def("device_count", device_count);
   module.def("shared_bytes", shared_bytes);
@@ -93,4 +95,7 @@ PYBIND11_MODULE(_cuda, module) {
           packing == 0 ? "fragment_unpack" : "pair_unpack");
   });
   bind_attention(module);
+  bind_embedding(module);
+  bind_pruning(module);
+  bind_shapley(module);
 }

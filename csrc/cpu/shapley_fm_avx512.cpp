@@ -67,7 +67,7 @@ inline float read_sample(const EntrySamples& v, int64_t sample, int width, const
     _mm512_mask_storeu_ps(w.both + k, room, both);
     pairs += _mm512_reduce_add_ps(_mm512_fmsub_ps(sum, sum, squares));
   }
-  return (v.offset ? v.offset[sample] : 0.0f) + 0.5f * pairs;
+  return __builtin_fmaf(0.5f, pairs, v.offset ? v.offset[sample] : 0.0f);
 }
 
 template <bool kAntithetic>

@@ -1,5 +1,6 @@
 """Floor 3: the operations, as functions on plain tensors registered with ``torch.library``."""
 
+from pysparse.ops import embedding_cuda  # noqa: F401  it registers torch.ops.pysparse.*
 from pysparse.ops.attention import (
     AnchorRegion,
     AttentionState,
@@ -82,6 +83,7 @@ from pysparse.ops.obs import (
 from pysparse.ops.ridge import can_ridge, ridge_rows, ridge_rows_torch
 from pysparse.ops.select import can_select, nm_mask, row_mask, select_nm, select_rows
 from pysparse.ops.shapley import draw_permutations, draw_words, philox
+from pysparse.ops.shapley_cuda import draw_permutations_cuda, fm_marginals_cuda, fm_shapley_cuda
 from pysparse.ops.shapley_entries import EntryDraw, EntrySamples, EntryTotals, fm_marginals, fm_shapley
 from pysparse.ops.shapley_heads import Crosses, DeepHead, Mlp, head_marginals, head_shapley
 
@@ -136,11 +138,14 @@ __all__ = [
     "dense_linear",
     "dense_lowrank_linear",
     "draw_permutations",
+    "draw_permutations_cuda",
     "draw_words",
     "flash_attention",
     "flash_attention_state",
     "fm_marginals",
+    "fm_marginals_cuda",
     "fm_shapley",
+    "fm_shapley_cuda",
     "gated_linear",
     "head_marginals",
     "head_shapley",

@@ -131,18 +131,22 @@ def _torch_lookup(
     return result.view(*ids.shape, dims)
 
 
+def _check_bags(ids: Tensor, offsets: Tensor, weights: Tensor | None) -> None:
+    if offsets.dtype != torch.int64 or offsets.dim() != 1 or not len(offsets):
+        raise ValueError(f"offsets are int64 [bags + 1], got {offsets.dtype} {tuple(offsets.shape)}")
+    if weights is not None and (weights.dtype != torch.float32 or weights.numel() != ids.numel()):
+        raise ValueError(
+            f"weights are float32, one for each of {ids.numel()} ids; got {weights.dtype} {tuple(weights.shape)}"
+        )
+
+
 def _bag(
     ids: Tensor, offsets: Tensor, weights: Tensor | None, mean: bool, values: Tensor, records: Tensor,
     codebook: Tensor, field_rows: Tensor, columns: int,
 ) -> Tensor:  # fmt: skip
     ids = _checked_ids(ids, field_rows, columns)
     bags = offsets.numel() - 1
-    if offsets.dtype != torch.int64 or offsets.dim() != 1 or bags < 0:
-        raise ValueError(f"offsets are int64 [bags + 1], got {offsets.dtype} {tuple(offsets.shape)}")
-    if weights is not None and (weights.dtype != torch.float32 or weights.numel() != ids.numel()):
-        raise ValueError(
-            f"weights are float32, one for each of {ids.numel()} ids; got {weights.dtype} {tuple(weights.shape)}"
-        )
+    _check_bags(ids, offsets, weights)
     if values.is_cpu and backend.available() and values.dtype != torch.float16:
         out = values.new_empty((bags, codebook.shape[1]))
         offsets, weights = offsets.contiguous(), None if weights is None else weights.contiguous()

@@ -1,4 +1,4 @@
-"""The optimal brain surgeon's sweep over the columns of a weight, by a compiled kernel on the CPU."""
+"""The optimal brain surgeon's sweep over the columns of a weight, by compiled kernels."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pysparse import backend
+from pysparse.ops import pruning_cuda
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,13 +23,16 @@ class SweepPattern:
 
 
 def can_sweep(weight: Tensor) -> bool:
-    """Tell whether the compiled sweep is there and ``weight`` is on the CPU."""
+    """Tell whether a compiled sweep takes ``weight``: on the CPU, or on a GPU with validated kernels."""
+    if weight.is_cuda:
+        return not backend.cuda_gate("pruning")
     return backend.available() and weight.device.type == "cpu"
 
 
 def can_factor(matrix: Tensor) -> bool:
     """Tell whether the compiled products take ``matrix``: float32 on the CPU, rows contiguous."""
-    return can_sweep(matrix) and matrix.dtype == torch.float32 and matrix.stride(1) == 1
+    on_cpu = backend.available() and matrix.device.type == "cpu"
+    return on_cpu and matrix.dtype == torch.float32 and matrix.stride(1) == 1
 
 
 def cholesky_leaf() -> int:
@@ -73,10 +77,14 @@ def obs_sweep(weight: Tensor, upper: Tensor, scale: Tensor, pattern: SweepPatter
     """
     rows, cols = weight.shape
     for name, tensor, shape in (("upper", upper, (cols, cols)), ("scale", scale, (cols,))):
-        if tensor.dtype != torch.float32 or tuple(tensor.shape) != shape or tensor.device.type != "cpu":
+        if tensor.dtype != torch.float32 or tuple(tensor.shape) != shape or tensor.device != weight.device:
+            place = "the CPU" if weight.is_cpu else str(weight.device)
             raise ValueError(
-                f"{name} is float32 {shape} on the CPU, got {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}"
+                f"{name} is float32 {shape} on {place}, got {tensor.dtype} {tuple(tensor.shape)} on "
+                f"{tensor.device}"
             )
+    if weight.is_cuda:
+        return pruning_cuda.sweep(weight, upper, scale, pattern)
     work = weight.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
     upper, scale = upper.contiguous(), scale.contiguous()
     keep = torch.empty(work.shape, dtype=torch.bool)

@@ -1,4 +1,4 @@
-"""Which weights to prune: the smallest of each row, or of each group of m, by compiled kernels on the CPU."""
+"""Which weights to prune: the smallest of each row, or of each group of m, by compiled kernels."""
 
 from __future__ import annotations
 
@@ -6,12 +6,16 @@ import torch
 from torch import Tensor
 
 from pysparse import backend
+from pysparse.ops import pruning_cuda
 from pysparse.ops.linear import _DTYPE_CODES
 
 
 def can_select(weight: Tensor) -> bool:
-    """Tell whether the compiled kernels take ``weight``: float32 or bfloat16, contiguous, on the CPU."""
-    return (
+    """Tell whether the compiled kernels take ``weight``: float32 or bfloat16, contiguous, on the CPU.
+
+    On a GPU float16 too, and where a report vouches for the kernels.
+    """
+    return pruning_cuda.takes(weight) or (
         backend.available()
         and weight.device.type == "cpu"
         and weight.dtype in _DTYPE_CODES
@@ -28,6 +32,8 @@ def select_rows(weight: Tensor, scale: Tensor, count: int) -> tuple[Tensor, Tens
     ValueError when a score is NaN.
     """
     _check(weight, scale)
+    if weight.is_cuda:
+        return pruning_cuda.select(weight, scale, count=count)  # type: ignore[return-value]
     keep, pruned = torch.empty(weight.shape, dtype=torch.bool), torch.empty_like(weight)
     backend.core().select_rows(*_arguments(weight, scale), count, keep.data_ptr(), pruned.data_ptr())
     return keep, pruned
@@ -36,6 +42,8 @@ def select_rows(weight: Tensor, scale: Tensor, count: int) -> tuple[Tensor, Tens
 def row_mask(scores: Tensor, count: int, scale: Tensor | None = None) -> Tensor:
     """Return the mask alone; without ``scale`` the ``scores`` [R, C] are what is compared, signs included."""
     _check(scores, scale)
+    if scores.is_cuda:
+        return pruning_cuda.select(scores, scale, count=count, want_pruned=False)[0]
     keep = torch.empty(scores.shape, dtype=torch.bool)
     backend.core().select_rows(*_arguments(scores, scale), count, keep.data_ptr(), 0)
     return keep
@@ -47,6 +55,8 @@ def select_nm(weight: Tensor, scale: Tensor, n: int, m: int) -> tuple[Tensor, Te
     As :func:`select_rows`; the columns of a short group at the end are all kept.
     """
     _check(weight, scale)
+    if weight.is_cuda:
+        return pruning_cuda.select(weight, scale, n=n, m=m)  # type: ignore[return-value]
     keep, pruned = torch.empty(weight.shape, dtype=torch.bool), torch.empty_like(weight)
     backend.core().select_nm(*_arguments(weight, scale), n, m, keep.data_ptr(), pruned.data_ptr())
     return keep, pruned
@@ -55,6 +65,8 @@ def select_nm(weight: Tensor, scale: Tensor, n: int, m: int) -> tuple[Tensor, Te
 def nm_mask(scores: Tensor, n: int, m: int, scale: Tensor | None = None) -> Tensor:
     """Return the mask alone; without ``scale`` the ``scores`` [R, C] are what is compared, signs included."""
     _check(scores, scale)
+    if scores.is_cuda:
+        return pruning_cuda.select(scores, scale, n=n, m=m, want_pruned=False)[0]
     keep = torch.empty(scores.shape, dtype=torch.bool)
     backend.core().select_nm(*_arguments(scores, scale), n, m, keep.data_ptr(), 0)
     return keep

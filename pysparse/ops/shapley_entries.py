@@ -117,6 +117,20 @@ class EntryTotals:
         self.bound[:] = 2.0 ** (_LOW_BITS + 1)
         self._spill()
 
+    def add(
+        self,
+        rows: NDArray[np.int64],
+        sums: NDArray[np.int64],
+        squares: NDArray[np.int64],
+        growth: tuple[float, float],
+    ) -> None:
+        """Add whole numbers [len(rows), cols] to these rows, no row twice; none exceeds ``growth`` (2^61 at most)."""
+        if max(self.bound[0] + growth[0], self.bound[1] + growth[1]) > _EXACT:
+            self._spill()
+        self.sums[rows] += sums
+        self.squares[rows] += squares
+        self.bound += growth
+
     def _spill(self) -> None:
         """Leave the lowest 48 bits in the lower halves: totals that are equal then have equal arrays."""
         for low, high in ((self.sums, self.sums_high), (self.squares, self.squares_high)):

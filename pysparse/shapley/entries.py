@@ -18,7 +18,15 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from pysparse.ops import DeepHead, EntryDraw, EntrySamples, EntryTotals, fm_shapley, head_shapley
+from pysparse.ops import (
+    DeepHead,
+    EntryDraw,
+    EntrySamples,
+    EntryTotals,
+    fm_shapley,
+    fm_shapley_cuda,
+    head_shapley,
+)
 from pysparse.shapley.sampling import Progress
 from pysparse.shapley.state import read_state, write_state
 
@@ -40,9 +48,14 @@ class Walker(Protocol):
 class FactorisationMachine:
     """logit = offset + sum over columns of the products of all pairs of a sample's entries (Rendle 2010)."""
 
+    device: int | None = None  # the CPU, or the CUDA device of this number (the same sums, bit for bit)
+
     def __call__(self, samples: EntrySamples, draw: EntryDraw, totals: EntryTotals) -> None:
         """Add the marginals of ``samples``."""
-        fm_shapley(samples, draw, totals)
+        if self.device is None:
+            fm_shapley(samples, draw, totals)
+        else:
+            fm_shapley_cuda(samples, draw, totals, self.device)
 
     def fingerprint(self) -> str:
         """Return the name: all parameters are in the samples."""

@@ -1,5 +1,6 @@
 #pragma once
-// Log losses along a walk, sixteen steps at a time. Include inside a target region.
+// Log losses along a walk, sixteen steps at a time. Include inside a target region. What is fused
+// is written so: csrc/cuda/shapley.cuh finds the same bits.
 
 namespace pysparse {
 namespace {
@@ -19,9 +20,9 @@ inline __m512 running_sum(__m512 v) {
   return _mm512_add_ps(v, shift_up<8>(v));
 }
 
-// log(1 + e^-a), a >= 0. e^r by its series to r^6 (|r| <= ln 2 / 2: 1e-7), then log(1 + e) =
-// 2 atanh(e / (2 + e)) to the 13th power (argument <= 1/3: 1e-8).
-inline __m512 log1p_exp(__m512 minus_a) {
+// straight + log(1 + e^-a), a >= 0. e^r by its series to r^6 (|r| <= ln 2 / 2: 1e-7), then log(1 +
+// e) = 2 atanh(e / (2 + e)) to the 13th power (argument <= 1/3: 1e-8).
+inline __m512 add_log1p_exp(__m512 minus_a, __m512 straight) {
   const __m512 x = _mm512_max_ps(minus_a, _mm512_set1_ps(-87.0f));
   const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 8);
   __m512 r = _mm512_fmadd_ps(n, _mm512_set1_ps(-0.693359375f), x);
@@ -35,14 +36,14 @@ inline __m512 log1p_exp(__m512 minus_a) {
   __m512 q = _mm512_set1_ps(2.0f / 13);
   for (const float c : {2.0f / 11, 2.0f / 9, 2.0f / 7, 2.0f / 5, 2.0f / 3, 2.0f})
     q = _mm512_fmadd_ps(q, z2, _mm512_set1_ps(c));
-  return _mm512_mul_ps(q, z);
+  return _mm512_fmadd_ps(q, z, straight);
 }
 
 inline __m512 log_loss(__m512 logit, __m512 label) {
   const __m512 zero = _mm512_setzero_ps();
   const __m512 size = _mm512_abs_ps(logit);
   const __m512 straight = _mm512_fnmadd_ps(label, logit, _mm512_max_ps(logit, zero));
-  return _mm512_add_ps(straight, log1p_exp(_mm512_sub_ps(zero, size)));
+  return add_log1p_exp(_mm512_sub_ps(zero, size), straight);
 }
 
 // In place: steps of the logit become steps of the loss; both ends of a step use the same stored

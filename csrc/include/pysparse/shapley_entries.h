@@ -2,25 +2,9 @@
 // Shapley values of embedding entries: a sample's players are the entries of its rows, one row a
 // field; a removed entry takes its base value; what a removal costs is the growth of the log loss.
 #include "pysparse/kernel_table.h"
-#include "pysparse/rng.h"
+#include "pysparse/shapley_units.h"
 
 namespace pysparse {
-
-// Marginals are summed as whole numbers, so that any order of the additions gives the same bits.
-inline constexpr double kSumScale = 68719476736.0;       // 2^36
-inline constexpr double kSquareScale = 1099511627776.0;  // 2^40: squares of 1e-4 need it
-inline constexpr float kLargestMarginal = 1024.0f;       // its square still fits
-inline constexpr int kLowBits = 48;                      // what a total keeps when it is spilled
-
-inline constexpr int kMaxEmbedding = 256;
-inline constexpr int64_t kMaxPaddedPlayers = 65536;  // a player is a 16-bit number
-
-// The columns of a player's field, padded so that player = field * width + column.
-inline int padded_width(int cols) {
-  int width = 1;
-  while (width < cols) width *= 2;
-  return width;
-}
 
 struct EntrySamples {
   const float* table;   // [rows][cols]
