@@ -12,10 +12,10 @@ constexpr int kSelectThreads = 256,
 constexpr int kDigits = 256;
 constexpr int kNmThreads = 256;
 constexpr int kSweepWarps = 8;
-constexpr int kOwn = kObsStrip / kLanes;  // columns of a lane
-constexpr int kLongest = 64;              // group of n:m
-constexpr int kTile = 64, kDepth = 16;    // of the update: rows and columns, and terms at a time
-constexpr int kUpdateThreads = 256;       // four rows by four columns each
+constexpr int kPerLane = kObsStrip / kLanes;  // columns of a lane
+constexpr int kLongest = 64;                  // group of n:m
+constexpr int kTile = 64, kDepth = 16;  // of the update: rows and columns, and terms at a time
+constexpr int kUpdateThreads = 256;     // four rows by four columns each
 
 // Unsigned numbers in the order of the scores; both zeros are one.
 __device__ __forceinline__ uint32_t key_of(float score) {
@@ -233,10 +233,10 @@ __global__ __launch_bounds__(kSweepWarps* kLanes) void sweep_kernel(ObsSweep s, 
   float* weight = s.weight + row * s.cols + strip.first;
   uint8_t* keep = s.keep + row * s.cols + strip.first;
   const float* upper = s.upper + strip.first * s.cols + strip.first;
-  float w[kOwn], inverse[kOwn], error[kOwn];
-  uint32_t stays[kOwn];
+  float w[kPerLane], inverse[kPerLane], error[kPerLane];
+  uint32_t stays[kPerLane];
 #pragma unroll
-  for (int q = 0; q < kOwn; ++q) {
+  for (int q = 0; q < kPerLane; ++q) {
     const int c = q * kLanes + lane;
     const bool inside = c < strip.depth;
     w[q] = inside ? weight[c] : 0.0f;
@@ -247,7 +247,7 @@ __global__ __launch_bounds__(kSweepWarps* kLanes) void sweep_kernel(ObsSweep s, 
   int group = 0;  // first column of the group whose weights were chosen last
   uint64_t gone = 0;
 #pragma unroll
-  for (int q = 0; q < kOwn; ++q) {
+  for (int q = 0; q < kPerLane; ++q) {
     for (int j = 0; j < kLanes && q * kLanes + j < strip.depth; ++j) {
       const int c = q * kLanes + j;
       if (s.n > 0 && c % s.m == 0) {
@@ -255,7 +255,7 @@ __global__ __launch_bounds__(kSweepWarps* kLanes) void sweep_kernel(ObsSweep s, 
         gone = 0;
         if (c + s.m <= strip.depth) {  // a short group at the end of a row stays
 #pragma unroll
-          for (int p = 0; p < kOwn; ++p) {
+          for (int p = 0; p < kPerLane; ++p) {
             const int mine = p * kLanes + lane;
             if (mine >= c && mine < c + s.m)
               scores[warp][mine - c] = __fmul_rn(fabsf(w[p]), __ldg(s.scale + strip.first + mine));
@@ -271,7 +271,7 @@ __global__ __launch_bounds__(kSweepWarps* kLanes) void sweep_kernel(ObsSweep s, 
       if (lane == j) w[q] = 0.0f, error[q] = lost;
       stays[q] &= ~(1u << j);
 #pragma unroll
-      for (int p = q; p < kOwn; ++p) {
+      for (int p = q; p < kPerLane; ++p) {
         const int mine = p * kLanes + lane;
         if (mine > c && mine < strip.depth)
           w[p] = __fmaf_rn(-lost, __ldg(upper + static_cast<int64_t>(c) * s.cols + mine), w[p]);
@@ -279,7 +279,7 @@ __global__ __launch_bounds__(kSweepWarps* kLanes) void sweep_kernel(ObsSweep s, 
     }
   }
 #pragma unroll
-  for (int q = 0; q < kOwn; ++q) {
+  for (int q = 0; q < kPerLane; ++q) {
     const int c = q * kLanes + lane;
     errors[row * kObsStrip + c] = error[q];
     if (c >= strip.depth) continue;
