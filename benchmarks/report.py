@@ -125,6 +125,23 @@ def _pruning_claims() -> Iterator[Claim]:
                 yield Claim(text, "pruning", bound, _pruning(what, detail, over))
 
 
+def _ebf_speed(what: str, detail: str, *over: str) -> Callable[[Row], float | None]:
+    def figure(row: Row) -> float | None:
+        if (row["what"], row.get("detail")) != (what, detail):
+            return None
+        return min(float(row["speedup_over"][name]["median"]) for name in over)
+
+    return figure
+
+
+def _ebf_claims() -> Iterator[Claim]:
+    forms = ("torch batched", "torch batched, 64 at a time")
+    text = "EBF's batched 64 x 64 factors and inverse diagonals: speed over torch's best form"
+    yield Claim(text, "ebf", 18.0, _ebf_speed("ridge", "2048 problems of 64 x 64", *forms))
+    text = "EBF's whole pruner, 256 x 256: speed over batched torch"
+    yield Claim(text, "ebf", 10.0, _ebf_speed("pruner", "256 x 256, 50 %", "torch batched"))
+
+
 def _model(field: str) -> Callable[[Row], float | None]:
     return lambda row: row[field] if (row["what"], row.get("sparsity")) == ("bundled model", 0.7) else None
 
@@ -262,6 +279,7 @@ def _dispatch_claims() -> Iterator[Claim]:
 
 CLAIMS = (
     *_claims(), *_prefill_claims(), *_dispatch_claims(), *_pruning_claims(), *_quality_claims(), *_attention_claims(),
+    *_ebf_claims(),
 )  # fmt: skip
 
 
