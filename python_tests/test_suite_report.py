@@ -20,6 +20,7 @@ from pysparse.suite.report import (
     page,
     rows_of,
     save_plots,
+    with_settings,
 )
 from pysparse.suite.report.markdown import escape
 from pysparse.suite.report.pairs import NO_DIFFERENCE, TOO_FEW, Paired
@@ -181,6 +182,24 @@ def test_recipes_that_differ_in_something_unseen_are_left_out():
     found = find(made + twins)[0]
     assert not found.lines
     assert found.note.startswith("6 cells were left out")
+
+
+def test_settings_come_from_the_grid(tmp_path):
+    cells = [
+        suite_records.record("language", "demo", recipe, seed=seed) | {"recipe": name, "id": f"{name}{seed}"}
+        for seed in range(3)
+        for name, recipe in (("plain", "wanda"), ("again", "wanda"), ("owl", "wanda-owl"))
+    ]
+    grid = tmp_path / "grid.toml"
+    assert not find(with_settings(cells, grid))[0].lines  # two recipes that look alike
+    grid.write_text('[recipes.plain]\nmethod = "wanda"\n[recipes.again]\nrecalibrate = true\n[recipes.owl]\n')
+    told = find(with_settings(cells, grid))
+    assert told[0].lines[0][1] == "owl against uniform"
+    assert told[3].lines[0][1] == "recalibrate=True against nothing else"
+    assert told[3].lines[0][-1] == NO_DIFFERENCE
+    grid.write_text("recipes = 3")
+    with pytest.raises(ValueError, match="is no grid"):
+        with_settings(cells, grid)
 
 
 def test_markdown_table_has_every_row(records):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -31,10 +31,9 @@ def report(
     """Write a run as one HTML page that works offline: tables, filters, plots, and the command of every cell."""
     with guarded(debug):
         from pysparse.measure.results import write_text
-        from pysparse.suite.records import read_records
         from pysparse.suite.report import markdown_tables, page, save_plots
 
-        records = read_records(run)
+        records = _records(run)
         name = title or _folder(run).name
         said = [write_text(output or _folder(run) / "report.html", page(records, name))]
         if markdown is not None:
@@ -56,11 +55,17 @@ def findings(
     """Answer from a run's paired cells: which allocation, which reconstruction, which architecture."""
     with guarded(debug):
         from pysparse.measure.results import write_text
-        from pysparse.suite.records import read_records
         from pysparse.suite.report import findings_markdown
 
-        text = findings_markdown(read_records(run), title or _folder(run).name)
+        text = findings_markdown(_records(run), title or _folder(run).name)
         say(f"wrote {write_text(output or _folder(run) / 'findings.md', text)}")
+
+
+def _records(run: Path) -> list[dict[str, Any]]:
+    from pysparse.suite.records import read_records
+    from pysparse.suite.report import with_settings
+
+    return with_settings(read_records(run), _folder(run) / "grid.toml")
 
 
 def _folder(run: Path) -> Path:

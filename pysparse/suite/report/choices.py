@@ -16,6 +16,7 @@ from pysparse.suite.report.pairs import (
     listed,
 )
 from pysparse.suite.report.rows import Record, allocation_of, natural, quality_kept
+from pysparse.suite.report.settings import PLAIN, settings_of
 from pysparse.suite.report.summary import show_setting
 
 
@@ -48,6 +49,7 @@ CHOICES = (
     Choice("allocation", "Which allocation?", "uniform"),
     Choice("reconstruction", "Which reconstruction?", "none"),
     Choice("method", "Which method?", "magnitude"),
+    Choice("settings", "Which other settings of a recipe?", PLAIN),
 )
 
 
@@ -73,6 +75,7 @@ def _parts(record: Record) -> dict[str, str]:
         "method": str(record["method"]),
         "allocation": allocation_of(record),
         "reconstruction": record["reconstruction"] or "none",
+        "settings": settings_of(record),
     }
 
 

@@ -14,6 +14,7 @@ from pysparse.suite.report.choices import CHOICES, answer
 from pysparse.suite.report.markdown import escape, markdown_table
 from pysparse.suite.report.pairs import FEWEST, Finding
 from pysparse.suite.report.rows import Record, rows_of
+from pysparse.suite.report.settings import settings_of
 from pysparse.suite.report.summary import overview
 
 HOW_TO_READ = (
@@ -28,7 +29,9 @@ HOW_TO_READ = (
 def find(records: Iterable[Record]) -> list[Finding]:
     """Return the answers that these records hold; one that they do not hold says so."""
     done = [record for record in records if record["status"] == "done"]
-    found = [answer(choice, done) for choice in CHOICES]
+    differing = {settings_of(record) for record in done}
+    asked = [choice for choice in CHOICES if choice.name != "settings" or len(differing) > 1]
+    found = [answer(choice, done) for choice in asked]
     found.append(architectures.models(done, rows_of(done)))
     family = architectures.families(done)
     return found + ([family] if family else [])

@@ -14,7 +14,7 @@ from pysparse.suite.report.summary import show_setting
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-COLORS = ("#1f6fb4", "#c2560c", "#2a7f3b", "#7b4fb5", "#c0303a", "#117a84", "#85582e", "#b3428a")
+COLORS = ("#1f6fb4", "#b54c06", "#2a7f3b", "#7b4fb5", "#c0303a", "#117a84", "#85582e", "#b3428a")
 _ACROSS = 4  # panels side by side
 _MARKERS = {"unstructured": "o"}  # n:m is a diamond, what is left a square
 _SAME = 0.005  # sparsity: profiles closer than this in every layer share a line

@@ -25,6 +25,7 @@ class Overview:
     first: str  # when the first cell started, "2026-11-27 10:15"; "" when no cell tells
     last: str
     seconds: float  # of all cells together
+    busy: int  # cells that began on a busy machine: their speeds are worth less
     environments: tuple[tuple[int, tuple[tuple[str, str], ...]], ...]  # cells, and (name, value) pairs
 
 
@@ -63,7 +64,8 @@ def overview(records: Sequence[Record]) -> Overview:
         len(done), len(records) - len(done),
         tuple((count, word if count != 1 else _singular(word)) for count, word in counts),
         _minute(times[0]) if times else "", _minute(times[-1]) if times else "",
-        sum(number(record["seconds"]) or 0.0 for record in records), environments(records),
+        sum(number(record["seconds"]) or 0.0 for record in records),
+        sum(bool((record["environment"] or {}).get("busy")) for record in records), environments(records),
     )  # fmt: skip
 
 

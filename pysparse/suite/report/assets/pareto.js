@@ -126,7 +126,7 @@ function spreadMarks(point, x, y) {
   const found = settings.y === "kept" ? point.row.kept && point.row.kept.map((value) => 100 * value) : point.row.quality;
   if (found) group.append(draw("line", { x1: point.x, x2: point.x, y1: y(found[1]), y2: y(found[2]) }));
   const speed = settings.x.startsWith("speed") ? speedOf(point.row, settings.x) : null;
-  if (speed) group.append(draw("line", { y1: point.y, y2: point.y, x1: Math.max(LEFT, x(speed[5])), x2: Math.min(WIDTH, x(speed[6])) }));
+  if (speed) group.append(draw("line", { y1: point.y, y2: point.y, x1: Math.max(LEFT, x(speed[5])), x2: Math.min(WIDTH - 2, x(speed[6])) }));
   return group;
 }
 
