@@ -75,10 +75,10 @@ def refuse_in_stages(**given: Any) -> None:
 
 def find_layout(
     model: nn.Module, recipe: Recipe, targets: Sequence[str], ignore: Sequence[str], filter_fn: Filter | None,
-    strict: bool,
+    strict: bool, whole: bool = False,
 ) -> BlockLayout:  # fmt: skip
     """Return what is prunable; when ``strict`` raise what would be warned of."""
-    layout = discover(model, targets, ignore, filter_fn=filter_fn)
+    layout = discover(model, targets, ignore, whole=whole, filter_fn=filter_fn)
     remarks = [*filter(None, (structure_warning(recipe.structure, layout.layers),)), *layout.warnings]
     if strict and remarks:
         raise ValueError(f"strict=True, and {'; '.join(remarks)}")

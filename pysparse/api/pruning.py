@@ -67,6 +67,7 @@ def prune(
     search_texts: Texts | None = None,
     recipe: Recipe | StagedRecipe | StructuralMethod | str | Path | None = None,
     filter_fn: Filter | None = None,
+    whole: bool = False,
     strict: bool = False,
     compat: str | None = None,
     propagate: Propagate = "pruned",
@@ -114,6 +115,8 @@ def prune(
             allocation.
         filter_fn: called as ``filter_fn(module, path)`` for each layer that targets and ignore leave; False keeps
             it dense.
+        whole: take the model as one block, so that layers outside of its blocks (stem, classifier) are prunable too,
+            as is usual in vision; statistics of all layers are held at once.
         strict: raise ValueError where some of what was asked for cannot be done and a warning would say so: a
             width that n:m does not divide, an ``ignore`` that names nothing, experts that cannot be calibrated.
         compat: None, or "paper" for what the methods' released code does where it differs from the exact form:
@@ -156,7 +159,7 @@ def prune(
         output_dir, save_format, packing_for(values, group_size, chosen, save_format), chosen
     )
     if isinstance(chosen, StagedRecipe):
-        refuse_in_stages(filter_fn=filter_fn, strict=strict, search_texts=search_texts)
+        refuse_in_stages(filter_fn=filter_fn, whole=whole, strict=strict, search_texts=search_texts)
         order = Order(
             model_or_path, chosen, calibration, tokenizer, cut, running, targets, ignore, propagate, save_format,
             saving.packing, seed, threads, progress, callbacks or (),
@@ -164,7 +167,7 @@ def prune(
         return PruneResult(*prune_in_stages(order))
     model = load_model(model_or_path, format="dense")
     saving.check_model(model)
-    layout = find_layout(model, chosen, targets, ignore, filter_fn, strict)
+    layout = find_layout(model, chosen, targets, ignore, filter_fn, strict, whole)
     found = tokenizer_or_none(model_or_path, model, tokenizer)
     task = _task(layout, chosen, sparsity, calibration, search_texts, found, cut, propagate)
     with (

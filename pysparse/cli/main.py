@@ -17,6 +17,7 @@ from pysparse.cli.options import Debug, Dtype, Json, Model, Plot, Seed, Threads,
 from pysparse.cli.output import EXIT_FAILED, console, emit, guarded, say
 from pysparse.cli.prune import prune
 from pysparse.cli.shapley import shapley
+from pysparse.cli.suite import app as suite_app
 
 app = typer.Typer(
     name="pysparse",
@@ -51,6 +52,7 @@ app.command()(embed)
 app.command()(shapley)
 app.add_typer(ebf_app, name="ebf")
 app.add_typer(attention)
+app.add_typer(suite_app, name="suite")
 
 
 @app.command("eval")

@@ -93,7 +93,7 @@ def method_for(method: str) -> Recipe | StructuralMethod:
     name, _, given = method.partition(":")
     if name in STRUCTURAL:
         known = STRUCTURAL[name]
-        return _configured("method", name, known, given) if given else known
+        return configured("method", name, known, given) if given else known
     known_names: dict[str, Recipe | StructuralMethod] = {**METHODS, **STRUCTURAL}
     return lookup("method", method, known_names)
 
@@ -134,7 +134,7 @@ def allocation_for(value: AllocationLike) -> Allocation:
     if isinstance(value, str):
         name, _, given = value.partition(":")
         known = lookup("allocation", name, ALLOCATIONS)
-        return _configured("allocation", name, known, given) if given else known
+        return configured("allocation", name, known, given) if given else known
     if isinstance(value, Mapping | Sequence):
         return as_profile(value)
     if callable(value):
@@ -145,7 +145,7 @@ def allocation_for(value: AllocationLike) -> Allocation:
     )
 
 
-def _configured(kind: str, name: str, known: T, text: str) -> T:
+def configured(kind: str, name: str, known: T, text: str) -> T:
     """Return ``known``, a dataclass, with the settings of "key=value,key=value"."""
     fields = [field.name for field in dataclasses.fields(known)]  # type: ignore[arg-type]
     settings: dict[str, Any] = {}

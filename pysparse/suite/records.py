@@ -132,14 +132,13 @@ def _checked(text: str, where: str) -> Record:
 
 
 def _write_parquet(path: Path, records: list[Record]) -> Path | None:
-    """Write nested columns (layers, speed) as they are, the environment as JSON text; None without pyarrow."""
+    """Write all records with nested columns as they are, the environment as JSON text; None without pyarrow."""
     try:
         import pyarrow
         import pyarrow.parquet
     except ImportError:
         return None
-    rows = [record | {"environment": json.dumps(record["environment"])} for record in records]
-    table = pyarrow.Table.from_pylist([_with_numbers(row) for row in rows])
+    table = pyarrow.Table.from_pylist([_row(record) for record in records], schema=_schema(pyarrow))
     part = path.with_suffix(".part")
     try:
         pyarrow.parquet.write_table(table, part, compression="zstd")
@@ -149,10 +148,36 @@ def _write_parquet(path: Path, records: list[Record]) -> Path | None:
     return path
 
 
-def _with_numbers(value: Any) -> Any:
-    """Return ``value`` with "inf" and "nan", which JSON knows as text only, as the numbers they are."""
-    if isinstance(value, dict):
-        return {key: _with_numbers(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_with_numbers(item) for item in value]
-    return float(value) if value in ("inf", "-inf", "nan") else value
+def _schema(pa: Any) -> Any:
+    text, number, count, flag = pa.string(), pa.float64(), pa.int64(), pa.bool_()
+    speed = {"name": text, "unit": text, "batch": count, "tokens": count, "dense": number, "sparse": number,
+             "ratio": number, "ratio_p10": number, "ratio_p90": number}  # fmt: skip
+    nested = {
+        "error": pa.struct({"type": text, "message": text}),
+        "quality": pa.struct({"metric": text, "value": number, "dense": number, "higher_is_better": flag,
+                              "others": pa.map_(text, number)}),
+        "layers": pa.list_(pa.struct({"name": text, "shape": pa.list_(count), "sparsity": number})),
+        "file_bytes": pa.struct({"dense": count, "sparse": count}),
+        "speed": pa.list_(pa.struct(speed)),
+    }  # fmt: skip
+    counts = ("schema", "seed", "peak_memory_bytes", "parameters")
+    numbers = ("sparsity", "achieved_sparsity", "prune_seconds", "seconds")
+    plain = {key: count for key in counts} | {key: number for key in numbers} | nested
+    return pa.schema({key: plain.get(key, text) for key in KEYS})
+
+
+def _row(record: Record) -> Record:
+    """Return a record with "inf" and "nan", which JSON knows as text only, as the numbers they are."""
+    quality = record["quality"]
+    if quality is not None:
+        others = [(name, float(value)) for name, value in quality["others"].items()]
+        quality = quality | {
+            "value": float(quality["value"]),
+            "dense": float(quality["dense"]),
+            "others": others,
+        }
+    speed = record["speed"] and [
+        {key: float(value) if key.startswith("ratio") else value for key, value in one.items()}
+        for one in record["speed"]
+    ]
+    return record | {"quality": quality, "speed": speed, "environment": json.dumps(record["environment"])}

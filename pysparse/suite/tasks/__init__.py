@@ -14,6 +14,8 @@ __all__ = ["TASKS", "Quality", "Scope", "Speed", "Task", "task_for"]
 
 TASKS: dict[str, str] = {  # name -> "module:class"
     "language": "pysparse.suite.tasks.language:Language",
+    "embedding": "pysparse.suite.tasks.embedding:Embedding",
+    "zero-shot": "pysparse.suite.tasks.zero_shot:ZeroShot",
 }
 
 
