@@ -25,6 +25,7 @@ from torch.nn import functional
 from pysparse import backend, ops
 from pysparse.formats import PACKINGS, BitmapTensor
 from pysparse.measure.machine import machine_card
+from pysparse.models.cuda_engines import random_keep
 from pysparse.ops.cuda import Packing, arrays, largest_block
 
 SHAPES = [(1024, 4096), (4096, 4096), (11008, 4096), (4096, 11008), (14336, 4096), (8192, 28672)]
@@ -57,13 +58,7 @@ def random_weight(rows: int, cols: int, sparsity: float | None, seed: int) -> Te
     """Return a normal bf16 weight; unstructured zeros, or 2:4 for sparsity None."""
     generator = torch.Generator("cuda").manual_seed(seed)
     weight = torch.randn(rows, cols, device="cuda", generator=generator) * 0.02
-    draws = torch.rand(rows, cols, device="cuda", generator=generator)
-    if sparsity is None:
-        groups = draws.view(rows, -1, 4)
-        smaller = groups.unsqueeze(3) > groups.unsqueeze(2)  # how many of the four each one beats
-        keep = (smaller.sum(dim=3, dtype=torch.uint8) >= 2).view(rows, cols)
-    else:
-        keep = draws >= sparsity
+    keep = random_keep(rows, cols, sparsity, seed + (1 << 20), weight.device)
     return (weight * keep).bfloat16()
 
 

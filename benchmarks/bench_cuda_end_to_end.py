@@ -14,52 +14,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
-from bench_cuda import random_weight
 from rich.console import Console
-from torch import nn
 
 from pysparse import backend
 from pysparse.measure.comparison import BenchSettings
-from pysparse.measure.latency import random_tokens
-from pysparse.measure.twins import linear_layers, shared_copy
-from pysparse.models.cuda_speed import compare_on_cuda, compile_blocks_
-from pysparse.models.named_shapes import RANDOM_WEIGHTS, SHAPES, named_shape, random_model
-from pysparse.nn import sparsify_
-
-TOLERANCE = 0.05  # of the norm of the logits: both round to bf16 in other orders, layer after layer
-
-
-@torch.no_grad()
-def sparse_copy(dense: nn.Module, sparsity: float | None, seed: int) -> tuple[nn.Module, dict[str, float]]:
-    """Return a packed copy with random zeros (2:4 for None), and its distance to the same zeros kept dense."""
-    masked = shared_copy(dense)
-    for index, (path, module) in enumerate(linear_layers(masked).items()):
-        if not path.endswith("lm_head"):
-            keep = random_weight(*module.weight.shape, sparsity, seed + index) != 0
-            module.weight = nn.Parameter(module.weight * keep, requires_grad=False)
-    tokens = random_tokens(dense, 1, 1, seed).cuda()
-    exact = masked(input_ids=tokens).logits.double()
-    sparsify_(masked, ignore=("lm_head",), dense_kernels=False)
-    error = float((masked(input_ids=tokens).logits.double() - exact).norm() / exact.norm())
-    if not error < TOLERANCE:
-        raise RuntimeError(f"sparse logits are {error:.3g} off, over the bound {TOLERANCE}")
-    return masked, {"relative_difference": error}
-
-
-def build(options: argparse.Namespace) -> tuple[dict[str, nn.Module], dict[str, dict[str, float]]]:
-    dense = random_model(options.shape, options.blocks).cuda()
-    models, differences = {"torch dense": dense}, {}
-    for sparsity in options.sparsity:
-        name = f"sparse {sparsity:.0%}"
-        models[name], differences[name] = sparse_copy(dense, sparsity, 1)
-    if options.two_of_four:
-        models["sparse 2:4"], differences["sparse 2:4"] = sparse_copy(dense, None, 1)
-    torch.cuda.empty_cache()
-    if options.compile:
-        for name in ("torch dense", *[f"sparse {sparsity:.0%}" for sparsity in options.sparsity[-1:]]):
-            models[f"{name}, compiled"] = compile_blocks_(shared_copy(models[name]))
-    return models, differences
+from pysparse.models.cuda_engines import engines_on_cuda
+from pysparse.models.cuda_speed import compare_on_cuda
+from pysparse.models.named_shapes import RANDOM_WEIGHTS, SHAPES, named_shape
 
 
 def main() -> None:
@@ -75,7 +36,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     options = parser.parse_args()
     start = time.perf_counter()
-    models, differences = build(options)
+    models, differences = engines_on_cuda(
+        options.shape,
+        options.blocks,
+        options.sparsity,
+        two_of_four=options.two_of_four,
+        compiled=options.compile,
+    )
     print(f"built in {time.perf_counter() - start:.1f} s", flush=True)
     settings = BenchSettings(options.prompt, options.new_tokens, rounds=options.rounds)
     blocks = options.blocks or named_shape(options.shape).blocks

@@ -203,7 +203,16 @@ def test_wrong_input_is_one_line_and_exit_code_2(dense, tmp_path):
     assert "choose one of llama-2-7b" in refused("bench", "--shape", "llama-9")
     assert "either a model folder or --shape" in refused("bench")
     assert "sparse enough" in refused("bench", dense)
+    assert "--device cuda times --shape NAME in bf16" in refused("bench", dense, "--device", "cuda")
+    assert "go with --device cuda" in refused("bench", "--shape", "tinyllama", "--compiled")
     assert not (tmp_path / "never").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
+def test_bench_on_a_gpu_that_is_not_there():
+    message = refused("bench", "--shape", "llama-2-7b", "--device", "cuda")
+    assert "device 'cuda' cannot be timed here: " in message
+    assert "1.5" in refused("bench", "--shape", "llama-2-7b", "--device", "cuda", "--sparsity", 1.5)
 
 
 def test_folders_that_cannot_be_written_are_refused_before_the_work(dense, tmp_path):

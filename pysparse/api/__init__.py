@@ -3,7 +3,7 @@
 from pysparse.api.adapt_stage import run_adaptation
 from pysparse.api.adapting import AdaptReport, AdaptResult, adapt
 from pysparse.api.attention import attention_stats
-from pysparse.api.benchmarking import benchmark, benchmark_shape
+from pysparse.api.benchmarking import benchmark, benchmark_shape, benchmark_shape_on_cuda
 from pysparse.api.evaluation import Evaluation, evaluate
 from pysparse.api.loading import load_model
 from pysparse.api.merging import merge_and_sparsify
@@ -27,6 +27,7 @@ __all__ = [
     "attention_stats",
     "benchmark",
     "benchmark_shape",
+    "benchmark_shape_on_cuda",
     "doctor",
     "evaluate",
     "kernel_info",

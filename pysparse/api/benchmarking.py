@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from pysparse import backend
 from pysparse.api.loading import load_model
 from pysparse.measure.comparison import (
     KERNEL_DENSE,
@@ -27,6 +29,8 @@ from pysparse.measure.twins import (
     sparse_twin,
     zero_at_random_,
 )
+from pysparse.models.cuda_engines import engines_on_cuda
+from pysparse.models.cuda_speed import compare_on_cuda
 from pysparse.models.named_shapes import RANDOM_WEIGHTS, named_shape, plan_blocks, random_model
 from pysparse.pruning import check_sparsity
 
@@ -103,6 +107,43 @@ def benchmark_shape(
         title=f"{shape}: {blocks} of {known.blocks} blocks, {sparsity:.0%} random zeros, RANDOM WEIGHTS (speed only)",
         weights=RANDOM_WEIGHTS, progress=progress,
     )  # fmt: skip
+
+
+def benchmark_shape_on_cuda(
+    shape: str = "llama-2-7b",
+    sparsities: Sequence[float] = (0.5, 0.6, 0.7),
+    blocks: int | None = None,
+    settings: BenchSettings | None = None,
+    *,
+    two_of_four: bool = True,
+    compiled: bool = False,
+    progress: bool = False,
+) -> BenchResult:
+    """Time a published architecture on a GPU, bf16 with random weights and zeros: dense, each sparsity, and 2:4.
+
+    Decoding is greedy with a static KV cache and one CUDA graph a step; prefill and the first token run eagerly.
+    ``compiled`` adds dense and the last sparsity with their blocks under torch.compile. ``blocks`` None builds all of
+    them. Raises ValueError for an unknown shape, sparsities outside [0, 1) or none to time, and where there is no GPU
+    or no CUDA kernels, saying what is missing.
+    """
+    known, settings = named_shape(shape), settings or BenchSettings()
+    for sparsity in sparsities:
+        check_sparsity(sparsity)
+    if not sparsities and not two_of_four:
+        raise ValueError("there is nothing to compare: give a sparsity, or two_of_four")
+    missing = backend.cuda_missing_reason()
+    if missing:
+        raise ValueError(f"device 'cuda' cannot be timed here: {missing}")
+    with progress_on_stderr(progress) as advance:
+        advance(f"building {blocks or known.blocks} blocks of {shape}", 0, 1)
+        models, differences = engines_on_cuda(
+            shape, blocks, sparsities, two_of_four=two_of_four, compiled=compiled, seed=settings.seed
+        )
+        advance(f"building {blocks or known.blocks} blocks of {shape}", 1, 1)
+        return compare_on_cuda(
+            models, settings, weights=RANDOM_WEIGHTS, difference=differences, on_round=advance,
+            title=f"{shape}: {blocks or known.blocks} of {known.blocks} blocks, bf16, RANDOM WEIGHTS (speed only)",
+        )  # fmt: skip
 
 
 def _compare(

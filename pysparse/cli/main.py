@@ -13,7 +13,7 @@ from pysparse.cli.adapt import adapt
 from pysparse.cli.attention import attention
 from pysparse.cli.ebf import app as ebf_app
 from pysparse.cli.embed import embed
-from pysparse.cli.options import Debug, Dtype, Json, Model, Plot, Seed, Threads, torch_dtype
+from pysparse.cli.options import Debug, Device, Dtype, Json, Model, Plot, Seed, Threads, torch_dtype
 from pysparse.cli.output import EXIT_FAILED, console, emit, guarded, say
 from pysparse.cli.prune import prune
 from pysparse.cli.shapley import shapley
@@ -97,10 +97,17 @@ def bench(
             help="Instead of a model: llama-2-7b, llama-3-8b, tinyllama or qwen2.5-0.5b with random weights."
         ),
     ] = None,
-    sparsity: Annotated[float, typer.Option(help="Fraction of zeros for --shape.")] = 0.7,
+    sparsity: Annotated[
+        list[float] | None,
+        typer.Option(
+            help="Fraction of zeros for --shape; several with --device cuda. [default: 0.7; cuda: 0.5 0.6 0.7]"
+        ),
+    ] = None,
     blocks: Annotated[
         int | None, typer.Option(min=1, help="Blocks for --shape. [default: as many as memory holds]")
     ] = None,
+    device: Annotated[Device, typer.Option(help="Where to time; cuda takes --shape only.")] = Device.cpu,
+    compiled: Annotated[bool, typer.Option("--compiled", help="Under torch.compile, too (cuda).")] = False,
     dense: Annotated[
         str | None, typer.Option(help="Dense model to compare with. [default: the same weights, unpacked]")
     ] = None,
@@ -123,10 +130,18 @@ def bench(
 
         if (model is None) == (shape is None):
             raise ValueError("pass either a model folder or --shape NAME")
-        if shape is not None:
-            settings = api.BenchSettings(prompt_len, new_tokens, batch_size, rounds, 1, threads, seed)
+        settings = api.BenchSettings(prompt_len, new_tokens, batch_size, rounds, 1, threads, seed)
+        if device is Device.cuda:
+            _check_cuda_options(shape, dtype, threads)
+            result = api.benchmark_shape_on_cuda(
+                str(shape), sparsity or (0.5, 0.6, 0.7), blocks, settings, compiled=compiled, progress=True
+            )
+        elif compiled or len(sparsity or ()) > 1:
+            raise ValueError("--compiled and several --sparsity go with --device cuda")
+        elif shape is not None:
+            (zeros,) = sparsity or (0.7,)
             result = api.benchmark_shape(
-                shape, sparsity, torch_dtype(dtype or Dtype.bf16), blocks, settings, progress=True
+                shape, zeros, torch_dtype(dtype or Dtype.bf16), blocks, settings, progress=True
             )
         else:
             result = api.benchmark(
@@ -136,6 +151,11 @@ def bench(
         emit(result, json, result)
         if plot is not None:
             say(f"wrote {result.plot(plot)}")
+
+
+def _check_cuda_options(shape: str | None, dtype: Dtype | None, threads: int | None) -> None:
+    if shape is None or threads is not None or dtype not in (None, Dtype.bf16):
+        raise ValueError("--device cuda times --shape NAME in bf16, and takes no --threads")
 
 
 @app.command()

@@ -33,6 +33,13 @@ class Dtype(StrEnum):
     fp16 = "fp16"
 
 
+class Device(StrEnum):
+    """Where a benchmark runs."""
+
+    cpu = "cpu"
+    cuda = "cuda"
+
+
 def torch_dtype(dtype: Dtype) -> Any:
     """Return the dtype that torch calls so."""
     import torch
