@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -28,8 +28,10 @@ class FCPTS:
     """How the rates are learned: one threshold t_l = sigmoid(theta_l) a layer, all layers together.
 
     Minimises KL(dense || sparse) of the outputs at ``temperature``, times its square, plus ``strength`` *
-    abs(sum n_l s_l / N - S). Masks are 1[|w| > t_l]; their gradient passes straight through where
-    abs(|w| - t_l) < 1; that of a layer's sparsity is the density of its weights at the threshold.
+    abs(sum n_l s_l / N - S). With ``loss`` "mse" the first term is the mean squared error over the dense outputs'
+    mean square instead, for outputs that are no logits of classes (boxes, images). Masks are 1[|w| > t_l]; their
+    gradient passes straight through where abs(|w| - t_l) < 1; that of a layer's sparsity is the density of its
+    weights at the threshold.
 
     Differs from the paper: the weights stay as they are (tune them afterwards, :func:`match_outputs_`); |w| is
     divided by its layer's largest, so that one theta means the same in every layer; the density comes from a
@@ -42,8 +44,11 @@ class FCPTS:
     strength: float = 1.0
     theta: float = -8.0  # at the start: sigmoid(-8) = 0.0003, nearly dense
     seed: int = 1024
+    loss: Literal["kl", "mse"] = "kl"
 
     def __post_init__(self) -> None:
+        if self.loss not in ("kl", "mse"):
+            raise ValueError(f"loss is 'kl' or 'mse', got {self.loss!r}")
         if self.epochs < 1 or self.learning_rate <= 0 or self.temperature <= 0 or self.strength < 0:
             raise ValueError(
                 f"epochs={self.epochs} is at least 1, learning_rate={self.learning_rate} and temperature="
@@ -180,12 +185,19 @@ def _loss(
         sizes
     )
     logits = first_tensor(_functional(model, masked, batch, call))
-    divergence = functional.kl_div(
-        functional.log_softmax(logits.float() / settings.temperature, dim=-1),
-        functional.log_softmax(wanted.float() / settings.temperature, dim=-1),
+    divergence = _divergence(logits.float(), wanted.float(), settings)
+    return divergence + settings.strength * (overall - target).abs(), float(overall.detach())
+
+
+def _divergence(found: Tensor, wanted: Tensor, settings: FCPTS) -> Tensor:
+    """Return how far outputs are from the dense model's, a scalar."""
+    if settings.loss == "mse":
+        return (found - wanted).square().mean() / wanted.square().mean().clamp_min(1e-12)
+    return functional.kl_div(
+        functional.log_softmax(found / settings.temperature, dim=-1),
+        functional.log_softmax(wanted / settings.temperature, dim=-1),
         reduction="none", log_target=True,
     ).sum(dim=-1).mean() * settings.temperature**2  # fmt: skip
-    return divergence + settings.strength * (overall - target).abs(), float(overall.detach())
 
 
 def _functional(model: nn.Module, tensors: dict[str, Tensor], batch: Any, call: ForwardOf) -> Any:

@@ -16,6 +16,9 @@ TASKS: dict[str, str] = {  # name -> "module:class"
     "language": "pysparse.suite.tasks.language:Language",
     "embedding": "pysparse.suite.tasks.embedding:Embedding",
     "zero-shot": "pysparse.suite.tasks.zero_shot:ZeroShot",
+    "classification": "pysparse.suite.tasks.classification:Classification",
+    "detection": "pysparse.suite.tasks.detection:Detection",
+    "generation": "pysparse.suite.tasks.generation:Generation",
 }
 
 
