@@ -9,7 +9,9 @@ from html.parser import HTMLParser
 
 import pytest
 import suite_records
+from typer.testing import CliRunner
 
+from pysparse.cli import app
 from pysparse.suite.records import Results, read_records
 from pysparse.suite.report import (
     best_table,
@@ -197,6 +199,13 @@ def test_settings_come_from_the_grid(tmp_path):
     assert told[0].lines[0][1] == "owl against uniform"
     assert told[3].lines[0][1] == "recalibrate=True against nothing else"
     assert told[3].lines[0][-1] == NO_DIFFERENCE
+    assert "calibration data" not in told[0].note
+    grid.write_text(
+        "[recipes.plain]\nnum_samples = 64\n[recipes.again]\nx = 1\n[recipes.owl]\nnum_samples = 32\n"
+    )
+    (line,) = find(with_settings(cells, grid))[0].lines
+    assert line[1] == "owl against uniform"  # another amount of data does not keep them apart, but it is said
+    assert "calibration data" in find(with_settings(cells, grid))[0].note
     grid.write_text("recipes = 3")
     with pytest.raises(ValueError, match="is no grid"):
         with_settings(cells, grid)
@@ -373,3 +382,31 @@ def test_findings_page(records):
         assert f"## {question}" in text
     tables = [line for line in text.splitlines() if line.startswith("|")]
     assert {line.count("|") for line in tables} <= {9, 12}
+
+
+def command(*arguments):
+    return CliRunner().invoke(app, ["suite", *map(str, arguments)])
+
+
+def test_the_commands_write_what_they_name(records, tmp_path):
+    results = Results(tmp_path / "a run")
+    for one in records[:60]:
+        results.write(one)
+    made = command("report", results.folder, "--markdown", tmp_path / "table.md")
+    assert made.exit_code == 0, made.stderr
+    assert "report.html" in made.stderr
+    assert "<title>a run - pysparse suite</title>" in (results.folder / "report.html").read_text()
+    assert (tmp_path / "table.md").read_text() == markdown_tables(records[:60])
+    made = command("findings", results.folder, "-o", tmp_path / "found.md", "--title", "named")
+    assert made.exit_code == 0, made.stderr
+    assert (tmp_path / "found.md").read_text() == findings_markdown(records[:60], "named")
+
+
+def test_the_commands_refuse_what_is_no_run(tmp_path):
+    made = command("report", tmp_path)
+    assert made.exit_code == 2
+    assert "holds no finished cell" in made.stderr
+    (tmp_path / "cells.jsonl").write_text('{"schema": 99}\n')
+    made = command("findings", tmp_path / "cells.jsonl")
+    assert made.exit_code == 2
+    assert "its schema is 99, expected 1" in made.stderr

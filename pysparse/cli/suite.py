@@ -11,6 +11,7 @@ import typer
 
 from pysparse.cli.options import Debug, Json
 from pysparse.cli.output import EXIT_FAILED, emit, guarded, say
+from pysparse.cli.suite_report import findings, report
 
 if TYPE_CHECKING:
     from pysparse.suite.grid import Grid
@@ -20,6 +21,8 @@ app = typer.Typer(
     help="Run every recipe on every model at every sparsity: quality beside measured speed and size.",
     no_args_is_help=True,
 )
+app.command()(report)
+app.command()(findings)
 
 
 @app.command("run")

@@ -16,7 +16,7 @@ from pysparse.suite.report.pairs import (
     listed,
 )
 from pysparse.suite.report.rows import Record, allocation_of, natural, quality_kept
-from pysparse.suite.report.settings import PLAIN, settings_of
+from pysparse.suite.report.settings import PLAIN, calibration_of, settings_of
 from pysparse.suite.report.summary import show_setting
 
 
@@ -55,6 +55,7 @@ CHOICES = (
 
 def answer(choice: Choice, records: Iterable[Record]) -> Finding:
     """Compare every level of ``choice`` with the usual one, task by task."""
+    records = list(records)
     contexts, ambiguous = _contexts(choice, records)
     tasks = sorted({str(context[0]) for context in contexts})
     sentences: list[str] = []
@@ -67,7 +68,8 @@ def answer(choice: Choice, records: Iterable[Record]) -> Finding:
     if not lines:
         sentences = [f"No two cells differ in the {choice.name} alone: this run does not tell."]
     columns = ("task", choice.name, *PAIRED_COLUMNS) if lines else ()
-    return Finding(choice.question, tuple(sentences), columns, tuple(lines), _note(ambiguous))
+    note = _note(ambiguous, lines != [] and _other_data(choice, records))
+    return Finding(choice.question, tuple(sentences), columns, tuple(lines), note)
 
 
 def _parts(record: Record) -> dict[str, str]:
@@ -147,10 +149,24 @@ def _sentence(task: str, found: list[Paired]) -> str:
     return f"{task}: {'; '.join(said)}."
 
 
-def _note(ambiguous: int) -> str:
-    if not ambiguous:
-        return ""
-    return (
-        f"{ambiguous} cells were left out: their recipes share method, allocation and reconstruction and differ in "
-        "something else."
-    )
+def _other_data(choice: Choice, records: Iterable[Record]) -> bool:
+    """Tell whether cells that are compared were calibrated on different amounts of data."""
+    amounts: dict[tuple[Hashable, ...], set[str]] = {}
+    for record in records:
+        if calibration_of(record):
+            amounts.setdefault(choice.context(record), set()).add(calibration_of(record))
+    return any(len(found) > 1 for found in amounts.values())
+
+
+def _note(ambiguous: int, other_data: bool) -> str:
+    notes = []
+    if ambiguous:
+        notes.append(
+            f"{ambiguous} cells were left out: their recipes share method, allocation and reconstruction and differ in "
+            "something else."
+        )
+    if other_data:
+        notes.append(
+            "Some of these recipes also differ in how much calibration data they take (see the grid)."
+        )
+    return " ".join(notes)
