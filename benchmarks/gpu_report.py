@@ -15,7 +15,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-FIGURES = {"kernels": "cuda.json", "end_to_end": "cuda_end_to_end.json", "attention": "cuda_attention.json"}
+FIGURES = {
+    "kernels": "cuda.json", "end_to_end": "cuda_end_to_end.json", "attention": "cuda_attention.json",
+    "tables": "cuda_tables.json",
+}  # fmt: skip
 
 
 def commit() -> str | None:

@@ -1,6 +1,7 @@
 """Turn a GPU run into the file that lets its kernels be chosen by default.
 
-    python benchmarks/vouch_cuda.py benchmarks/results/cuda_h200.json OUT/test.log [OUT/cuda_attention.json]
+    python benchmarks/vouch_cuda.py benchmarks/results/cuda_h200.json OUT/test.log \
+        [OUT/cuda_attention.json OUT/cuda_tables.json]
 
 Refuses a run with a wrong result or a failed test. Each report vouches for the kernels that it ran; those whose sources
 change afterwards are experimental again.
@@ -55,10 +56,10 @@ def proven(report: Path) -> dict[str, Any]:
     return run
 
 
-def vouch(report: Path, test_log: Path, attention: Path | None = None) -> dict[str, object]:
+def vouch(report: Path, test_log: Path, *others: Path) -> dict[str, object]:
     """Return what the package needs to know of the run; ValueError where it proves nothing."""
     run = proven(report)
-    more = {} if attention is None else proven(attention)["source_hashes"]
+    more = {name: digest for other in others for name, digest in proven(other)["source_hashes"].items()}
     last = test_log.read_text().strip().splitlines()[-1]
     if not re.search(r"\b\d+ passed", last) or re.search(r"failed|error", last):
         raise ValueError(f"{test_log} ends with: {last}")

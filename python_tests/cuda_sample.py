@@ -1,9 +1,11 @@
-"""A few small products per kernel, for a memory or race checker: run as a program, it is no test module."""
+"""A few small calls per kernel, for a memory or race checker: run as a program, it is no test module."""
 
+import numpy as np
 import torch
 
 from pysparse import ops
 from pysparse.formats import PACKINGS, BitmapTensor
+from pysparse.nn.embedding import SparseEmbedding
 
 for rows, cols in ((33, 200), (64, 512)):
     weight = torch.randn(rows, cols, device="cuda").bfloat16()
@@ -18,5 +20,27 @@ for rows, cols in ((33, 200), (64, 512)):
             exact = x.double() @ weight.double().T
             error = (ops.packed_linear(x, packed).double() - exact).norm() / exact.norm()
             assert error < 4e-3, (name, rows, cols, tokens, float(error))
+
+layer = SparseEmbedding.from_dense(torch.randn(200, 13).bfloat16(), torch.rand(200, 13) < 0.3)
+ids = torch.randint(0, 200, (50,))
+assert torch.equal(layer.cuda()(ids.cuda()), layer(ids.cuda()))
+orders = ops.draw_permutations_cuda(1, 2, 5, 39)
+assert (orders.sort(dim=1).values.cpu() == torch.arange(39)).all()
+random = np.random.default_rng(0)
+table, base = random.normal(size=(40, 5)).astype(np.float32), np.zeros((4, 5), np.float32)
+rows = random.integers(0, 40, (9, 4)).astype(np.int32)
+samples = ops.EntrySamples(table, base, rows, np.ones(9, np.float32))
+totals = ops.EntryTotals(40, 5)
+ops.fm_shapley_cuda(samples, ops.EntryDraw(3), totals)
+# What all removals of a sample cost together is what its loss grows by, whatever the order.
+pairs = 0.5 * (table[rows].sum(1) ** 2 - (table[rows] ** 2).sum(1)).sum(1)
+grown = np.log(2) - np.log1p(np.exp(-pairs.astype(np.float64)))
+assert abs(totals.mean(1).sum() - grown.sum()) < 1e-4 * max(1.0, abs(grown.sum()))
+weight, scale = torch.randn(37, 200, device="cuda"), torch.ones(200, device="cuda")
+assert (ops.select_rows(weight, scale, 80)[0].sum(dim=1) == 120).all()
+assert (ops.select_nm(weight, scale, 2, 4)[0].view(37, 50, 4).sum(dim=2) == 2).all()
+upper = torch.eye(200, device="cuda")
+swept, keep = ops.obs_sweep(weight, upper, scale, ops.SweepPattern(64, (32, 32, 32, 4)))
+assert torch.equal(swept, weight * keep)  # without correlations nothing is made good
 torch.cuda.synchronize()
-print("all products right")
+print("all results right")

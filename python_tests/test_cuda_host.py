@@ -360,6 +360,42 @@ def test_a_fit_finds_the_line_behind_its_figures(monkeypatch):
     assert worst < 1e-9
 
 
+def test_each_report_vouches_for_what_it_ran(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import vouch_cuda
+
+    row = {
+        "kernel": "delta",
+        "tokens": 1,
+        "microseconds": 4,
+        "bytes": 4e6,
+        "rows": 64,
+        "cols": 64,
+        "sparsity": 0.5,
+    }
+    machine = {"gpu": "a GPU", "date": "today"}
+
+    def report(name, hashes, wrong=()):
+        text = {"machine": machine, "source_hashes": hashes, "rows": [row], "wrong": list(wrong)}
+        path = tmp_path / name
+        path.write_text(json.dumps(text))
+        return path
+
+    log = tmp_path / "test.log"
+    log.write_text("== 3 passed in 1.00s ==\n")
+    first, second = report("a.json", {"delta": "d"}), report("b.json", {"pruning": "p", "shapley": "s"})
+    assert vouch_cuda.vouch(first, log, second)["source_hashes"] == {
+        "delta": "d",
+        "pruning": "p",
+        "shapley": "s",
+    }
+    with pytest.raises(ValueError, match="wrong: \\['sweep'\\]"):
+        vouch_cuda.vouch(first, log, report("c.json", {}, ["sweep"]))
+    log.write_text("1 failed, 3 passed")
+    with pytest.raises(ValueError, match="ends with: 1 failed"):
+        vouch_cuda.vouch(first, log)
+
+
 def test_without_a_device_the_gate_says_why_and_import_works():
     if torch.cuda.is_available():
         pytest.skip("this machine has a CUDA device")

@@ -8,7 +8,10 @@ from pysparse.data import demo_model_path
 from pysparse.models.cuda_speed import compile_blocks_
 from pysparse.models.static_decode import WARMUP_STEPS, StaticDecoder
 
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+needs_gpu = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
 
 
 def demo(device: str) -> transformers.PreTrainedModel:
