@@ -66,6 +66,7 @@ const tip = {
 };
 document.addEventListener("click", (event) => { if (!event.target.closest("#tip, .panel svg")) tip.hide(); });
 document.addEventListener("keydown", (event) => { if (event.key === "Escape") tip.hide(); });
+for (const moved of ["wheel", "touchmove"]) document.addEventListener(moved, () => tip.hide(), { passive: true });
 
 const facts = (pairs) => html("table", {}, html("tbody", {}, pairs.map(([name, value]) => html("tr", {}, html("td", {}, name), html("td", {}, value)))));
 
