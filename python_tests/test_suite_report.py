@@ -1,11 +1,13 @@
 """The report of a run, without a browser: rows, the front, what is said of pairs, Markdown, plots, escaping."""
 
 import copy
+import importlib
 import json
 import random
 import re
 import sys
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 import suite_records
@@ -138,7 +140,7 @@ def test_verdict_of_a_pair(differences, verdict):
 
 
 def test_findings_see_what_was_planted_and_nothing_else(records):
-    allocation, reconstruction, method, models, families = find(records)
+    allocation, reconstruction, method, recipe, models, families = find(records)
     verdicts = {(line[0], line[1]): line[-1] for line in allocation.lines}
     for task in suite_records.MODELS:
         assert verdicts[task, "erk against uniform"] == "better"
@@ -148,6 +150,7 @@ def test_findings_see_what_was_planted_and_nothing_else(records):
         "sparsegpt against magnitude",
         "wanda against magnitude",
     ]
+    assert recipe.lines[0][1] == "sparsegpt against magnitude"
     assert models.lines[0][1] == "cnn-b"
     assert models.lines[0][-1] == "better"
     assert models.lines[-1][1] == "vit-c"
@@ -400,6 +403,39 @@ def test_the_commands_write_what_they_name(records, tmp_path):
     made = command("findings", results.folder, "-o", tmp_path / "found.md", "--title", "named")
     assert made.exit_code == 0, made.stderr
     assert (tmp_path / "found.md").read_text() == findings_markdown(records[:60], "named")
+
+
+def test_two_runs_become_one_report(records, tmp_path):
+    for name, part in (("first", records[:20]), ("second", records[15:40])):
+        for one in part:
+            Results(tmp_path / name).write(one)
+    made = command("report", tmp_path / "first", tmp_path / "second")
+    assert made.exit_code == 0, made.stderr
+    found = Page((tmp_path / "first" / "report.html").read_text())
+    assert "first, second" in found.text
+    data = json.loads(found.scripts[0])
+    assert sum(len(row["cells"]) for row in data["rows"]) + len(data["failed"]) == 40
+
+
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+
+
+@pytest.mark.skipif(not BENCHMARKS.is_dir(), reason="needs the repository's benchmarks/ folder")
+def test_published_records_make_the_same_page_again(records, tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    results = Results(tmp_path / "run")
+    for one in records[:30]:
+        results.write(one)
+    (results.folder / "grid.toml").write_text("[recipes.wanda]\nnum_samples = 64\n")
+    importlib.import_module("publish_suite").main(
+        [str(results.folder), "--name", "some", "--output", str(tmp_path)]
+    )
+    stem = "some_amd-epyc_2026-11-27"
+    assert set(capsys.readouterr().out.split()) == {
+        str(tmp_path / f"{stem}{end}") for end in (".jsonl", ".html", ".md", "_findings.md")
+    }
+    again = page(read_records(tmp_path / f"{stem}.jsonl"), "some, 2026-11-27")
+    assert again == (tmp_path / f"{stem}.html").read_text()
 
 
 def test_the_commands_refuse_what_is_no_run(tmp_path):

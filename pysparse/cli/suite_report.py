@@ -10,16 +10,22 @@ import typer
 from pysparse.cli.options import Debug
 from pysparse.cli.output import guarded, say
 
-Run = Annotated[
-    Path, typer.Argument(help="Folder of a run, or its cells.jsonl.", metavar="DIR", show_default=False)
+Runs = Annotated[
+    list[Path],
+    typer.Argument(
+        help="Folder of a run, or its cells.jsonl; several become one report.",
+        metavar="DIR...",
+        show_default=False,
+    ),
 ]
-Title = Annotated[str | None, typer.Option(help="What stands on top. [default: the folder's name]")]
+Title = Annotated[str | None, typer.Option(help="What stands on top. [default: the folders' names]")]
 
 
 def report(
-    run: Run,
+    runs: Runs,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="HTML file. [default: report.html in the folder]")
+        Path | None,
+        typer.Option("--output", "-o", help="HTML file. [default: report.html in the first folder]"),
     ] = None,
     plots: Annotated[
         Path | None, typer.Option(help="Folder for every plot as PNG and SVG (needs the plot extra).")
@@ -33,9 +39,9 @@ def report(
         from pysparse.measure.results import write_text
         from pysparse.suite.report import markdown_tables, page, save_plots
 
-        records = _records(run)
-        name = title or _folder(run).name
-        said = [write_text(output or _folder(run) / "report.html", page(records, name))]
+        records = _records(runs)
+        name = title or _names(runs)
+        said = [write_text(output or _folder(runs[0]) / "report.html", page(records, name))]
         if markdown is not None:
             said.append(write_text(markdown, markdown_tables(records)))
         if plots is not None:
@@ -44,10 +50,10 @@ def report(
 
 
 def findings(
-    run: Run,
+    runs: Runs,
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", help="Markdown file. [default: findings.md in the folder]"),
+        typer.Option("--output", "-o", help="Markdown file. [default: findings.md in the first folder]"),
     ] = None,
     title: Title = None,
     debug: Debug = False,
@@ -57,15 +63,24 @@ def findings(
         from pysparse.measure.results import write_text
         from pysparse.suite.report import findings_markdown
 
-        text = findings_markdown(_records(run), title or _folder(run).name)
-        say(f"wrote {write_text(output or _folder(run) / 'findings.md', text)}")
+        text = findings_markdown(_records(runs), title or _names(runs))
+        say(f"wrote {write_text(output or _folder(runs[0]) / 'findings.md', text)}")
 
 
-def _records(run: Path) -> list[dict[str, Any]]:
+def _records(runs: list[Path]) -> list[dict[str, Any]]:
+    """Return the records of all runs; of a cell that two of them have, the later run's."""
     from pysparse.suite.records import read_records
     from pysparse.suite.report import with_settings
 
-    return with_settings(read_records(run), _folder(run) / "grid.toml")
+    found = {}
+    for run in runs:
+        records = with_settings(read_records(run), _folder(run) / "grid.toml")
+        found.update({record["id"]: record for record in records})
+    return list(found.values())
+
+
+def _names(runs: list[Path]) -> str:
+    return ", ".join(_folder(run).name for run in runs)
 
 
 def _folder(run: Path) -> Path:

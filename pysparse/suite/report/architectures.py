@@ -7,12 +7,11 @@ from statistics import median
 from typing import Any
 
 from pysparse.suite.report.choices import paired
-from pysparse.suite.report.pairs import NO_DIFFERENCE, PAIRED_COLUMNS, TOO_FEW, Finding, Paired, listed
+from pysparse.suite.report.pairs import NO_DIFFERENCE, PAIRED_COLUMNS, TOO_FEW, Finding, Paired, listed, named
 from pysparse.suite.report.rows import Record, Row, allocation_of, natural, quality_kept
 from pysparse.suite.report.summary import show_setting
 
 QUESTION = "Which architecture is the most sparsifiable?"
-_NAMED = 3  # models of a side that the sentence names; the table has all
 BARS = (0.99, 0.95, 0.90)  # of the dense quality
 Contexts = dict[tuple[Any, ...], dict[str, float]]  # quality kept by model
 
@@ -116,20 +115,14 @@ def _bars(rows: list[Row], task: str, model: str) -> tuple[str, ...]:
 
 def _sentence(task: str, found: list[Paired]) -> str:
     """Name those on one side of the middle; the others are not to be told apart."""
-    above = _named([one for one in found if one.verdict == "better"])
-    below = _named([one for one in reversed(found) if one.verdict == "worse"])
+    above = named([one for one in found if one.verdict == "better"])
+    below = named([one for one in reversed(found) if one.verdict == "worse"])
     rest = [one.first for one in found if one.verdict in (NO_DIFFERENCE, TOO_FEW)]
     said = []
     if above:
-        said.append(f"above the middle model: {listed(above)}")
+        said.append(f"above the middle model: {above}")
     if below:
-        said.append(f"below it: {listed(below)}" if above else f"below the middle model: {listed(below)}")
+        said.append(f"below it: {below}" if above else f"below the middle model: {below}")
     if rest:
         said.append(f"{NO_DIFFERENCE} from the middle: {listed(rest)}")
     return f"{task}, {len(found)} models: {'; '.join(said)}."
-
-
-def _named(found: list[Paired]) -> list[str]:
-    rest = found[_NAMED:]
-    more = [f"{len(rest)} more ({', '.join(one.first for one in rest)})"] if rest else []
-    return [str(one) for one in found[:_NAMED]] + more

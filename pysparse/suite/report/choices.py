@@ -13,7 +13,7 @@ from pysparse.suite.report.pairs import (
     TOO_FEW,
     Finding,
     Paired,
-    listed,
+    named,
 )
 from pysparse.suite.report.rows import Record, allocation_of, natural, quality_kept
 from pysparse.suite.report.settings import PLAIN, calibration_of, settings_of
@@ -26,15 +26,18 @@ class Choice:
 
     name: str
     question: str
-    usual: str  # what the others are compared with; the most frequent one where it is missing
+    usual: tuple[
+        str, ...
+    ]  # what the others are compared with: the first of these, else the most frequent one
 
     def level(self, record: Record) -> str:
         """Return what the record chose."""
-        return _parts(record)[self.name]
+        return str(record["recipe"]) if self.name == "recipe" else _parts(record)[self.name]
 
     def context(self, record: Record) -> tuple[Hashable, ...]:
         """Return everything else that could make a difference."""
-        others = (value for name, value in _parts(record).items() if name != self.name)
+        parts = {} if self.name == "recipe" else _parts(record)
+        others = (value for name, value in parts.items() if name != self.name)
         return (
             record["task"],
             record["model"],
@@ -46,10 +49,11 @@ class Choice:
 
 
 CHOICES = (
-    Choice("allocation", "Which allocation?", "uniform"),
-    Choice("reconstruction", "Which reconstruction?", "none"),
-    Choice("method", "Which method?", "magnitude"),
-    Choice("settings", "Which other settings of a recipe?", PLAIN),
+    Choice("allocation", "Which allocation?", ("uniform",)),
+    Choice("reconstruction", "Which reconstruction?", ("none",)),
+    Choice("method", "Which method?", ("magnitude",)),
+    Choice("settings", "Which other settings of a recipe?", (PLAIN,)),
+    Choice("recipe", "Which recipe as a whole?", ("magnitude", "uniform", "wanda")),
 )
 
 
@@ -109,7 +113,8 @@ def _compared(choice: Choice, task: str, contexts: Contexts) -> list[Paired]:
             counts[level] = counts.get(level, 0) + 1
     if not counts:
         return []
-    usual = choice.usual if choice.usual in counts else max(counts, key=lambda level: counts[level])
+    most = max(counts, key=lambda level: counts[level])
+    usual = next((level for level in choice.usual if level in counts), most)
     found = []
     for level in sorted(counts, key=natural):
         differences: dict[tuple[str, float], list[float]] = {}
@@ -137,12 +142,12 @@ def _sentence(task: str, found: list[Paired]) -> str:
     by_verdict = {verdict: [one for one in found if one.verdict == verdict] for verdict in
                   ("better", "worse", NO_DIFFERENCE, TOO_FEW)}  # fmt: skip
     said = [
-        f"{verdict} than {usual}: {listed([str(one) for one in ones])}"
+        f"{verdict} than {usual}: {named(ones if verdict == 'better' else ones[::-1])}"
         for verdict, ones in by_verdict.items()
         if ones and verdict in ("better", "worse")
     ]
     said += [
-        f"{verdict} against {usual}: {listed([str(one) for one in by_verdict[verdict]])}"
+        f"{verdict} against {usual}: {named(by_verdict[verdict])}"
         for verdict in (NO_DIFFERENCE, TOO_FEW)
         if by_verdict[verdict]
     ]

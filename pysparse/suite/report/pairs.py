@@ -9,6 +9,7 @@ from statistics import median
 from pysparse.measure.rounds import percentile
 
 FEWEST = 3  # pairs that a statement needs
+_NAMED = 3  # comparisons that a sentence gives figures of
 NO_DIFFERENCE = "no difference seen"
 TOO_FEW = "too few pairs"
 
@@ -83,6 +84,13 @@ class Finding:
     columns: tuple[str, ...] = ()
     lines: tuple[tuple[str, ...], ...] = ()
     note: str = ""
+
+
+def named(found: Sequence[Paired]) -> str:
+    """List comparisons with their figures, of many the first few; the table has them all."""
+    rest = [one.first for one in found[_NAMED:]]
+    more = [f"{len(rest)} more ({', '.join(rest)})"] if rest else []
+    return listed([str(one) for one in found[:_NAMED]] + more)
 
 
 def points(value: float) -> str:

@@ -1,0 +1,52 @@
+"""Put finished runs of the suite among the results: records, page, tables for a README, findings.
+
+    python benchmarks/publish_suite.py suite_full suite_vision --name suite
+
+writes results/NAME_MACHINE_DATE.{jsonl,html,md} and ..._findings.md, named by the machine and the day of the records.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from harness import RESULTS, machine_name
+
+from pysparse.measure.results import write_text
+from pysparse.suite.records import read_records
+from pysparse.suite.report import findings_markdown, markdown_tables, page, with_settings
+
+
+def publish(runs: list[Path], name: str, folder: Path) -> list[Path]:
+    """Write the four files of ``runs`` into ``folder``; of a cell that two runs have the later run's counts."""
+    found = {
+        record["id"]: record for run in runs for record in with_settings(read_records(run), run / "grid.toml")
+    }
+    records = list(found.values())
+    day = max(str(record["started"]) for record in records)[:10]
+    stem = f"{name}_{machine_name(records[-1]['environment'])}_{day}"
+    title = f"{name}, {day}"
+    texts = {
+        f"{stem}.jsonl": "".join(json.dumps(record, allow_nan=False) + "\n" for record in records),
+        f"{stem}.html": page(records, title),
+        f"{stem}.md": f"# {title}\n\n{markdown_tables(records)}",
+        f"{stem}_findings.md": findings_markdown(records, title),
+    }
+    return [write_text(folder / file, text) for file, text in texts.items()]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="publish_suite.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("runs", type=Path, nargs="+", metavar="DIR", help="folder of a run")
+    parser.add_argument("--name", default="suite", help="first part of the files' names")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder for the files")
+    given = parser.parse_args(arguments)
+    for path in publish(given.runs, given.name, given.output):
+        print(path)
+
+
+if __name__ == "__main__":
+    main()
