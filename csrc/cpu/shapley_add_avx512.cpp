@@ -13,7 +13,7 @@ inline void add_eight(int64_t* total, __mmask8 live, __m512i amount) {
                            _mm512_add_epi64(_mm512_maskz_loadu_epi64(live, total), amount));
 }
 
-void run(const MarginalTile& tile, const EntryTotals& totals, int owner, int owners) {
+void run(const MarginalTile& tile, const EntryTotals& totals, RowRange mine) {
   const int width = padded_width(tile.cols);
   const __m512d sum_scale = _mm512_set1_pd(kSumScale), square_scale = _mm512_set1_pd(kSquareScale);
   const float* from = tile.marginals;
@@ -21,14 +21,14 @@ void run(const MarginalTile& tile, const EntryTotals& totals, int owner, int own
   constexpr int64_t kAhead = 24;  // rows; a total's line comes from memory in a large table
   for (int64_t i = 0; i < count; ++i, from += width) {
     const int32_t ahead = tile.ids[std::min(i + kAhead, count - 1)];
-    if (owns(ahead, owner, owners))
+    if (mine.has(ahead))
       for (int k = 0; k < tile.cols; k += 8) {
         _mm_prefetch(reinterpret_cast<const char*>(totals.sums + int64_t{ahead} * tile.cols + k),
                      _MM_HINT_T0);
         _mm_prefetch(reinterpret_cast<const char*>(totals.squares + int64_t{ahead} * tile.cols + k),
                      _MM_HINT_T0);
       }
-    if (!owns(tile.ids[i], owner, owners)) continue;
+    if (!mine.has(tile.ids[i])) continue;
     const int64_t row = int64_t{tile.ids[i]} * tile.cols;
     for (int k = 0; k < tile.cols; k += 8) {
       const auto live = static_cast<__mmask8>((1u << std::min(8, tile.cols - k)) - 1);

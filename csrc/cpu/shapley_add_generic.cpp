@@ -7,11 +7,11 @@
 namespace pysparse {
 namespace {
 
-void run(const MarginalTile& tile, const EntryTotals& totals, int owner, int owners) {
+void run(const MarginalTile& tile, const EntryTotals& totals, RowRange mine) {
   const int width = padded_width(tile.cols);
   const float* from = tile.marginals;
   for (int64_t i = 0; i < tile.samples * tile.fields; ++i, from += width) {
-    if (!owns(tile.ids[i], owner, owners)) continue;
+    if (!mine.has(tile.ids[i])) continue;
     const int64_t row = int64_t{tile.ids[i]} * tile.cols;
     for (int k = 0; k < tile.cols; ++k) {
       const double x = from[k];

@@ -93,24 +93,51 @@ inline void take_order(const int32_t* order, int players, int cols, int width, c
   }
 }
 
-inline void prefetch_rows(const EntrySamples& v, int64_t sample) {
-  for (int f = 0; f < v.fields; ++f) {
-    const float* row = v.table + int64_t{v.ids[sample * v.fields + f]} * v.cols;
-    for (int k = 0; k < v.cols; k += 16)
-      _mm_prefetch(reinterpret_cast<const char*>(row + k), _MM_HINT_T0);
+// Asks for the lines that a later sample needs, a few at each call: asked for at once they would
+// wait for one another, and the walk for them.
+class LinesAhead {
+ public:
+  LinesAhead(const EntrySamples& v, int64_t sample, int calls, const EntryTotals* totals)
+      : v_(v), totals_(totals), at_(v.ids + sample * v.fields), end_(at_) {
+    if (sample < v.samples) end_ += v.fields;
+    rows_ = (v.fields + calls - 1) / calls;
   }
-}
+
+  void operator()() const {
+    for (int r = 0; r < rows_ && at_ != end_; ++r, ++at_) {
+      const int64_t first = int64_t{*at_} * v_.cols;
+      for (int k = 0; k < v_.cols; k += 16) ask<_MM_HINT_T0>(v_.table + first + k);
+      if (!totals_) continue;
+      for (int k = 0; k < v_.cols; k += 8) {
+        ask<_MM_HINT_T1>(totals_->sums + first + k);
+        ask<_MM_HINT_T1>(totals_->squares + first + k);
+      }
+    }
+  }
+
+ private:
+  template <_mm_hint kNear>
+  static void ask(const void* line) {
+    _mm_prefetch(static_cast<const char*>(line), kNear);
+  }
+
+  const EntrySamples& v_;
+  const EntryTotals* totals_;
+  mutable const int32_t* at_;
+  const int32_t* end_;
+  int rows_;
+};
 
 template <bool kAntithetic>
-void run_samples(const EntrySamples& v, const EntryDraw& draw, int64_t begin, int64_t end,
-                 void* scratch, float* tile) {
+float run_samples(const EntrySamples& v, const EntryDraw& draw, int64_t begin, int64_t end,
+                  const EntryTotals* soon, void* scratch, float* tile) {
   const int players = v.fields * v.cols, width = padded_width(v.cols), padded = v.fields * width;
   const Walk w = lay_out(scratch, padded);
   for (int i = 0; i < players; ++i)
     w.all[i] = static_cast<uint16_t>(i / v.cols * width + i % v.cols);
+  float peak = 0;
   for (int64_t s = begin; s < end; ++s, tile += padded) {
     const float logit = read_sample(v, s, width, w);
-    if (s + 1 < end) prefetch_rows(v, s + 1);
     if (draw.orders) {
       take_order(draw.orders + s * players, players, v.cols, width, w);
     } else {
@@ -119,18 +146,23 @@ void run_samples(const EntrySamples& v, const EntryDraw& draw, int64_t begin, in
                     w.partner);
     }
     remove_all<kAntithetic>(w, players, width - 1);
-    loss_steps(w.forward, players, logit, v.labels[s]);
-    if constexpr (kAntithetic) loss_steps(w.backward, players, logit, v.labels[s]);
+    const LinesAhead ahead(v, s + 1, (players + 15) / 16, soon);
+    peak = larger(peak, loss_steps(w.forward, players, logit, v.labels[s], ahead));
+    if constexpr (kAntithetic) {
+      peak = larger(peak, loss_steps(w.backward, players, logit, v.labels[s], [] {}));
+      for (int i = 0; i < players; ++i)
+        w.forward[i] = 0.5f * (w.forward[i] + w.backward[players - 1 - i]);
+    }
     if (padded != players) std::memset(tile, 0, static_cast<size_t>(padded) * sizeof(float));
-    for (int i = 0; i < players; ++i)
-      tile[w.order[i]] =
-          kAntithetic ? 0.5f * (w.forward[i] + w.backward[players - 1 - i]) : w.forward[i];
+    for (int i = 0; i < players; ++i) tile[w.order[i]] = w.forward[i];
   }
+  return peak;
 }
 
-void run(const EntrySamples& v, const EntryDraw& draw, int64_t begin, int64_t end, void* scratch,
-         float* tile) {
-  (draw.antithetic ? run_samples<true> : run_samples<false>)(v, draw, begin, end, scratch, tile);
+float run(const EntrySamples& v, const EntryDraw& draw, int64_t begin, int64_t end,
+          const EntryTotals* soon, void* scratch, float* tile) {
+  return (draw.antithetic ? run_samples<true> : run_samples<false>)(v, draw, begin, end, soon,
+                                                                    scratch, tile);
 }
 
 }  // namespace

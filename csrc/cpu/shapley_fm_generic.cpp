@@ -51,11 +51,12 @@ void draw_order(const Stream& stream, int players, uint32_t* partner, int32_t* o
   for (int i = 0; i < players; ++i) std::swap(order[i], order[partner[i]]);
 }
 
-void run(const EntrySamples& v, const EntryDraw& draw, int64_t begin, int64_t end, void* scratch,
-         float* tile) {
+float run(const EntrySamples& v, const EntryDraw& draw, int64_t begin, int64_t end,
+          const EntryTotals*, void* scratch, float* tile) {
   const int players = v.fields * v.cols, padded = v.fields * padded_width(v.cols);
   auto* partner = static_cast<uint32_t*>(scratch);
   auto* order = reinterpret_cast<int32_t*>(partner + ShapleyDraw::padded(players));
+  float peak = 0;
   for (int64_t s = begin; s < end; ++s) {
     if (draw.orders) {
       std::copy_n(draw.orders + s * players, players, order);
@@ -72,7 +73,9 @@ void run(const EntrySamples& v, const EntryDraw& draw, int64_t begin, int64_t en
     std::fill_n(marginals, padded, 0.0f);
     remove_in_turn(v, s, order, false, draw.antithetic ? 0.5f : 1.0f, marginals);
     if (draw.antithetic) remove_in_turn(v, s, order, true, 0.5f, marginals);
+    for (int i = 0; i < padded; ++i) peak = larger(peak, std::fabs(marginals[i]));
   }
+  return peak;
 }
 
 constexpr ShapleyFm::Kernel kKernel{run};

@@ -1,4 +1,4 @@
-// Philox words and Fisher-Yates partners, sixteen blocks at a time.
+// Philox words and Fisher-Yates partners, eight blocks at a time.
 #include "isa/avx512.h"
 #include "pysparse/shapley_draw.h"
 
@@ -8,11 +8,8 @@ namespace pysparse {
 namespace {
 
 void words(const Stream& stream, int64_t count, uint32_t* out) {
-  for (int64_t at = 0; at < count; at += ShapleyDraw::kGroup) {
-    __m512i group[4];
-    philox_group(stream, static_cast<uint32_t>(at / 4), group);
-    for (int r = 0; r < 4; ++r) _mm512_storeu_si512(out + at + 16 * r, group[r]);
-  }
+  for (int64_t at = 0; at < count; at += 32)
+    philox_words(stream, static_cast<uint32_t>(at / 4), out + at);
 }
 
 }  // namespace

@@ -3,7 +3,7 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
+#include <cstdint>
 #include <vector>
 
 #include "shapley_totals.h"
@@ -32,40 +32,26 @@ void check_order(const int32_t* order, int64_t players, int64_t sample) {
   }
 }
 
-void spill(int64_t* low, int32_t* high, int64_t count, int threads) {
-  parallel(threads, [&](int thread, int team) {
-    const Range share = even_share(count, thread, team);
-    for (int64_t i = share.begin; i < share.end; ++i) {
-      const int64_t carried = low[i] >> kLowBits;
-      high[i] += static_cast<int32_t>(carried);
-      low[i] -= carried * (int64_t{1} << kLowBits);
-    }
-  });
+void spill(int64_t* low, int32_t* high, int64_t begin, int64_t end) {
+  for (int64_t i = begin; i < end; ++i) {
+    const int64_t carried = low[i] >> kLowBits;
+    high[i] += static_cast<int32_t>(carried);
+    low[i] -= carried * (int64_t{1} << kLowBits);
+  }
 }
 
-// Makes sure that `growth` more fits, by moving the upper bits of all totals away.
-void make_room(double& bound, double growth, int64_t* low, int32_t* high, int64_t count,
-               int threads) {
-  if (bound + growth > kRoom) {
-    spill(low, high, count, threads);
-    bound = std::ldexp(1.0, kLowBits);
-  }
-  bound += growth;
+// Kept from the message, so that a check of many ids is a comparison a piece.
+void check_ids(const EntrySamples& v) {
+  uint32_t highest = 0;  // a negative id is above all others
+  for (int64_t i = 0; i < v.samples * v.fields; ++i)
+    highest = std::max(highest, static_cast<uint32_t>(v.ids[i]));
+  if (v.samples * v.fields == 0 || highest < static_cast<uint64_t>(v.rows)) return;
+  for (int64_t i = 0; i < v.samples * v.fields; ++i)
+    check(v.ids[i] >= 0 && v.ids[i] < v.rows, "id ", v.ids[i], " of sample ", i / v.fields,
+          ", field ", i % v.fields, " is not in [0, ", v.rows, ")");
 }
 
 }  // namespace
-
-float largest(const float* values, int64_t count) {
-  int32_t bits = 0;
-  for (int64_t i = 0; i < count; ++i) {
-    int32_t one;
-    std::memcpy(&one, values + i, sizeof one);
-    bits = std::max(bits, one & 0x7fffffff);
-  }
-  float result;
-  std::memcpy(&result, &bits, sizeof result);
-  return result;
-}
 
 void check_samples(const EntrySamples& v, const EntryDraw& draw) {
   check_shape(v);
@@ -73,9 +59,7 @@ void check_samples(const EntrySamples& v, const EntryDraw& draw) {
             static_cast<uint64_t>(v.samples) <= Stream::kSamples - draw.first,
         "samples ", draw.first, " + ", v.samples, " are beyond ", Stream::kSamples);
   check(draw.visit < Stream::kVisits, "visit ", draw.visit, " is beyond ", Stream::kVisits);
-  for (int64_t i = 0; i < v.samples * v.fields; ++i)
-    check(v.ids[i] >= 0 && v.ids[i] < v.rows, "id ", v.ids[i], " of sample ", i / v.fields,
-          ", field ", i % v.fields, " is not in [0, ", v.rows, ")");
+  check_ids(v);
   for (int64_t i = 0; i < v.samples; ++i)
     check(v.labels[i] >= 0 && v.labels[i] <= 1, "label ", v.labels[i], " of sample ", i,
           " is not in [0, 1]");
@@ -85,24 +69,55 @@ void check_samples(const EntrySamples& v, const EntryDraw& draw) {
 }
 
 bool has_repeats(const EntrySamples& v) {
-  for (int64_t s = 0; s < v.samples; ++s)
-    for (int f = 1; f < v.fields; ++f)  // fields in order have rows of their own
-      if (v.ids[s * v.fields + f] <= v.ids[s * v.fields + f - 1]) return true;
-  return false;
+  bool found = false;
+  for (int64_t s = 0; s < v.samples && !found; ++s) {
+    const int32_t* ids = v.ids + s * v.fields;
+    for (int f = 1; f < v.fields; ++f) found |= ids[f] <= ids[f - 1];  // rows of their own ascend
+  }
+  return found;
 }
 
-void add_tile(const MarginalTile& tile, float peak, int64_t first, int64_t rows, bool repeated,
-              int threads, const EntryTotals& totals) {
-  check(peak < kLargestMarginal, "a marginal of samples ", first, " to ", first + tile.samples - 1,
-        " is ", peak, "; they must be finite and below ", kLargestMarginal, " nats");
-  const double often = static_cast<double>(tile.samples) * (repeated ? tile.fields : 1);
-  const int64_t entries = rows * tile.cols;
-  make_room(totals.bound[0], often * (double{peak} * kSumScale + 1), totals.sums, totals.sums_high,
-            entries, threads);
-  make_room(totals.bound[1], often * (double{peak} * peak * kSquareScale + 1), totals.squares,
-            totals.squares_high, entries, threads);
-  const auto& kernel = lookup<ShapleyAdd>(DType::kFloat32);
-  parallel(threads, [&](int thread, int team) { kernel.run(tile, totals, thread, team); });
+RowRange owned_rows(const EntrySamples& v, int owner, int owners) {
+  const auto rows = static_cast<int32_t>(std::min<int64_t>(v.rows, INT32_MAX));
+  if (owners == 1) return {0, rows};
+  constexpr int64_t kSampled = 1024;  // ids an owner
+  const int64_t wanted = std::min(v.samples, kSampled * owners / v.fields + 1) * v.fields;
+  std::vector<int32_t> ids(v.ids, v.ids + wanted);
+  std::sort(ids.begin(), ids.end());
+  const auto edge = [&](int of) {
+    if (of == 0 || wanted == 0) return of == 0 ? 0 : rows;
+    return of == owners ? rows : ids[static_cast<size_t>(wanted * of / owners)];
+  };
+  return {edge(owner), edge(owner + 1)};
+}
+
+TileAdder::TileAdder(const EntrySamples& samples, const EntryTotals& totals, RowRange mine,
+                     bool repeated)
+    : samples_(samples),
+      totals_(totals),
+      mine_(mine),
+      repeats_(repeated ? samples.fields : 1),
+      bound_{totals.bound[0], totals.bound[1]},
+      kernel_(lookup<ShapleyAdd>(DType::kFloat32)) {}
+
+// Makes sure that `growth` more fits, by moving the upper bits of the totals away.
+void TileAdder::make_room(int which, double growth) {
+  if (bound_[which] + growth > kRoom) {
+    spill(which ? totals_.squares : totals_.sums, which ? totals_.squares_high : totals_.sums_high,
+          int64_t{mine_.begin} * samples_.cols, int64_t{mine_.end} * samples_.cols);
+    bound_[which] = std::ldexp(1.0, kLowBits);
+  }
+  bound_[which] += growth;
+}
+
+void TileAdder::add(const float* marginals, float peak, int64_t first, int64_t count) {
+  check(peak < kLargestMarginal, "a marginal of samples ", first, " to ", first + count - 1, " is ",
+        peak, "; they must be finite and below ", kLargestMarginal, " nats");
+  const double often = static_cast<double>(count) * static_cast<double>(repeats_);
+  make_room(0, often * (double{peak} * kSumScale + 1));
+  make_room(1, often * (double{peak} * peak * kSquareScale + 1));
+  const int32_t* ids = samples_.ids + first * samples_.fields;
+  kernel_.run({marginals, ids, count, samples_.fields, samples_.cols}, totals_, mine_);
 }
 
 void fm_shapley(const EntrySamples& v, const EntryDraw& draw, const EntryTotals& totals) {
@@ -110,9 +125,12 @@ void fm_shapley(const EntrySamples& v, const EntryDraw& draw, const EntryTotals&
   const auto& kernel = lookup<ShapleyFm>(DType::kFloat32);
   const int64_t padded = int64_t{v.fields} * padded_width(v.cols);
   const int threads = threads_for(v.samples * padded * 16);
+  // A thread alone adds what it has just walked; in a team it will add rows of its own.
+  const EntryTotals* soon = threads == 1 ? &totals : nullptr;
   add_samples(v, totals, threads, [&](int64_t begin, int64_t end, float* tile) {
     thread_local Scratch scratch;
-    kernel.run(v, draw, begin, end, scratch.reserve(ShapleyFm::scratch_bytes(padded)), tile);
+    return kernel.run(v, draw, begin, end, soon, scratch.reserve(ShapleyFm::scratch_bytes(padded)),
+                      tile);
   });
 }
 
@@ -125,7 +143,7 @@ void fm_marginals(const EntrySamples& v, const EntryDraw& draw, float* marginals
       memory.reserve(static_cast<size_t>(v.fields) * static_cast<size_t>(width) * sizeof(float)));
   void* space = scratch.reserve(ShapleyFm::scratch_bytes(int64_t{v.fields} * width));
   for (int64_t s = 0; s < v.samples; ++s) {
-    kernel.run(v, draw, s, s + 1, space, tile);
+    kernel.run(v, draw, s, s + 1, nullptr, space, tile);
     for (int f = 0; f < v.fields; ++f)
       std::copy_n(tile + f * width, v.cols, marginals + (s * v.fields + f) * v.cols);
   }

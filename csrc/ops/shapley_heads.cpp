@@ -378,8 +378,13 @@ void head_shapley(const EntrySamples& v, const EntryDraw& draw, const HeadView& 
   check_samples(v, draw);
   const Head head = make_head(view, int64_t{v.fields} * v.cols);
   const int threads = static_cast<int>(std::clamp<int64_t>(v.samples, 1, num_threads()));
+  const int64_t padded = int64_t{v.fields} * padded_width(v.cols);
   add_samples(v, totals, threads, [&](int64_t begin, int64_t end, float* tile) {
-    if (begin < end) walk_samples(head, v, draw, begin, end, tile);
+    float peak = 0;
+    if (begin == end) return peak;
+    walk_samples(head, v, draw, begin, end, tile);
+    for (int64_t i = 0; i < (end - begin) * padded; ++i) peak = larger(peak, std::fabs(tile[i]));
+    return peak;
   });
 }
 

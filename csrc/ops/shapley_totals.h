@@ -1,6 +1,7 @@
 #pragma once
 // What every walker over embedding entries shares: checks, tiles, and the exact totals.
 #include <algorithm>
+#include <exception>
 #include <vector>
 
 #include "pysparse/parallel.h"
@@ -11,46 +12,108 @@ namespace pysparse {
 
 void check_samples(const EntrySamples& samples, const EntryDraw& draw);
 
-// How many samples a tile has: enough to hide the two meetings of the threads, and small enough for
-// the second-level cache.
+// How many samples a thread walks before they are added. Alone, few: the tile stays in the first
+// caches and leaves the second one to the totals. In a team, enough to hide its meetings.
 inline int64_t tile_samples(int64_t padded_players, int threads) {
-  constexpr int64_t kFloats = 96 << 10;
-  return std::max<int64_t>(1, kFloats / std::max<int64_t>(1, padded_players)) * threads;
+  const int64_t floats = threads == 1 ? 5 << 10 : 20 << 10;
+  return std::max<int64_t>(1, floats / std::max<int64_t>(1, padded_players));
 }
-
-// Adds a tile that a team has computed, `peak` its largest marginal. Throws for one that is not
-// finite or too large.
-void add_tile(const MarginalTile& tile, float peak, int64_t first, int64_t rows, bool repeated,
-              int threads, const EntryTotals& totals);
-
-// The largest absolute value; NaN is above infinity.
-float largest(const float* values, int64_t count);
 
 bool has_repeats(const EntrySamples& samples);  // a row twice in one sample
 
-// compute(begin, end, tile) writes the marginals of samples [begin, end).
+// The rows of one of `owners`: every table row has one owner, and the samples' ids are shared out
+// about evenly.
+RowRange owned_rows(const EntrySamples& samples, int owner, int owners);
+
+// One thread's part in adding tiles: the totals of its rows.
+class TileAdder {
+ public:
+  TileAdder(const EntrySamples& samples, const EntryTotals& totals, RowRange mine, bool repeated);
+
+  // Adds the marginals of `count` samples from `first` on, `peak` a bound of their sizes. Throws
+  // for one that is not finite or too large.
+  void add(const float* marginals, float peak, int64_t first, int64_t count);
+
+  const double* bound() const { return bound_; }
+
+ private:
+  void make_room(int which, double growth);
+
+  const EntrySamples& samples_;
+  EntryTotals totals_;
+  RowRange mine_;
+  int64_t repeats_;
+  double bound_[2];  // the same in all threads: each sees every tile's peak
+  const ShapleyAdd::Kernel& kernel_;
+};
+
+// What the threads of a team tell one another about the two tiles under way.
+class TileReports {
+ public:
+  explicit TileReports(int threads)
+      : threads_(threads),
+        peaks_(static_cast<size_t>(2 * threads)),
+        thrown_(static_cast<size_t>(2 * threads)) {}
+
+  // compute() returns the peak of this thread's share. What it throws is kept until all have met:
+  // a thread that left alone would leave the others waiting.
+  template <class Compute>
+  void run(int turn, int thread, const Compute& compute) {
+    const auto at = static_cast<size_t>(turn * threads_ + thread);
+    try {
+      peaks_[at] = compute();
+    } catch (...) {
+      thrown_[at] = std::current_exception();
+    }
+  }
+
+  // After the meeting, the same in every thread.
+  float peak(int turn, int team) const {
+    float result = 0;
+    for (int thread = 0; thread < team; ++thread) {
+      const auto at = static_cast<size_t>(turn * threads_ + thread);
+      if (thrown_[at]) std::rethrow_exception(thrown_[at]);
+      result = larger(result, peaks_[at]);
+    }
+    return result;
+  }
+
+ private:
+  int threads_;
+  std::vector<float> peaks_;
+  std::vector<std::exception_ptr> thrown_;
+};
+
+// compute(begin, end, tile) writes the marginals of samples [begin, end) and returns a bound of
+// their sizes. Every thread walks its share of a tile, meets the others, and adds what the tile has
+// for its own rows while the next tile is walked into other memory: one meeting a tile.
 template <class Compute>
 void add_samples(const EntrySamples& samples, const EntryTotals& totals, int threads,
                  const Compute& compute) {
   const int64_t padded = int64_t{samples.fields} * padded_width(samples.cols);
-  const int64_t size = tile_samples(padded, threads);
+  const int64_t size = std::min(tile_samples(padded, threads) * threads, samples.samples);
   const bool repeated = has_repeats(samples);
-  std::vector<float> peaks(static_cast<size_t>(threads));
+  TileReports reports(threads);
   Scratch memory;
-  auto* tile = static_cast<float*>(memory.reserve(
-      static_cast<size_t>(std::min(size, samples.samples) * padded) * sizeof(float)));
-  for (int64_t first = 0; first < samples.samples; first += size) {
-    const int64_t count = std::min(size, samples.samples - first);
-    std::fill(peaks.begin(), peaks.end(), 0.0f);
-    parallel(threads, [&](int thread, int team) {
+  auto* tiles =
+      static_cast<float*>(memory.reserve(static_cast<size_t>(2 * size * padded) * sizeof(float)));
+  double bound[2] = {totals.bound[0], totals.bound[1]};
+  parallel(threads, [&](int thread, int team) {
+    TileAdder adder(samples, totals, owned_rows(samples, thread, team), repeated);
+    int turn = 0;
+    for (int64_t first = 0; first < samples.samples; first += size, turn ^= 1) {
+      const int64_t count = std::min(size, samples.samples - first);
       const Range share = even_share(count, thread, team);
-      float* mine = tile + share.begin * padded;
-      compute(first + share.begin, first + share.end, mine);
-      peaks[static_cast<size_t>(thread)] = largest(mine, (share.end - share.begin) * padded);
-    });
-    add_tile({tile, samples.ids + first * samples.fields, count, samples.fields, samples.cols},
-             largest(peaks.data(), threads), first, samples.rows, repeated, threads, totals);
-  }
+      float* tile = tiles + turn * size * padded;
+      reports.run(turn, thread, [&] {
+        return compute(first + share.begin, first + share.end, tile + share.begin * padded);
+      });
+      team_barrier(team);
+      adder.add(tile, reports.peak(turn, team), first, count);
+    }
+    if (thread == 0) std::copy_n(adder.bound(), 2, bound);
+  });
+  std::copy_n(bound, 2, totals.bound);
 }
 
 }  // namespace pysparse

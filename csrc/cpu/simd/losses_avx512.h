@@ -47,10 +47,15 @@ inline __m512 log_loss(__m512 logit, __m512 label) {
 }
 
 // In place: steps of the logit become steps of the loss; both ends of a step use the same stored
-// loss, so that the steps sum to the difference of the walk's ends. Room for whole vectors.
-inline void loss_steps(float* steps, int count, float logit, float label) {
+// loss, so that the steps sum to the difference of the walk's ends. Room for whole vectors. Returns
+// the largest size (NaN is above infinity); meanwhile(), called for each vector, may ask for
+// memory.
+template <class Meanwhile>
+inline float loss_steps(float* steps, int count, float logit, float label,
+                        const Meanwhile& meanwhile) {
   const __m512 y = _mm512_set1_ps(label);
   __m512 t = _mm512_set1_ps(logit), before = log_loss(t, y);
+  __m512i peak = _mm512_setzero_si512();  // sizes as whole numbers: in the order of the floats
   for (int i = 0; i < count; i += 16) {
     const __m512 step = _mm512_loadu_ps(steps + i);
     const __m512 now = _mm512_add_ps(running_sum(step), t);
@@ -58,11 +63,17 @@ inline void loss_steps(float* steps, int count, float logit, float label) {
     const __m512 previous = _mm512_castsi512_ps(
         _mm512_alignr_epi32(_mm512_castps_si512(loss), _mm512_castps_si512(before), 15));
     // A step of zero must cost exactly nothing, but the sums around it round differently.
-    const __mmask16 moved = _mm512_cmp_ps_mask(step, _mm512_setzero_ps(), _CMP_NEQ_UQ);
-    _mm512_storeu_ps(steps + i, _mm512_maskz_sub_ps(moved, loss, previous));
+    const auto live = static_cast<__mmask16>((1u << std::min(16, count - i)) - 1);
+    const __mmask16 moved = _mm512_mask_cmp_ps_mask(live, step, _mm512_setzero_ps(), _CMP_NEQ_UQ);
+    const __m512 change = _mm512_maskz_sub_ps(moved, loss, previous);
+    _mm512_storeu_ps(steps + i, change);
+    peak = _mm512_max_epu32(peak, _mm512_castps_si512(_mm512_abs_ps(change)));
+    meanwhile();
     t = broadcast_last(now);
     before = broadcast_last(loss);
   }
+  return _mm512_cvtss_f32(
+      _mm512_castsi512_ps(_mm512_set1_epi32(static_cast<int>(_mm512_reduce_max_epu32(peak)))));
 }
 
 }  // namespace

@@ -37,34 +37,38 @@ struct MarginalTile {
   int fields, cols;
 };
 
+// Of sizes that may be NaN, which is above infinity.
+inline float larger(float a, float b) { return a >= b || a != a ? a : b; }
+
 struct ShapleyFm {
   static constexpr const char* op = "shapley";
   static constexpr const char* format = "fm";
   struct Kernel {
-    // Marginals of samples [begin, end) into a tile; the logit is offset + the pairs' products.
-    // `scratch` holds scratch_bytes(...), aligned to 64.
-    void (*run)(const EntrySamples& samples, const EntryDraw& draw, int64_t begin, int64_t end,
-                void* scratch, float* tile);
+    // Marginals of samples [begin, end) into a tile; returns a bound of their sizes (NaN when one
+    // is). The logit is offset + the pairs' products. `scratch` holds scratch_bytes(...), aligned
+    // to 64. `soon`, if not null, are the totals that the marginals go to next.
+    float (*run)(const EntrySamples& samples, const EntryDraw& draw, int64_t begin, int64_t end,
+                 const EntryTotals* soon, void* scratch, float* tile);
   };
   static constexpr size_t scratch_bytes(int64_t padded_players) {
     return static_cast<size_t>(padded_players + 64) * 32 + 4096;
   }
 };
 
+// Rows of the table that one thread adds to.
+struct RowRange {
+  int32_t begin, end;
+  bool has(int32_t row) const { return row >= begin && row < end; }
+};
+
 struct ShapleyAdd {
   static constexpr const char* op = "shapley";
   static constexpr const char* format = "totals";
   struct Kernel {
-    // Adds the marginals of the rows that `owner` of `owners` has.
-    void (*run)(const MarginalTile& tile, const EntryTotals& totals, int owner, int owners);
+    // Adds the marginals of the rows in `mine`.
+    void (*run)(const MarginalTile& tile, const EntryTotals& totals, RowRange mine);
   };
 };
-
-inline bool owns(int32_t row, int owner, int owners) {
-  if (owners == 1) return true;
-  const uint32_t mixed = static_cast<uint32_t>(row) * 0x9E3779B1u;  // neighbours are spread
-  return static_cast<int>(uint64_t{mixed} * static_cast<uint32_t>(owners) >> 32) == owner;
-}
 
 // Adds the samples' marginals to the totals. Throws, before any is added, for ids out of range,
 // labels outside [0, 1] and shapes without kernels; for marginals that are not finite or too large
