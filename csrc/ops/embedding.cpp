@@ -10,21 +10,28 @@
 namespace pysparse {
 namespace {
 
-constexpr int64_t kChunk = 512;  // ids that a kernel takes at once
+constexpr int64_t kChunk = 1024;  // ids that a kernel takes at once
 
-int64_t first_row(const EmbeddingView& t, const Ids& ids, int64_t i) {
-  return ids.columns ? t.field_rows[i % ids.columns] : 0;
-}
-int64_t row_count(const EmbeddingView& t, const Ids& ids, int64_t i) {
-  if (!ids.columns) return t.rows;
-  const int64_t field = i % ids.columns;
-  return t.field_rows[field + 1] - t.field_rows[field];
-}
-int32_t field_of(const EmbeddingView& t, const Ids& ids, int64_t i, int64_t row) {
-  if (ids.columns) return static_cast<int32_t>(i % ids.columns);
+int32_t field_of_row(const EmbeddingView& t, int64_t row) {
   if (t.fields == 1) return 0;
   const int64_t* after = std::upper_bound(t.field_rows, t.field_rows + t.fields + 1, row);
   return static_cast<int32_t>(after - t.field_rows - 1);
+}
+
+// Rows and fields of ids [first, first + count).
+void find_rows(const EmbeddingView& t, const Ids& ids, int64_t first, int64_t count, int64_t* rows,
+               int32_t* fields) {
+  int64_t field = ids.columns ? first % ids.columns : 0;  // counted on: a division an id is slow
+  for (int64_t i = 0; i < count; ++i) {
+    rows[i] = ids.values[first + i];
+    if (ids.columns) {
+      rows[i] += t.field_rows[field];
+      fields[i] = static_cast<int32_t>(field);
+      field = field + 1 == ids.columns ? 0 : field + 1;
+    } else {
+      fields[i] = field_of_row(t, rows[i]);
+    }
+  }
 }
 
 // Hands ids [begin, end) to the kernel; `take` receives each chunk's place and size.
@@ -35,20 +42,9 @@ void in_chunks(const EmbeddingView& t, const Ids& ids, int64_t begin, int64_t en
   int32_t fields[kChunk];
   for (int64_t first = begin; first < end; first += kChunk) {
     const int64_t count = std::min(kChunk, end - first);
-    for (int64_t i = 0; i < count; ++i) {
-      rows[i] = first_row(t, ids, first + i) + ids.values[first + i];
-      fields[i] = field_of(t, ids, first + i, rows[i]);
-    }
+    find_rows(t, ids, first, count, rows, fields);
     take(Lookup{rows, fields, count}, first);
   }
-}
-
-void add_row(const EmbeddingView& t, const void* row, float weight, float* sum) {
-  if (t.dtype == DType::kFloat32)
-    for (int64_t d = 0; d < t.dims; ++d) sum[d] += weight * static_cast<const float*>(row)[d];
-  else
-    for (int64_t d = 0; d < t.dims; ++d)
-      sum[d] += weight * to_float(static_cast<const BFloat16*>(row)[d]);
 }
 
 void write_row(const EmbeddingView& t, const float* sum, float scale, void* row) {
@@ -58,18 +54,69 @@ void write_row(const EmbeddingView& t, const float* sum, float scale, void* row)
     for (int64_t d = 0; d < t.dims; ++d) assign(static_cast<BFloat16*>(row)[d], sum[d] * scale);
 }
 
+// Sums of bags [begin, end), some of them at a time: a kernel goes on from bag to bag.
+class BagSums {
+ public:
+  BagSums(const EmbeddingView& t, const Ids& ids, const Bags& bags)
+      : t_(t), ids_(ids), bags_(bags), sums_(static_cast<size_t>(kBags * t.dims)) {}
+
+  void write(int64_t begin, int64_t end, void* out) {
+    const int64_t row_bytes = t_.dims * size_of(t_.dtype);
+    for (int64_t first = begin; first < end; first += kBags) {
+      const int64_t last = std::min(first + kBags, end);
+      add(first, last);
+      for (int64_t b = first; b < last; ++b) {
+        const int64_t size = bags_.offsets[b + 1] - bags_.offsets[b];
+        const float scale = bags_.mean && size > 0 ? 1.0f / static_cast<float>(size) : 1.0f;
+        write_row(t_, sums_.data() + (b - first) * t_.dims, scale,
+                  static_cast<char*>(out) + b * row_bytes);
+      }
+    }
+  }
+
+ private:
+  static constexpr int64_t kBags = 64;
+
+  void add(int64_t first, int64_t last) {
+    std::fill(sums_.begin(), sums_.end(), 0.0f);
+    int32_t numbers[kChunk];
+    int64_t bag = first;
+    in_chunks(t_, ids_, bags_.offsets[first], bags_.offsets[last],
+              [&](const Lookup& chunk, int64_t at) {
+                for (int64_t i = 0; i < chunk.count; ++i) {
+                  while (at + i >= bags_.offsets[bag + 1]) ++bag;
+                  numbers[i] = static_cast<int32_t>(bag - first);
+                }
+                const float* weights = bags_.weights ? bags_.weights + at : nullptr;
+                kernel_.add(t_, chunk, {numbers, weights, sums_.data()});
+              });
+  }
+
+  const EmbeddingView& t_;
+  const Ids& ids_;
+  const Bags& bags_;
+  std::vector<float> sums_;
+  const EmbeddingLookup::Kernel& kernel_ = lookup<EmbeddingLookup>(t_.dtype);
+};
+
+void check_id(const Ids& ids, int64_t i, int64_t field, int64_t size) {
+  if (static_cast<uint64_t>(ids.values[i]) < static_cast<uint64_t>(size)) return;
+  if (ids.columns)
+    fail("id ", ids.values[i], " at position ", i, " is outside field ", field, ": [0, ", size,
+         ")");
+  fail("id ", ids.values[i], " at position ", i, " is outside the table: [0, ", size, ")");
+}
+
 }  // namespace
 
 void embedding_check(const EmbeddingView& t, const Ids& ids) {
   check(ids.columns == 0 || ids.columns == t.fields, "ids have ", ids.columns,
         " columns, the table has ", t.fields, " fields");
+  int64_t field = 0;
   for (int64_t i = 0; i < ids.count; ++i) {
-    const int64_t size = row_count(t, ids, i);
-    if (static_cast<uint64_t>(ids.values[i]) < static_cast<uint64_t>(size)) continue;
-    if (ids.columns)
-      fail("id ", ids.values[i], " at position ", i, " is outside field ", i % ids.columns,
-           ": [0, ", size, ")");
-    fail("id ", ids.values[i], " at position ", i, " is outside the table: [0, ", size, ")");
+    const int64_t size = ids.columns ? t.field_rows[field + 1] - t.field_rows[field] : t.rows;
+    check_id(ids, i, field, size);
+    if (ids.columns) field = field + 1 == ids.columns ? 0 : field + 1;
   }
 }
 
@@ -92,24 +139,10 @@ void embedding_bag(const EmbeddingView& t, const Ids& ids, const Bags& bags, voi
           bags.offsets[b], " and ends at ", bags.offsets[b + 1]);
   check(bags.count == 0 || bags.offsets[bags.count] <= ids.count, "bags end at id ",
         bags.count ? bags.offsets[bags.count] : 0, ", there are ", ids.count);
-  const auto& kernel = lookup<EmbeddingLookup>(t.dtype);
   const int64_t row_bytes = t.dims * size_of(t.dtype);
   parallel(threads_for(ids.count * row_bytes), [&](int thread, int threads) {
-    std::vector<char> rows(static_cast<size_t>(kChunk * row_bytes));
-    std::vector<float> sum(static_cast<size_t>(t.dims));
     const Range share = even_share(bags.count, thread, threads);
-    for (int64_t b = share.begin; b < share.end; ++b) {
-      const int64_t begin = bags.offsets[b], end = bags.offsets[b + 1];
-      std::fill(sum.begin(), sum.end(), 0.0f);
-      in_chunks(t, ids, begin, end, [&](const Lookup& chunk, int64_t first) {
-        kernel.run(t, chunk, rows.data());
-        for (int64_t i = 0; i < chunk.count; ++i)
-          add_row(t, rows.data() + i * row_bytes, bags.weights ? bags.weights[first + i] : 1.0f,
-                  sum.data());
-      });
-      const float scale = bags.mean && end > begin ? 1.0f / static_cast<float>(end - begin) : 1.0f;
-      write_row(t, sum.data(), scale, static_cast<char*>(out) + b * row_bytes);
-    }
+    BagSums(t, ids, bags).write(share.begin, share.end, out);
   });
 }
 

@@ -55,11 +55,19 @@ struct Lookup {
   int64_t count;
 };
 
+// Which bag each row of a lookup goes to, and times what.
+struct BagRows {
+  const int32_t* bags;   // [count], rising
+  const float* weights;  // [count], or null for one
+  float* sums;           // [bags][dims], added to
+};
+
 struct EmbeddingLookup {
   static constexpr const char* op = "embedding";
   static constexpr const char* format = "bitmap";
   struct Kernel {
     void (*run)(const EmbeddingView& table, const Lookup& lookup, void* out);  // out [count][dims]
+    void (*add)(const EmbeddingView& table, const Lookup& lookup, const BagRows& bags);
   };
 };
 
