@@ -1,4 +1,4 @@
-"""Shapley walks over embedding tables: rates, pairs, threads, the dense products, and a vectorised torch sampler."""
+"""Shapley walks over embedding tables: rates, pairs, threads, dense products, a torch sampler, captum, peak memory."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from harness import Call, Run, command_line, show, time_calls
 from rich.table import Table
-from torch import Tensor
+from shapley_peers import captum_calls, peak_bytes, torch_sampler, variance_ratio
 
 from pysparse.measure.results import to_jsonable
 from pysparse.measure.rounds import torch_threads
@@ -37,20 +37,6 @@ def data(rows_of_field: int, samples: int) -> EntrySamples:
     ids = (values + np.arange(FIELDS) * rows_of_field).astype(np.int32)
     labels = rng.integers(0, 2, samples).astype(np.float32)
     return EntrySamples(table, np.zeros((FIELDS, COLS), np.float32), ids, labels)
-
-
-def torch_sampler(table: Tensor, ids: Tensor, labels: Tensor, orders: Tensor) -> Tensor:
-    """One permutation a sample without a loop over steps: base zero; ``orders`` int64 [B, n]; marginals [B, n]."""
-    e = table[ids]  # [B, m, d]
-    when = torch.empty_like(orders).scatter_(1, orders, torch.arange(orders.shape[1]).expand_as(orders))
-    turn = when.view(e.shape).argsort(dim=1)  # within each column
-    gone = torch.gather(e, 1, turn)
-    before = e.sum(1, keepdim=True) - (gone.cumsum(1) - gone)
-    steps = torch.empty_like(e).scatter_(1, turn, -gone * (before - gone)).flatten(1)
-    logit = 0.5 * (e.sum(1).square() - e.square().sum(1)).sum(1, keepdim=True)
-    along = torch.cat([logit, logit + steps.gather(1, orders).cumsum(1)], dim=1)
-    loss = torch.nn.functional.softplus(along) - labels[:, None] * along
-    return torch.empty_like(steps).scatter_(1, orders, loss.diff(dim=1))
 
 
 def rates(calls: dict[str, Callable[[], Any]], samples: int, rounds: int, what: str) -> list[Row]:
@@ -98,6 +84,54 @@ def factorisation_machine(options: argparse.Namespace, rows_of_field: int, sampl
     return rates(calls, samples, options.rounds, what)
 
 
+def beside_captum(options: argparse.Namespace) -> list[Row]:
+    """Time captum's sampling of single inputs and of a batch, one permutation each, beside ours.
+
+    At equal standard error our pair counts as often as the variance of its mean is smaller than one order's. captum's
+    batch shares one permutation, which its error of a mean over samples would pay for; this is not counted.
+    """
+    source = data(100 if options.quick else 1000, 256)
+    theirs = captum_calls(source)
+    if not theirs:
+        return [{"what": "captum", "call": "captum is not installed: pip install captum", "samples": 0}]
+    totals = EntryTotals(*source.table.shape)
+
+    def ours() -> None:
+        with torch_threads(1):
+            fm_shapley(source, EntryDraw(1, antithetic=True), totals)
+
+    def alone(call: Callable[[], Any]) -> Callable[[], None]:
+        def run() -> None:
+            with torch_threads(1):
+                call()
+
+        return run
+
+    calls = {"pair": ours, **{name: alone(call) for name, (call, _) in theirs.items()}}
+    rows = rates(calls, len(source.ids), 3, "captum, 1 thread")
+    worth = variance_ratio(source, samples=16, draws=8 if options.quick else 64)
+    rate = rows[0]["samples_per_second"]
+    for row in rows[1:]:
+        row["samples"] = theirs[row["call"]][1]
+        median = (row["microseconds"] or {}).get("median")
+        row["samples_per_second"] = None if median is None else row["samples"] * 1e6 / median
+        row["pair_is_faster_by"] = None if None in (rate, median) else rate / row["samples_per_second"]
+        row["at_equal_error"] = None if median is None or rate is None else row["pair_is_faster_by"] * worth
+        del row["first_is_faster_by"]
+    rows[0]["orders_a_pair_is_worth"] = worth
+    return rows
+
+
+def memory(options: argparse.Namespace) -> list[Row]:
+    """Measure the peak of processes that make few and many passes over the same samples."""
+    few, many = 1, 4 if options.quick else 16
+    peaks = [peak_bytes(passes) for passes in (few, many)]
+    return [
+        {"what": "peak memory", "call": f"{many} passes beside {few}", "samples": 2048, "bytes": peaks,
+         "more_bytes": peaks[1] / peaks[0]}
+    ]  # fmt: skip
+
+
 def deep(options: argparse.Namespace) -> list[Row]:
     samples, rng = 4 if options.quick else 24, np.random.default_rng(1)
     source = data(1000, samples)
@@ -123,6 +157,8 @@ def deep(options: argparse.Namespace) -> list[Row]:
     for row in found:
         median = (row["microseconds"] or {}).get("median")
         row["gflops"] = None if median is None else work[row["call"]] / median / 1e3
+    mine, product = (row["gflops"] for row in found)
+    found[0]["of_product"] = None if None in (mine, product) else mine / product
     return found
 
 
@@ -134,12 +170,15 @@ def main(arguments: list[str] | None = None) -> None:
     run = Run.start("shapley", options)
     samples = 256 if options.quick else 4096
     sizes = (100,) if options.quick else (1000, 28_000)
-    rows = [row for size in sizes for row in factorisation_machine(options, size, samples)] + deep(options)
-    table = Table("what", "call", "samples/s", "GFLOP/s", title="Shapley walks")
+    rows = [row for size in sizes for row in factorisation_machine(options, size, samples)]
+    rows += deep(options) + beside_captum(options) + memory(options)
+    table = Table(
+        "what", "call", "samples/s", "GFLOP/s", "x at equal error", "x memory", title="Shapley walks"
+    )
     for row in rows:
-        shown = [
-            None if row.get(key) is None else f"{row[key]:,.0f}" for key in ("samples_per_second", "gflops")
-        ]
+        keys = ("samples_per_second", "gflops", "at_equal_error")
+        shown = [None if row.get(key) is None else f"{row[key]:,.0f}" for key in keys]
+        shown.append(f"{row['more_bytes']:.3f}" if "more_bytes" in row else None)
         table.add_row(row["what"], row["call"], *shown)
     protocol = {
         "players": FIELDS * COLS,

@@ -277,9 +277,67 @@ def _dispatch_claims() -> Iterator[Claim]:
             )
 
 
+def _shapley(what: str, call: str, key: str, turned: bool = False) -> Callable[[Row], float | None]:
+    """``key`` of the row that is so called; a spread's median, inverted if ``turned``."""
+
+    def figure(row: Row) -> float | None:
+        if (
+            not (row["what"].startswith(what) and row["call"] == (call or row["call"]))
+            or row.get(key) is None
+        ):
+            return None
+        value = float(row[key]["median"] if isinstance(row[key], dict) else row[key])
+        return 1.0 / value if turned else value
+
+    return figure
+
+
+def _shapley_claims() -> Iterator[Claim]:
+    cached, large, name = "FM, table of 39000", "FM, table of 1092000", "shapley"
+    rate, ratio, equal = "samples_per_second", "first_is_faster_by", "at_equal_error"
+    for text, bound, figure, at_most in (
+        ("permutations of 624 players a second, in cache", 440e3, _shapley(cached, "one", rate), False),
+        ("the same, a million rows", 200e3, _shapley(large, "one", rate), False),
+        ("a pair's time over one order's", 1.3, _shapley(cached, "pair", ratio), True),
+        ("two threads over one", 1.9, _shapley(cached, "one, 2 threads", ratio, turned=True), False),
+        ("over a vectorised torch sampler", 20.0, _shapley(cached, "torch vectorised", ratio), False),
+        (
+            "over captum, its best batch, equal error",
+            200.0,
+            _shapley("captum", "captum, 256 samples", equal),
+            False,
+        ),
+        (
+            "over captum, one sample, equal error",
+            5000.0,
+            _shapley("captum", "captum, one sample", equal),
+            False,
+        ),
+        ("DeepFM's share of torch's fp32 product", 0.6, _shapley("DeepFM", "DeepFM", "of_product"), False),
+        ("memory of 16 passes over that of one", 1.05, _shapley("peak memory", "", "more_bytes"), True),
+    ):
+        yield Claim(f"Shapley: {text}", name, bound, figure, at_most)
+
+
+def _lookup_claims() -> Iterator[Claim]:
+    def figure(row: Row, module: str) -> float | None:
+        meant = (row["sparsity"], row["ids"]) == (0.8, "zipf 1.1") and row["speedup"][module]
+        return 1.0 / row["speedup"][module]["median"] if meant else None
+
+    for module in ("Embedding", "EmbeddingBag"):
+        yield Claim(
+            f"Sparse{module} at 80 %, Zipf ids: time over torch's dense module", "embedding", 1.3,
+            lambda row, module=module: figure(row, module), True,  # type: ignore[misc]
+        )  # fmt: skip
+    yield Claim(
+        "SparseEmbedding at 80 %, fp32: memory over dense", "embedding", 0.3,
+        lambda row: row["memory_over_dense"] if (row["sparsity"], row["dtype"]) == (0.8, "float32") else None, True,
+    )  # fmt: skip
+
+
 CLAIMS = (
     *_claims(), *_prefill_claims(), *_dispatch_claims(), *_pruning_claims(), *_quality_claims(), *_attention_claims(),
-    *_ebf_claims(),
+    *_ebf_claims(), *_shapley_claims(), *_lookup_claims(),
 )  # fmt: skip
 
 

@@ -19,6 +19,7 @@ from pysparse.shapley.entries import (
 )
 from pysparse.shapley.estimators import Banzhaf, KernelSHAP, Owen, Permutation, PositionStratified
 from pysparse.shapley.exact import Exact
+from pysparse.shapley.forward import ForwardGame, Part, input_means, input_parts, next_token_loss
 from pysparse.shapley.game import FunctionGame, Game, WalkingGame
 from pysparse.shapley.sampling import Options, UnitEstimator
 from pysparse.shapley.sharded import Shards, entry_shapley_on_ray
@@ -42,11 +43,13 @@ __all__ = [
     "Exact",
     "FactorisationMachine",
     "FeatureGame",
+    "ForwardGame",
     "FunctionGame",
     "Game",
     "KernelSHAP",
     "Options",
     "Owen",
+    "Part",
     "PartsGame",
     "Permutation",
     "PositionStratified",
@@ -64,7 +67,10 @@ __all__ = [
     "entry_shapley_on_ray",
     "fit_quadratic",
     "head_parts",
+    "input_means",
+    "input_parts",
     "neuron_game",
+    "next_token_loss",
     "plan_entries",
     "read_state",
     "reconstruction_values",

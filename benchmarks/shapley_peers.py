@@ -1,0 +1,98 @@
+"""Other ways to the same values: a vectorised torch sampler, and captum's ShapleyValueSampling if it is installed."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pysparse.ops import EntryDraw, EntrySamples, fm_marginals
+
+CAPTUM_BATCH = 256  # samples that share a permutation, captum's fastest here
+_PEAK = """
+import resource, sys
+import numpy as np
+from pysparse.ops import EntrySamples
+from pysparse.shapley import EntryRun, FactorisationMachine, entry_shapley
+rng = np.random.default_rng(0)
+ids = (rng.integers(0, 1000, (2048, 39)) + 1000 * np.arange(39)).astype(np.int32)
+table = (0.05 * rng.normal(size=(39_000, 16))).astype(np.float32)
+labels = rng.integers(0, 2, 2048).astype(np.float32)
+source = EntrySamples(table, np.zeros((39, 16), np.float32), ids, labels)
+entry_shapley(FactorisationMachine(), source, EntryRun(budget=int(sys.argv[1]) * 2048 * 2 * 624))
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+"""
+
+
+def torch_sampler(table: Tensor, ids: Tensor, labels: Tensor, orders: Tensor) -> Tensor:
+    """One permutation a sample without a loop over steps: base zero; ``orders`` int64 [B, n]; marginals [B, n]."""
+    e = table[ids]  # [B, m, d]
+    when = torch.empty_like(orders).scatter_(1, orders, torch.arange(orders.shape[1]).expand_as(orders))
+    turn = when.view(e.shape).argsort(dim=1)  # within each column
+    gone = torch.gather(e, 1, turn)
+    before = e.sum(1, keepdim=True) - (gone.cumsum(1) - gone)
+    steps = torch.empty_like(e).scatter_(1, turn, -gone * (before - gone)).flatten(1)
+    logit = 0.5 * (e.sum(1).square() - e.square().sum(1)).sum(1, keepdim=True)
+    along = torch.cat([logit, logit + steps.gather(1, orders).cumsum(1)], dim=1)
+    loss = torch.nn.functional.softplus(along) - labels[:, None] * along
+    return torch.empty_like(steps).scatter_(1, orders, loss.diff(dim=1))
+
+
+def captum_calls(source: EntrySamples) -> dict[str, tuple[Callable[[], Any], int]]:
+    """captum's sampling of the same game, each call with how many sample-permutations it makes; {} without captum.
+
+    The forward function takes rows of embeddings already looked up, base zero, and returns log losses.
+    """
+    if importlib.util.find_spec("captum") is None:
+        return {}
+    from captum.attr import ShapleyValueSampling
+
+    fields, cols = source.base.shape
+
+    def losses(rows: Tensor, labels: Tensor) -> Tensor:
+        e = rows.view(-1, fields, cols)
+        logit = 0.5 * (e.sum(1).square() - e.square().sum(1)).sum(1)
+        return torch.nn.functional.softplus(logit) - labels * logit
+
+    sampling = ShapleyValueSampling(losses)
+    batch = min(CAPTUM_BATCH, len(source.ids))
+    rows = torch.from_numpy(source.table)[torch.from_numpy(source.ids[:batch]).long()].flatten(1)
+    labels = torch.from_numpy(source.labels[:batch])
+
+    def attribute(count: int, at_once: int) -> Callable[[], Any]:
+        return lambda: sampling.attribute(
+            rows[:count], additional_forward_args=(labels[:count],), n_samples=1, perturbations_per_eval=at_once
+        )  # fmt: skip
+
+    return {
+        "captum, one sample": (attribute(1, 1), 1),
+        "captum, one sample, 64 at once": (attribute(1, 64), 1),
+        f"captum, {batch} samples": (attribute(batch, 1), batch),
+    }
+
+
+def variance_ratio(source: EntrySamples, samples: int, draws: int) -> float:
+    """Return the variance of one order's marginals over that of a pair's mean: how many orders a pair is worth.
+
+    Of ``samples`` samples, within each of them over ``draws`` independent draws, the mean over players.
+    """
+    part = source.part(0, samples)
+    spread = []
+    for antithetic in (False, True):
+        drawn = [
+            fm_marginals(part, EntryDraw(5, visit=visit, antithetic=antithetic)) for visit in range(draws)
+        ]
+        spread.append(float(np.stack(drawn).astype(np.float64).var(axis=0, ddof=1).mean()))
+    return spread[0] / spread[1]
+
+
+def peak_bytes(passes: int) -> int:
+    """Return the peak memory of a process that makes ``passes`` pairs of orders for each of 2,048 samples."""
+    command = [sys.executable, "-c", _PEAK, str(passes)]
+    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
