@@ -218,6 +218,41 @@ def prefills() -> list[dict[str, Any]]:
     return [prefill(*case) for case in [*cases, *(((11008, 4096), None, n) for n in (8, 32, 512))]]
 
 
+def cusparse(shapes: list[str], sparsities: list[float]) -> list[dict[str, Any]]:
+    """Time torch's CSR product (cuSPARSE, int32 indices) beside cuBLAS: plain calls, for it may allocate."""
+    result = []
+    for text in shapes[:3]:
+        rows, cols = (int(n) for n in text.split("x"))
+        for sparsity in sparsities[::2]:
+            weight = random_weight(rows, cols, sparsity, 5)
+            csr = weight.to_sparse_csr()
+            arrays = (csr.crow_indices().int(), csr.col_indices().int(), csr.values())
+            csr = torch.sparse_csr_tensor(*arrays, size=weight.shape)
+            for tokens in (1, 8):
+                x = torch.randn(cols, tokens, device="cuda").bfloat16()
+                calls = {"cusparse": lambda csr=csr, x=x: csr @ x, "cublas": lambda w=weight, x=x: w @ x}
+                error = error_of(calls["cusparse"]().T, x.T, weight)
+                times = {name: plain_median(call) for name, call in calls.items()}
+                ratio = round(times["cublas"] / times["cusparse"], 3)
+                case = {"rows": rows, "cols": cols, "sparsity": sparsity, "tokens": tokens}
+                result.append(case | times | {"ratio": ratio, "error": error})
+    return result
+
+
+def plain_median(call: Callable[[], Tensor]) -> float:
+    """Return the median microseconds of ten calls back to back, over REPLAYS rounds; weights stay in the cache."""
+    times = []
+    for _ in range(REPLAYS):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(10):
+            call()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) * 100)
+    return round(sorted(times)[len(times) // 2], 2)
+
+
 def ceilings() -> dict[str, float]:
     """Return the copy bandwidth, the bf16 matrix rate and the cost of an empty-sized product in a graph."""
     source = torch.empty(2 << 30, dtype=torch.uint8, device="cuda").random_()
@@ -375,6 +410,7 @@ def main() -> int:
         save()
     attempt("prefill", report, prefills)
     save()
+    attempt("cusparse", report, lambda: cusparse(options.shapes, options.sparsity))
     attempt("llama_2_7b_blocks", report, lambda: blocks([0.5, 0.7, 0.9]))
     report["clocks_at_end"] = clocks()
     report["wrong"] = wrong
