@@ -214,6 +214,18 @@ def test_settings_come_from_the_grid(tmp_path):
         with_settings(cells, grid)
 
 
+def test_other_options_of_a_task_are_other_rows_and_no_pairs():
+    made = [
+        suite_records.record("language", "demo", recipe, seed=seed)
+        for seed in range(3)
+        for recipe in ("wanda", "wanda-owl")
+    ]
+    apart = [one | {"environment": {"options": {"windows": len(one["recipe"])}}} for one in made]
+    assert len(rows_of([*made, *apart])) == 4
+    assert find(made)[0].lines
+    assert not find(apart)[0].lines
+
+
 def test_markdown_table_has_every_row(records):
     text = markdown_tables(records)
     assert text.count("### ") == 8

@@ -8,7 +8,7 @@ from typing import Any
 
 from pysparse.suite.report.choices import paired
 from pysparse.suite.report.pairs import NO_DIFFERENCE, PAIRED_COLUMNS, TOO_FEW, Finding, Paired, listed, named
-from pysparse.suite.report.rows import Record, Row, allocation_of, natural, quality_kept
+from pysparse.suite.report.rows import Record, Row, allocation_of, natural, protocol_of, quality_kept
 from pysparse.suite.report.summary import show_setting
 
 QUESTION = "Which architecture is the most sparsifiable?"
@@ -70,6 +70,7 @@ def _contexts(records: Iterable[Record]) -> Contexts:
         context = (
             record["task"], record["quality"]["metric"], record["pattern"], record["sparsity"], record["seed"],
             record["recipe"], record["method"], allocation_of(record), record["reconstruction"],
+            protocol_of(record),
         )  # fmt: skip
         if kept is not None:
             found.setdefault(context, {})[str(record["model"])] = kept

@@ -15,7 +15,7 @@ from pysparse.suite.report.pairs import (
     Paired,
     named,
 )
-from pysparse.suite.report.rows import Record, allocation_of, natural, quality_kept
+from pysparse.suite.report.rows import Record, allocation_of, natural, protocol_of, quality_kept
 from pysparse.suite.report.settings import PLAIN, calibration_of, settings_of
 from pysparse.suite.report.summary import show_setting
 
@@ -44,6 +44,7 @@ class Choice:
             record["pattern"],
             record["sparsity"],
             record["seed"],
+            protocol_of(record),
             *others,
         )
 

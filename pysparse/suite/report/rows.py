@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,7 +13,7 @@ from typing import Any
 from pysparse.methods import ALLOCATIONS, METHODS
 
 Record = Mapping[str, Any]
-_Identity = tuple[str, str, str, str, str, str, str, str, float]
+_Identity = tuple[str, str, str, str, str, str, str, str, float, str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +66,7 @@ class Row:
     reconstruction: str
     pattern: str
     sparsity: float
+    protocol: str  # see :func:`protocol_of`
     cells: tuple[Record, ...]  # that are done, by seed
 
     @property
@@ -136,6 +138,7 @@ def _identity(record: Record) -> _Identity:
     return (
         record["task"], record["model"], record["family"] or "", record["recipe"], record["method"],
         allocation_of(record), record["reconstruction"] or "none", record["pattern"], record["sparsity"],
+        protocol_of(record),
     )  # fmt: skip
 
 
@@ -157,6 +160,12 @@ def allocation_of(record: Record) -> str:
     recipe = METHODS.get(str(record["method"]))
     own = None if recipe is None else recipe.allocation
     return next((name for name, known in ALLOCATIONS.items() if known == own), "the method's own")
+
+
+def protocol_of(record: Record) -> str:
+    """Return the task's options and the threads of a record as text: cells are compared at equal ones only."""
+    environment = record["environment"] or {}
+    return json.dumps([environment.get("options"), environment.get("torch_threads")], sort_keys=True)
 
 
 def number(value: Any) -> float | None:

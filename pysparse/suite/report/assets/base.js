@@ -37,7 +37,10 @@ const show = {
     return value < 1e9 ? `${(value / 1e6).toFixed(0)} MB` : `${(value / 1e9).toFixed(2)} GB`;
   },
   // A statistic is [median, lowest, highest] of the seeds.
-  range: (found, format) => (!found ? "" : found[1] === found[2] ? "all seeds" : `${format(found[1])} .. ${format(found[2])}`),
+  range(found, format, seeds) {
+    if (!found || seeds === 1) return found ? "one seed" : "";
+    return found[1] === found[2] ? `the same for ${seeds} seeds` : `${format(found[1])} .. ${format(found[2])}`;
+  },
 };
 const middle = (found) => (found ? found[0] : null);
 

@@ -153,7 +153,7 @@ function pointTip(point, pinned) {
   const row = point.row;
   const pairs = [
     [`${row.metric} (dense ${show.figure(middle(row.dense))})`, show.figure(middle(row.quality))],
-    ["over the seeds", show.range(row.quality, show.figure)],
+    ["over the seeds", show.range(row.quality, show.figure, row.cells.length)],
     ["quality kept", show.percent(middle(row.kept))],
     ...row.speed.map((speed) => [`${speed[0]} (p10 .. p90)`, `${show.times(speed[4])} (${speed[5].toFixed(2)} .. ${speed[6].toFixed(2)})`]),
     ["file of the dense one's", show.percent(middle(row.file))],

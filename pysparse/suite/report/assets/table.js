@@ -3,7 +3,7 @@ const COLUMNS = [
   { key: "recipe", title: "Recipe", value: (row) => row.recipe },
   { key: "model", title: "Model", value: (row) => row.model },
   { key: "setting", title: "Sparsity", value: (row) => row.sparsity, text: (row) => row.setting, number: true },
-  { key: "kept", title: "Quality kept", value: (row) => middle(row.kept), text: (row) => show.percent(middle(row.kept)), under: (row) => show.range(row.kept, show.percent), number: true },
+  { key: "kept", title: "Quality kept", value: (row) => middle(row.kept), text: (row) => show.percent(middle(row.kept)), under: (row) => show.range(row.kept, show.percent, row.cells.length), number: true },
   { key: "quality", title: "Metric", value: (row) => middle(row.quality), text: (row) => show.figure(middle(row.quality)), under: (row) => `${row.metric}, dense ${show.figure(middle(row.dense))}`, number: true },
   { key: "speed", title: "Speed-up", value: (row) => (row.speed[0] ? row.speed[0][4] : null), text: (row) => (row.speed[0] ? show.times(row.speed[0][4]) : "–"), under: (row) => (row.speed[0] ? `${row.speed[0][0]}, ${row.speed[0][5].toFixed(2)} .. ${row.speed[0][6].toFixed(2)}` : ""), number: true },
   { key: "file", title: "File", value: (row) => middle(row.file), text: (row) => show.percent(middle(row.file)), number: true },
