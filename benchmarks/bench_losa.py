@@ -1,32 +1,42 @@
 """What training under a mask gains and costs: perplexity of the bundled model, and memory of the masked product.
 
-quality: one-shot pruning, masked LoRA of one rank in every layer, LoSA and masked full fine-tuning, all with the
-same training text and steps, scored on held-out text that none of them sees. memory: one training step of a
-4096 x 11008 layer at rank 8, by the tiles and with every matrix made in full.
+quality: one-shot pruning, masked LoRA of one rank in every layer, LoSA (and LoSA without one of its parts) and masked
+full fine-tuning, all with the same training text and steps, scored on held-out text that none of them sees. memory:
+one training step of a 4096 x 11008 layer at rank 8, by the tiles and with every matrix made in full. merge: logits
+with trained adapters beside those of the merged weights in float32, the zeros before and after, and the decode speed of
+the merged model beside that of the sparse one.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import ctypes
 import gc
+import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from statistics import mean
 from typing import Any
 
 import torch
-from harness import Run, command_line, result_path, show, threads_of
+from harness import Run, command_line, read_runs, result_path, show, threads_of
 from peft import LoraConfig
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 import pysparse
 from pysparse import data
+from pysparse.calib import token_batches
+from pysparse.huggingface.training import train, training_arguments
+from pysparse.measure.latency import decode_benchmark
 from pysparse.measure.memory import peak_memory
 from pysparse.measure.results import make_table
 from pysparse.measure.rounds import torch_threads
 from pysparse.methods import LoSA
+from pysparse.methods.attach import Attached, float32_master
+from pysparse.models.discover import discover
 from pysparse.models.sources import load_tokenizer
 from pysparse.nn import Adapter, MaskedLowRank
 from pysparse.ops import LowRankTerm, dense_lowrank_linear
@@ -41,6 +51,7 @@ LOSA_ARMS = {
 ARMS = ("one-shot", "masked-lora", "losa", "masked-full")
 ALL_ARMS = (*ARMS, *(arm for arm in LOSA_ARMS if arm not in ARMS))
 RANK = 10  # of masked LoRA: LoSA's mean in its last round
+PARTS = ("memory", "merge", "quality")
 BYTES = ("step_bytes", "weight_bytes")
 SCALE = 2.0  # of every adapter, as in the paper
 
@@ -103,8 +114,6 @@ class Quality:
 
 
 def zeros_of(model: nn.Module) -> float:
-    from pysparse.models.discover import discover
-
     layout = discover(model)
     return 1.0 - sum(int(layer.weight.count_nonzero()) for layer in layout.layers) / layout.size
 
@@ -173,6 +182,74 @@ def memory_ratios(rows: Sequence[Row]) -> Iterator[Row]:
         }  # fmt: skip
 
 
+# --- merge -----------------------------------------------------------------------------------------------
+
+
+def merge_rows(options: argparse.Namespace, steps: int = 8) -> Iterator[Row]:
+    """Prune the bundled model by Wanda, train adapters for ``steps`` steps, merge, and compare before and after."""
+    tokenizer = load_tokenizer(data.demo_model_path())
+    for sparsity in options.level:
+        model = AutoModelForCausalLM.from_pretrained(data.demo_model_path(), dtype=torch.float32)
+        dense = copy.deepcopy(model)
+        pysparse.prune(
+            model, sparsity, "wanda", tokenizer=tokenizer, num_samples=options.samples,
+            max_length=options.length, progress=False,
+        )  # fmt: skip
+        sparse, layout = copy.deepcopy(model), discover(model)
+        masks = {layer.path: layer.weight == 0 for layer in layout.layers}
+        tokens = held_out_tokens(tokenizer, options.windows)
+        with float32_master(model):
+            adapters = {layer.path: Adapter.fresh(layer.shape, RANK, SCALE) for layer in layout.layers}
+            attached = Attached(layout, adapters)
+            train_briefly(model, tokenizer, options, steps)
+            unmerged = logits_of(model, tokens)
+            attached.merge()
+        merged, before = logits_of(model, tokens), logits_of(sparse, tokens)
+        yield {
+            "what": "merge", "level": sparsity, "steps": steps, "rank": RANK, "logits": merged.numel(),
+            "largest_difference": float((merged - unmerged).abs().max()),
+            "largest_logit": float(merged.abs().max()),
+            "moved_by_training": float((merged - before).abs().max()),
+            "zeros_before": sum(int(mask.sum()) for mask in masks.values()),
+            "zeros_after": sum(int((layer.weight == 0).sum()) for layer in layout.layers),
+            "same_mask": all(torch.equal(layer.weight == 0, masks[layer.path]) for layer in layout.layers),
+        }  # fmt: skip
+        yield from decode_rows({"dense": dense, "sparse": sparse, "merged": model}, sparsity, options)
+
+
+def train_briefly(model: nn.Module, tokenizer: Any, options: argparse.Namespace, steps: int) -> None:
+    found = token_batches(data.calibration_texts(), tokenizer, options.batch * steps, options.length, seed=0)
+    rows = torch.cat([batch.kwargs["input_ids"] for batch in found.batches])
+    settings = {"learning_rate": options.learning_rate, "max_steps": steps, "warmup_steps": 0}
+    settings["per_device_train_batch_size"] = options.batch
+    with tempfile.TemporaryDirectory() as folder:
+        train(model, rows, training_arguments(settings, Path(folder), cpu=True, seed=0), lambda *_: None)
+    model.eval()
+
+
+def held_out_tokens(tokenizer: Any, windows: int) -> Tensor:
+    found = token_batches(data.held_out_texts(), tokenizer, windows, 256, seed=0)
+    return torch.cat([batch.kwargs["input_ids"] for batch in found.batches])
+
+
+@torch.no_grad()
+def logits_of(model: Any, tokens: Tensor) -> Tensor:
+    logits: Tensor = model.eval()(input_ids=tokens, use_cache=False).logits
+    return logits
+
+
+def decode_rows(
+    models: Mapping[str, nn.Module], sparsity: float, options: argparse.Namespace
+) -> Iterator[Row]:
+    """Packed, bfloat16, one token at a time, all in one interleaved run; the sparse model is the measure."""
+    ready = {name: copy.deepcopy(models[name]).to(torch.bfloat16) for name in ("sparse", "merged", "dense")}
+    for name in ("sparse", "merged"):
+        pysparse.sparsify_(ready[name])
+    found = decode_benchmark(ready, 32, options.new_tokens, rounds=options.rounds)
+    for name, timing in found.items():
+        yield {"what": "merge speed", "level": sparsity, "engine": name, "decode": timing}
+
+
 # --- the command -----------------------------------------------------------------------------------------
 
 
@@ -183,11 +260,31 @@ def figures(rows: Sequence[Row], host: str, arm: str, level: float) -> list[floa
     ]  # fmt: skip
 
 
+def comparisons(rows: Sequence[Row]) -> Iterator[Row]:
+    """How LoSA's mean perplexity lies to that of masked LoRA, by the seeds that both have."""
+    for host in HOSTS:
+        for level in sorted({row["level"] for row in rows if row["what"] == "quality"}):
+            losa, lora = (figures(rows, host, arm, level) for arm in ("losa", "masked-lora"))
+            both = min(len(losa), len(lora))
+            if both:
+                ratio = mean(losa[:both]) / mean(lora[:both])
+                yield {"what": "comparison", "host": host, "level": level, "seeds": both,
+                       "losa_over_masked_lora": ratio}  # fmt: skip
+
+
 def shown(found: Sequence[float]) -> str:
     if not found:
         return "-"
     spread = (max(found) - min(found)) / 2
     return f"{mean(found):.2f}" + (f" ±{spread:.2f}" if len(found) > 1 else "")
+
+
+def speedup_of(rows: Sequence[Row], level: float, engine: str) -> str:
+    found = next(
+        row["decode"].speedup for row in rows
+        if row["what"] == "merge speed" and (row["level"], row["engine"]) == (level, engine)
+    )  # fmt: skip
+    return f"{found.median:.3f}x ({found.p10:.3f} to {found.p90:.3f})"
 
 
 def tables(rows: Sequence[Row]) -> Iterator[Any]:
@@ -200,6 +297,14 @@ def tables(rows: Sequence[Row]) -> Iterator[Any]:
         ]  # fmt: skip
         heads = ["", *(f"{level:.0%}" for level in levels)]
         yield make_table(f"perplexity of the bundled model (dense {dense[0]:.2f})", heads, lines)
+    lines = [
+        [f"{row['level']:.0%}", f"{row['largest_difference']:.2g}", f"{row['moved_by_training']:.2g}", row["same_mask"],
+         *(speedup_of(rows, row["level"], engine) for engine in ("merged", "dense"))]
+        for row in rows if row["what"] == "merge"
+    ]  # fmt: skip
+    if lines:
+        heads = ["zeros", "logits differ by", "training moved them by", "same zeros", "merged", "dense"]
+        yield make_table("merging, and decoding beside the sparse model", heads, lines)
     cells = [
         [f"{row['level']:.0%}", row["way"], f"{row['step_bytes'] / 1e6:.0f} MB", f"{row['weight_bytes'] / 1e6:.0f} MB",
          f"{row['seconds']:.2f} s"]
@@ -213,7 +318,7 @@ def tables(rows: Sequence[Row]) -> Iterator[Any]:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = command_line("losa", __doc__ or "")
-    parser.add_argument("--only", nargs="+", default=["memory", "quality"], choices=["memory", "quality"])
+    parser.add_argument("--only", nargs="+", default=PARTS, choices=PARTS)
     parser.add_argument("--level", nargs="+", type=float, default=[0.5, 0.6, 0.7])
     parser.add_argument("--host", nargs="+", default=HOSTS, choices=HOSTS)
     parser.add_argument("--arm", nargs="+", default=ARMS, choices=ALL_ARMS)
@@ -227,11 +332,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--epochs", type=float, default=1.0)
     parser.add_argument("--max-steps", type=int, default=-1, help="of each round")
     parser.add_argument("--learning-rate", type=float, default=2e-3)
+    parser.add_argument("--rounds", type=int, default=15, help="of the decoding")
+    parser.add_argument("--new-tokens", type=int, default=64, help="decoded a round")
     options = parser.parse_args(arguments)
     options.shape = (4096, 11008, 256)
     if options.quick:
         options.shape, options.level, options.host, options.windows = (64, 96, 8), [0.7], ["wanda"], 1
         options.samples, options.length, options.max_steps, options.arm = 2, 32, 1, ["one-shot", "losa"]
+        options.rounds, options.new_tokens = 1, 4
     this = Run.start("losa", options)
     rows: list[Row] = []
     with torch_threads(options.threads):
@@ -241,16 +349,23 @@ def main(arguments: list[str] | None = None) -> None:
             f"{options.epochs:g} epochs in all rounds together, learning rate {options.learning_rate:g}",
             "masked-lora": f"rank {RANK} in every layer", "losa": "5 rounds, mean ranks 6 to 10",
             "scored": f"{options.windows} held-out windows of 512 tokens",
+            "merge": f"Wanda, adapters of rank {RANK} after 8 steps, float32; {options.windows} held-out windows of "
+            f"256 tokens; decoding: bfloat16, packed, prompt 32, {options.new_tokens} tokens, {options.rounds} "
+            "interleaved rounds, speed-up over the sparse model",
             "memory": "growth of the resident set over one forward and backward pass, float32, rank 8",
         }  # fmt: skip
         if "memory" in options.only:
             rows += memory_rows(options)
             rows += memory_ratios(rows)
-        path = this.save(protocol, rows)
+        if "merge" in options.only:
+            rows += merge_rows(options)
+        path = result_path(this)
+        earlier = read_runs(path) if options.append and path is not None and path.exists() else []
+        this.save(protocol, rows, earlier)
         for row in Quality(options).rows() if "quality" in options.only else ():
             rows.append(row)
-            path = this.save(protocol, rows, [])
-    show(*tables(rows), path=path or result_path(this))
+            this.save(protocol, [*rows, *comparisons(rows)], earlier)
+    show(*tables(rows), path=path)
 
 
 if __name__ == "__main__":

@@ -10,12 +10,12 @@ import argparse
 import copy
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from harness import Run, command_line, show, threads_of
+from harness import Run, command_line, read_runs, result_path, show, threads_of
 from torch import Tensor, nn
 
 import pysparse
@@ -33,6 +33,7 @@ from pysparse.pruning.probe import Seats, find_seats
 
 METHODS = ("2ssp", "2ssp-width", "2ssp-depth", "shortgpt")
 DENSE = "dense"
+PARTS = ("models", "search")
 Row = dict[str, Any]
 
 
@@ -137,21 +138,29 @@ def search_cost(blocks: int, count: int, options: argparse.Namespace) -> Row:
     }  # fmt: skip
 
 
-def measure(options: argparse.Namespace, folder: Path) -> list[Row]:
+def measure(options: argparse.Namespace, folder: Path) -> Iterator[Row]:
+    """Yield each row as soon as it is there."""
+    if "models" in options.only:
+        yield from model_rows(options, folder)
+    if "search" in options.only:
+        for blocks in options.blocks:
+            yield search_cost(blocks, blocks // 3, options)
+
+
+def model_rows(options: argparse.Namespace, folder: Path) -> Iterator[Row]:
+    """Quality of every method at a rate, then the speed of all of them together."""
     dense = folder / DENSE
     pysparse.save_pretrained(pysparse.from_pretrained(data.demo_model_path()), dense, format="dense")
-    rows: list[Row] = [
-        {"what": "quality", "method": DENSE, "asked": 0.0, "sparsity": 0.0, **score(dense, options)}
-    ]
+    yield {"what": "quality", "method": DENSE, "asked": 0.0, "sparsity": 0.0, **score(dense, options)}
     for sparsity in options.sparsities:
         folders = {DENSE: dense}
         for method in options.methods:
             place = folder / f"{method}-{sparsity:g}"
-            rows.append(prune(method, sparsity, place, options))
-            if "cannot_be_met" not in rows[-1]:
+            row = prune(method, sparsity, place, options)
+            if "cannot_be_met" not in row:
                 folders[method] = place
-        rows += [{**row, "asked": sparsity} for row in speed(folders, options)]
-    return [*rows, *(search_cost(blocks, count, options) for blocks, count in options.searches)]
+            yield row
+        yield from ({**row, "asked": sparsity} for row in speed(folders, options))
 
 
 def tables(rows: list[Row]) -> list[Any]:
@@ -184,24 +193,25 @@ def tables(rows: list[Row]) -> list[Any]:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = command_line("structured", __doc__ or "")
+    parser.add_argument("--only", nargs="+", default=PARTS, choices=PARTS)
     parser.add_argument("--sparsities", type=float, nargs="+", default=[0.25, 0.375, 0.5])
     parser.add_argument("--methods", nargs="+", default=list(METHODS))
     parser.add_argument("--windows", type=int, default=48, help="of 512 held-out tokens")
     parser.add_argument("--samples", type=int, default=32, help="calibration sequences of 512 tokens")
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument(
+        "--blocks", type=int, nargs="+", default=[6, 24], help="of the searches; a third of them goes"
+    )
     parser.add_argument("--search-rounds", type=int, default=3)
     parser.add_argument("--prompt", type=int, default=384, help="tokens of a prefill and of the search")
     parser.add_argument("--new-tokens", type=int, default=48)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
-    options.searches = [(6, 2), (24, 8)]
     if options.quick:
-        options.sparsities, options.searches = options.sparsities[:1], [(6, 2)]
+        options.sparsities, options.blocks = options.sparsities[:1], [6]
         options.windows, options.samples, options.rounds, options.search_rounds = 2, 2, 2, 1
         options.prompt, options.new_tokens = 64, 8
     this = Run.start("structured", options)
-    with torch_threads(options.threads), tempfile.TemporaryDirectory() as folder:
-        rows = measure(options, Path(folder))
     protocol = {
         "model": "the bundled one, real trained weights; speed by torch's linear layers, bfloat16, batch 1",
         "perplexity": f"{options.windows} windows of 512 held-out tokens", "samples": options.samples,
@@ -210,7 +220,14 @@ def main(arguments: list[str] | None = None) -> None:
         "search": "the bundled model's blocks repeated, random tokens, one sequence; a whole forward pass "
         "for each candidate, against states kept in front of each block",
     }  # fmt: skip
-    show(*tables(rows), path=this.save(protocol, rows))
+    rows: list[Row] = []
+    with torch_threads(options.threads), tempfile.TemporaryDirectory() as folder:
+        path = result_path(this)
+        earlier = read_runs(path) if options.append and path is not None and path.exists() else []
+        for row in measure(options, Path(folder)):
+            rows.append(row)
+            path = this.save(protocol, rows, earlier)
+    show(*tables(rows), path=path)
 
 
 if __name__ == "__main__":

@@ -169,8 +169,12 @@ def _quality(level: str, ratio: str) -> Callable[[Row], float | None]:
     return figure
 
 
-def _layer_errors(row: Row) -> float | None:
-    return row["largest_over_mask_only"] if row["what"] == "layer errors" else None
+def _layer_errors(method: str) -> Callable[[Row], float | None]:
+    def figure(row: Row) -> float | None:
+        wanted = row["what"] == "layer errors" and row.get("method", "sparsegpt") == method
+        return row["largest_over_mask_only"] if wanted else None
+
+    return figure
 
 
 def _quality_claims() -> Iterator[Claim]:
@@ -178,13 +182,39 @@ def _quality_claims() -> Iterator[Claim]:
         for ours, theirs in (("sparsegpt", "wanda"), ("wanda", "magnitude")):
             text = f"bundled model, {level}: perplexity of {ours} over {theirs}"
             yield Claim(text, "quality", 1.0, _quality(level, f"{ours}_over_{theirs}"), at_most=True)
+        yield Claim(
+            f"bundled model, {level}: perplexity of ebf over sparsegpt", "quality", 1.0,
+            _quality(level, "ebf_over_sparsegpt"), True,
+        )  # fmt: skip
+    for method in ("sparsegpt", "ebf"):
+        text = f"{method}, any layer and level: output error over its mask's alone, at most"
+        yield Claim(text, "quality", 1.0, _layer_errors(method), True)
+
+
+def _of_row(what: str, key: str, **fields: Any) -> Callable[[Row], float | None]:
+    """The figure ``key``, or its median, of the rows of a kind that have these ``fields``."""
+
+    def figure(row: Row) -> float | None:
+        if row["what"] != what or any(row.get(name) != value for name, value in fields.items()):
+            return None
+        value = row[key]
+        return float(_median(value) if isinstance(value, dict) else value)
+
+    return figure
+
+
+def _adaptation_claims() -> Iterator[Claim]:
+    text = "adapters trained at 70 % zeros, fp32: "
+    yield Claim(f"{text}merged logits off by", "losa", 1e-5, _of_row("merge", "largest_difference"), True)
     yield Claim(
-        "SparseGPT, any layer and level: output error over its mask's alone, at most",
-        "quality",
-        1.0,
-        _layer_errors,
-        True,
+        f"{text}the very same zeros after merging (1 = yes)", "losa", 1.0, _of_row("merge", "same_mask")
     )
+    for host in ("wanda", "sparsegpt"):
+        ratio = _of_row("comparison", "losa_over_masked_lora", host=host, level=0.7)
+        yield Claim(f"{host}, 70 %: perplexity of LoSA over masked LoRA", "losa", 1.0, ratio, True)
+    for blocks in (6, 12, 24):
+        speedup = _of_row("search", "speedup", blocks=blocks)
+        yield Claim(f"2SSP's search, {blocks} blocks: speed over whole passes", "structured", 1.0, speedup)
 
 
 def _claims() -> Iterator[Claim]:
@@ -337,7 +367,7 @@ def _lookup_claims() -> Iterator[Claim]:
 
 CLAIMS = (
     *_claims(), *_prefill_claims(), *_dispatch_claims(), *_pruning_claims(), *_quality_claims(), *_attention_claims(),
-    *_ebf_claims(), *_shapley_claims(), *_lookup_claims(),
+    *_ebf_claims(), *_shapley_claims(), *_lookup_claims(), *_adaptation_claims(),
 )  # fmt: skip
 
 

@@ -102,6 +102,21 @@ def test_losa(quick):
     assert set(figures) == {"dense", "one-shot", "losa"}
     assert figures["dense"] < min(figures["one-shot"], figures["losa"])
     assert "wanda, losa" in printed
+    (merge,) = [row for row in run["rows"] if row["what"] == "merge"]
+    assert merge["largest_difference"] <= 1e-5 < merge["moved_by_training"]
+    assert merge["same_mask"]
+    assert merge["zeros_after"] == merge["zeros_before"] > 0
+
+
+def test_structured(quick):
+    run, printed = quick("structured", "--methods", "2ssp")
+    rows = {row["method"]: row for row in run["rows"] if row["what"] == "quality"}
+    assert rows["2ssp"]["parameters"] < rows["dense"]["parameters"]
+    assert rows["2ssp"]["file_bytes"] < rows["dense"]["file_bytes"]
+    (search,) = [row for row in run["rows"] if row["what"] == "search"]
+    assert search["same_modules"]
+    assert search["block_runs"]["ours"] < search["block_runs"]["straightforward"]
+    assert "2ssp" in printed
 
 
 def test_checkpoint(quick):

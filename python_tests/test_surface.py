@@ -65,6 +65,23 @@ def test_released_thresholds_take_one_weight_too_many_and_all_ties():
         ReleasedThreshold().keep(torch.tensor([[1.0, float("nan")]]), 0.5)
 
 
+def test_released_masks_of_ptsbench_round_up_and_take_all_ties():
+    """n - int((1 - S) n) = 4 of 10 at S = 0.31, where floor gives 3; weights that equal the last one go too."""
+    scores = torch.arange(10.0).view(2, 5)
+    assert int((~ReleasedThreshold(counting="up").keep(scores, 0.31)).sum()) == 4
+    assert int((~Unstructured("matrix").keep(scores, 0.31)).sum()) == 3
+    tied = torch.tensor([[1.0, 1.0, 1.0, 2.0]])
+    assert ReleasedThreshold(counting="up").keep(tied, 0.25).tolist() == [[False, False, False, True]]
+    for name in ("erk", "er", "global", "l1norm", "l2norm-v2", "lamp"):
+        recipe = as_released(recipe_for("magnitude", None, name))
+        assert recipe.structure == ReleasedThreshold(counting="up")
+        assert parse_recipe(recipe_to_yaml(recipe)) == recipe
+    assert as_released(METHODS["pot"]).structure == ReleasedThreshold(counting="up")
+    assert as_released(METHODS["magnitude"]).structure == ReleasedThreshold(counting="past")
+    with pytest.raises(ValueError, match="counting is 'past' or 'up', got 'down'"):
+        ReleasedThreshold(counting="down")
+
+
 def test_released_sparsegpt_prunes_both_of_two_weights():
     """The hand example of one weight of two: the exact form prunes one and updates the other, the code both."""
     weight, gram = torch.tensor([[1.0, 1.0]]), torch.tensor([[2.0, 1.0], [1.0, 2.0]])

@@ -23,6 +23,7 @@ import yaml
 
 from pysparse.methods.adaptation import Adapt
 from pysparse.methods.atp import ATP
+from pysparse.methods.custom import Custom
 from pysparse.methods.dlp import DLP
 from pysparse.methods.ebf import Columns, EbfUpdate, Emergent, Evidence
 from pysparse.methods.erk import ErdosRenyi
@@ -95,6 +96,12 @@ def _stage_content(stage: Stage) -> dict[str, Any]:
 
 def _recipe_content(recipe: Recipe) -> dict[str, Any]:
     content = describe_recipe(recipe)
+    if isinstance(recipe.allocation, Custom):
+        raise ValueError(
+            "an allocation that is a function cannot be saved in recipe.yaml: pass the sparsities that it gives "
+            "as a list (of blocks) or a mapping (of layers), or leave output_dir out and save the pruned model "
+            "with pysparse.save_pretrained"
+        )
     for part, known in COMPONENTS.items():
         value = getattr(recipe, part)
         if known.get(type(value).__name__) is not type(value):

@@ -5,10 +5,15 @@ from __future__ import annotations
 import dataclasses
 
 from pysparse.methods.dlp import DLP
-from pysparse.pruning import Allocation, MaskStructure, Recipe, RowMass, Unstructured
+from pysparse.methods.erk import ErdosRenyi
+from pysparse.methods.global_magnitude import GlobalMagnitude
+from pysparse.methods.lamp import LAMP
+from pysparse.pruning import Allocation, Correct, MaskStructure, Recipe, RowMass, Unstructured
 from pysparse.pruning.released import ReleasedRowMass, ReleasedThreshold
 from pysparse.pruning.stages import StagedRecipe
 from pysparse.pruning.structural import StructuralMethod
+
+_OF_PTSBENCH = (ErdosRenyi, GlobalMagnitude, LAMP)
 
 
 def as_released(recipe: Recipe | StagedRecipe | StructuralMethod) -> Recipe:
@@ -16,6 +21,8 @@ def as_released(recipe: Recipe | StagedRecipe | StructuralMethod) -> Recipe:
 
     - over a matrix, or a block of it (magnitude, SparseGPT): one weight too many goes, and all that equal it;
       with SparseGPT so do all weights of inputs that are always zero;
+    - PTSBench's allocations (ERK and ER, global magnitude and its norms, LAMP) and "pot": the count of a layer is
+      rounded up, and all weights that equal the last one go;
     - Wanda's variant: alpha to a tolerance of 0.001, and no more than 0.8;
     - DLP: the mean score of a block, where the paper takes the median.
 
@@ -28,7 +35,8 @@ def as_released(recipe: Recipe | StagedRecipe | StructuralMethod) -> Recipe:
     structure: MaskStructure = recipe.structure
     allocation: Allocation = recipe.allocation
     if type(structure) is Unstructured and structure.group == "matrix":
-        structure = ReleasedThreshold()
+        of_ptsbench = isinstance(allocation, _OF_PTSBENCH) or isinstance(recipe.reconstruction, Correct)
+        structure = ReleasedThreshold(counting="up" if of_ptsbench else "past")
     elif type(structure) is RowMass:
         structure = ReleasedRowMass()
     if isinstance(allocation, DLP):

@@ -17,24 +17,32 @@ _FIRST, _LARGEST = 0.4, 0.8  # alpha
 
 @dataclass(frozen=True, slots=True)
 class ReleasedThreshold(Unstructured):
-    """Everything up to the value at the 0-based place floor(S * n) goes: one weight too many, and all its ties.
+    """Everything up to a threshold goes, all weights that equal it included.
 
-    So the released magnitude pruning (over a matrix) and SparseGPT (over each block of columns) count. Real
-    counts are therefore at least :meth:`pruned_count`, plus one a group and its ties. Sparsity 0 prunes nothing
-    here. No compiled kernel draws such masks.
+    With ``counting`` "past" the threshold is the score at the 0-based place floor(S * n), one weight too many: so
+    the released magnitude pruning (over a matrix) and SparseGPT (over each block of columns) count. With "up" it is
+    the last of the n - floor((1 - S) * n) least: so PTSBench's masks count. Real counts are therefore at least
+    :meth:`pruned_count`. Sparsity 0 prunes nothing here. No compiled kernel draws such masks.
     """
 
     group: Literal["row", "matrix"] = "matrix"
+    counting: Literal["past", "up"] = "past"
+
+    def __post_init__(self) -> None:
+        Unstructured(self.group)  # the same choice
+        if self.counting not in ("past", "up"):
+            raise ValueError(f"counting is 'past' or 'up', got {self.counting!r}")
 
     def keep(self, scores: Tensor, sparsity: float) -> Tensor:
         """Return the mask of ``scores`` [R, C]; ValueError when one is NaN."""
         if bool(scores.isnan().any()):
             raise ValueError(f"{int(scores.isnan().sum())} of {scores.numel()} scores are NaN")
         groups = scores.reshape(1, -1) if self.group == "matrix" else scores
-        count = int(groups.shape[1] * sparsity)
-        if not sparsity:
+        size = groups.shape[1]
+        count = int(size * sparsity) + 1 if self.counting == "past" else size - int((1.0 - sparsity) * size)
+        if not sparsity or not count:
             return torch.ones_like(scores, dtype=torch.bool)
-        threshold = groups.kthvalue(count + 1, dim=1, keepdim=True).values
+        threshold = groups.kthvalue(count, dim=1, keepdim=True).values
         return (groups > threshold).view(scores.shape)
 
     def keep_columns(self, scores: Tensor, sparsity: float, start: int) -> Tensor:
