@@ -12,7 +12,7 @@ from pysparse.calib.batches import own_batches
 from pysparse.methods import FCPTS, learn_rates
 from pysparse.models.discover import discover
 from pysparse.suite.tasks import TASKS, task_for
-from pysparse.suite.vision import classifiers, detectors, generators
+from pysparse.suite.vision import detectors, generators
 from pysparse.suite.vision.architectures import ARCHITECTURES
 from pysparse.suite.vision.average_precision import (
     Detections,
@@ -311,7 +311,9 @@ def test_a_vision_task_lists_models_of_both_families(name):
 
 
 def test_a_classifier_from_training_to_speed(monkeypatch):
-    monkeypatch.setattr(classifiers, "EPOCHS", 1)
+    monkeypatch.setitem(
+        ARCHITECTURES, "resnet-basic", dataclasses.replace(ARCHITECTURES["resnet-basic"], epochs=1)
+    )
     task = task_for("classification", {"copies": 1, "calibration_images": 40, "rounds": 3})
     model = task.load("resnet-basic", seed=0)
     batches = task.calibration(model, "resnet-basic", seed=0)

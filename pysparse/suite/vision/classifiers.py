@@ -13,7 +13,6 @@ from pysparse.suite.vision.checkpoints import Lesson
 from pysparse.suite.vision.pixels import Pictures, pictures
 from pysparse.suite.vision.training import Training, fit, shuffled
 
-EPOCHS = 14  # of the 1200 training digits
 _BATCH = 24
 
 
@@ -22,7 +21,12 @@ def lesson(name: str) -> Lesson:
     found = ARCHITECTURES[name]
     settings = {"name": found.name, "settings": dict(found.settings)}
     return Lesson(
-        "classification", name, settings, Training(EPOCHS, found.learning_rate, _BATCH), found.build, _teach
+        "classification",
+        name,
+        settings,
+        Training(found.epochs, found.learning_rate, _BATCH),
+        found.build,
+        _teach,
     )
 
 
