@@ -62,7 +62,7 @@ class Detection:
         return [
             per_second(
                 ("images", "images/s", size), dense, sparse, partial(_call, images=images[:size]),
-                rounds=self.rounds, threads=threads,
+                rounds=self.rounds, threads=threads, repeats=1 + 16 // size,
             )
             for size in (1, self.batch_size)
         ]  # fmt: skip

@@ -75,7 +75,7 @@ class Generation:
             per_second(
                 ("images", "images/s", size), dense, sparse,
                 partial(samples, kind=kind, count=size, seed=TEST_SEED, steps=self.steps),
-                rounds=self.rounds, threads=threads,
+                rounds=self.rounds, threads=threads, repeats=1 + 4 // size,
             )
             for size in (1, self.batch_size)
         ]  # fmt: skip
