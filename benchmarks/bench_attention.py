@@ -1,4 +1,4 @@
-"""Prefill attention in bf16, 8 query and 2 key heads of 128, causal: our kernels beside torch's ways.
+"""Prefill attention, 8 query and 2 key heads of 128, causal: our kernels beside torch's ways.
 
 Random queries and keys with one direction in common: chosen keys stand out by some logit units, so that the rule
 of AnchorAttention finds exactly them. The share of keys is set, the time of finding them is in every figure.
@@ -14,14 +14,14 @@ from functools import partial
 from typing import Any
 
 import torch
-from harness import Call, Run, command_line, show, threads_of, time_calls
+from harness import Call, Run, command_line, restart_for_isa, show, threads_of, time_calls
 from rich.table import Table
 from rivals.peak_probe import peak_gigaflops
 from torch import Tensor
 from torch.nn import functional
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-from pysparse import ops
+from pysparse import backend, ops
 from pysparse.formats import BlockIndex, StripeIndex
 from pysparse.measure.results import make_table, to_jsonable
 from pysparse.measure.rounds import torch_threads
@@ -33,6 +33,7 @@ SLOW_LENGTH = 16384  # torch's ways are not waited for beyond
 FLEX_LENGTH = 8192
 DENSE, SDPA, COMPOSED, FLEX = "dense", "torch sdpa", "torch matmuls", "torch flex, compiled"
 RULE = ops.StripeRule(theta=5.0)
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 TOLERANCE = 3e-2  # relative Frobenius, of the exact ways: torch's bf16 product rounds the logits themselves
 
 
@@ -47,7 +48,7 @@ class Case:
         return self.q.shape[2]
 
 
-def draw(length: int, share: float, run_length: int) -> Case:
+def draw(length: int, share: float, run_length: int, dtype: torch.dtype) -> Case:
     """Keys that stand out come in runs of ``run_length``; the first keys do, as a model's sinks."""
     generator = torch.Generator().manual_seed(length + run_length)
     q, k, v = (
@@ -57,7 +58,7 @@ def draw(length: int, share: float, run_length: int) -> Case:
     chosen = runs.repeat_interleave(run_length, dim=2)[..., :length]
     chosen[..., :4] = True
     q[..., 0], k[..., 0] = 10.0, torch.where(chosen, 9.0, 0.0)  # 8 logit units
-    return Case(q.bfloat16(), k.bfloat16(), v.bfloat16())
+    return Case(q.to(dtype), k.to(dtype), v.to(dtype))
 
 
 def composed(case: Case) -> Tensor:
@@ -149,13 +150,13 @@ def run(options: argparse.Namespace, peak: float | None) -> Iterator[dict[str, A
     # Compiling takes longer than all the rest of a quick run.
     compiled_flex = None if options.quick else torch.compile(flex_attention, dynamic=False)
     for length in options.lengths or (QUICK_LENGTHS if options.quick else LENGTHS):
-        case = draw(length, 0.1, 1)
+        case = draw(length, 0.1, 1, DTYPES[options.dtype])
         ways = exact_ways(case, compiled_flex)
         answers = {name: way() for name, way in ways.items()}
         errors = {name: relative_error(answer, answers[DENSE]) for name, answer in answers.items()}
         if max(errors.values()) > TOLERANCE:
             raise RuntimeError(f"the exact ways differ at {length} tokens: {errors}")
-        yield record(options, ways, {"tokens": length, "errors": errors}, peak)
+        yield record(options, ways, {"tokens": length, "dtype": options.dtype, "errors": errors}, peak)
         if length <= 2 * BLOCK:
             continue
         for share, run_length, group in settings(length, options.quick):
@@ -166,11 +167,12 @@ def run(options: argparse.Namespace, peak: float | None) -> Iterator[dict[str, A
 def sparse_row(
     options: argparse.Namespace, length: int, share: float, run_length: int, group: int, peak: float | None
 ) -> dict[str, Any]:  # fmt: skip
-    case, region = draw(length, share, run_length), ops.AnchorRegion(group)
+    case = draw(length, share, run_length, DTYPES[options.dtype])
+    region = ops.AnchorRegion(group)
     ways, index = sparse_ways(case, region)
     dense = partial(ops.flash_attention, case.q, case.k, case.v)
     facts = {
-        "tokens": length, "share": share, "run_length": run_length, "group_size": group,
+        "tokens": length, "dtype": options.dtype, "share": share, "run_length": run_length, "group_size": group,
         "density": density(index, region, length),
         "error": relative_error(ways["stripes"]()[0], dense()[0]),
     }  # fmt: skip
@@ -210,20 +212,26 @@ def table(rows: list[dict[str, Any]]) -> Table:
             ]
         )  # fmt: skip
     columns = ["tokens", "keys", "group", "density", "error", "dense ms", "of peak", "times our dense"]
-    return make_table("Prefill attention, bf16", columns, lines)
+    return make_table("Prefill attention", columns, lines)
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = command_line("attention", str(__doc__).splitlines()[0])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--lengths", type=int, nargs="*", help="tokens; default 2k to 32k")
+    parser.add_argument("--dtype", choices=list(DTYPES), default="bf16")
+    parser.add_argument("--isa", help="hold us and torch to a level: avx2 (restarts)")
     options = parser.parse_args(arguments)
+    restart_for_isa(options.isa)
     started = Run.start("attention", options)
     with torch_threads(threads_of(options)) as threads, torch.no_grad():
-        peak = peak_gigaflops("bf16", threads)
+        peak = (
+            None if options.isa else peak_gigaflops(options.dtype, threads)
+        )  # of all that the processor has
         rows = list(run(options, peak))
     protocol = {
-        "heads": HEADS, "key_heads": KEY_HEADS, "head_dim": DIM, "dtype": "bf16", "threads": threads,
+        "heads": HEADS, "key_heads": KEY_HEADS, "head_dim": DIM, "dtype": options.dtype, "isa": backend.isa(),
+        "threads": threads,
         "rounds": options.rounds, "peak_gigaflop_per_second": peak, "data": "synthetic, seeded by the length",
         "theta": RULE.theta,
     }  # fmt: skip

@@ -1,11 +1,13 @@
 """What sparse attention loses and gains: recall against density and time, retrieval, time to first token.
 
-    python benchmarks/bench_attention_quality.py [--only curves retrieval first-token] [--model DIR] [--quick]
+    python benchmarks/bench_attention_quality.py [--only curves retrieval first-token plugin] [--model DIR] [--quick]
 
-curves: every planner over a sweep of its knob on synthetic inputs (Hq 8, Hk 2, D 128, bf16): density, recall, error,
-time against our exact attention, interleaved; and for recall 0.95 and 0.99 the fastest setting that reaches it.
+curves: every planner over a sweep of its knob on synthetic calls (Hq 8, Hk 2, D 128, bf16) and on the trained model's:
+density, recall, error; then the settings that reach recall 0.95 and 0.99 at the least density race against our exact
+attention, in turn.
 retrieval: needles and long copies by the model of ``retrieval_model/train.py`` (``--model``), planner by planner.
 first-token: a Llama-shaped model of 16 layers, random weights, through ``generate()``.
+plugin: prompts of 512 to 4k tokens, where a planner has little to gain and must cost nothing.
 """
 
 from __future__ import annotations
@@ -20,48 +22,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from attention_curves import Measured, Source, curve_rows, families, measure, race, synthetic, timed, trained
 from harness import Run, command_line, show
 from retrieval_model.tasks import Tasks, local_text
 from rich.table import Table
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import pysparse
-from pysparse.attention import AttentionInput, Fused, Planner, attend, dense
-from pysparse.attention.quality import curves, plot_curves, plot_head
+from pysparse.attention import Planner
+from pysparse.attention.quality import plot_curves, plot_head
 from pysparse.attention.synthetic import Synthetic
-from pysparse.measure.results import make_table
+from pysparse.measure.results import make_table, to_jsonable
 from pysparse.measure.rounds import torch_threads
-from pysparse.methods import (
-    PLANNERS,
-    AnchorAttention,
-    FlexPrefill,
-    ProxyAttention,
-    StreamingAttention,
-    VerticalSlash,
-    XAttention,
-)
+from pysparse.methods import PLANNERS, AnchorAttention, ProxyAttention
 
 Row = dict[str, Any]
-TARGETS = (0.95, 0.99)
-REACH = {
-    "anchor": 1.44
-}  # times faster than the FlexPrefill-like planner at equal recall: the published figure
-
-
-def families(quick: bool) -> dict[str, list[Planner]]:
-    """Each planner over its knob; AnchorAttention with small groups too, which cut the part that is always dense."""
-    gammas = (0.8, 0.95) if quick else (0.5, 0.7, 0.8, 0.9, 0.95, 0.98)
-    thetas = (2.0, 8.0) if quick else (0.0, 2.0, 4.0, 6.0, 8.0, 10.0, 12.0)
-    return {
-        "anchor": [AnchorAttention(theta, group) for theta in thetas for group in (512, 1024)],
-        "proxy": [ProxyAttention(gamma, minimum=512) for gamma in gammas],
-        "flexprefill": [FlexPrefill(gamma) for gamma in gammas],
-        "xattention": [XAttention(gamma) for gamma in gammas],
-        "vertical-slash": [
-            VerticalSlash(n, 2 * n) for n in ((128, 512) if quick else (64, 128, 256, 512, 1024))
-        ],
-        "streaming": [StreamingAttention(128, n) for n in ((256,) if quick else (256, 1024, 4096))],
-    }
+FLASH = "pysparse_flash"
 
 
 def seconds_of(call: Callable[[], Any]) -> float:
@@ -70,63 +46,46 @@ def seconds_of(call: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def run_planner(given: AttentionInput, planner: Planner) -> Callable[[], Any]:
-    return (lambda: planner.attend(given)) if isinstance(planner, Fused) else (lambda: attend(given, planner))
-
-
 def measure_curves(options: argparse.Namespace) -> list[Row]:
-    rows = []
-    for length in options.lengths:
-        made = Synthetic(length, seed=options.seed).make(torch.bfloat16)
-        given = AttentionInput.of(*made)
-        measured = curves(given, families(options.quick), rows=64 if options.quick else 256)
-        for family, points in measured.items():
-            rows += [
-                point.to_dict()
-                | {"what": "curve", "length": length, "planner": family, "setting": str(point.planner)}
-                | timed(given, point.planner, options.rounds)
-                for point in points
-            ]
+    """Recall of every setting on synthetic calls, and with --model on the trained model's; then the race."""
+    rows: list[Row] = []
+    for source in sources(options):
+        made = families(source.length, options.quick)
+        wanted = {name: made[name] for name in options.families}
+        planners = {str(planner): planner for family in wanted.values() for planner in family}
+        measured = measure(source, wanted, 64 if options.quick else options.rows)
+        points = list(curve_rows(source, measured))
+        rows += points + race(source, points, planners, options.rounds)
         if options.plot is not None:
-            plot_curves(options.plot / f"recall_{length}.png", measured, f"synthetic, {length} tokens")
-            best = AnchorAttention(6.0, 512)
-            plot_head(options.plot / f"head_{length}.png", given, best.plan(given))
-    return rows + [row for length in options.lengths for row in at_equal_recall(rows, length)]
+            draw(options.plot, source, measured)
+    return rows
 
 
-def timed(given: AttentionInput, planner: Planner, rounds: int) -> Row:
-    """Median milliseconds of planner and exact attention, a call of each a round, and their ratio."""
-    call = run_planner(given, planner)
-    call()
-    pairs = [(seconds_of(call), seconds_of(lambda: dense(given))) for _ in range(rounds)]
-    return {
-        "ms": 1e3 * statistics.median(ours for ours, _ in pairs),
-        "dense_ms": 1e3 * statistics.median(exact for _, exact in pairs),
-        "faster_than_dense": statistics.median(exact / ours for ours, exact in pairs),
-    }
+def sources(options: argparse.Namespace) -> Iterator[Source]:
+    for length in options.lengths:
+        yield synthetic(length, options.seed)
+    if options.model is not None:
+        for length in options.model_lengths:
+            yield trained(options.model, length, options.seed)
 
 
-def at_equal_recall(rows: list[Row], length: int) -> list[Row]:
-    """For each target recall the fastest setting of each planner that reaches it, and how it compares."""
-    found = []
-    for target in TARGETS:
-        best: dict[str, Row] = {}
-        for row in rows:
-            if row["length"] == length and row["recall"] >= target:
-                held = best.get(row["planner"])
-                if held is None or row["faster_than_dense"] > held["faster_than_dense"]:
-                    best[row["planner"]] = row
-        other = best.get("flexprefill")
-        for family, row in best.items():
-            ratio = row["faster_than_dense"] / other["faster_than_dense"] if other else None
-            found.append(
-                {"what": "equal recall", "length": length, "target": target, "planner": family,
-                 "setting": row["setting"],
-                 "density": row["density"], "recall": row["recall"],
-                 "faster_than_dense": row["faster_than_dense"], "faster_than_flexprefill": ratio,
-                 "wanted": REACH.get(family)}
-            )  # fmt: skip
-    return found
+def draw(folder: Path, source: Source, measured: Measured) -> None:
+    """Curves over the source's first call, and one of its heads with what AnchorAttention computes of it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    name = f"{source.name.replace(' ', '_')}_{source.length}"
+    first = {family: calls[0] for family, calls in measured.items()}
+    plot_curves(folder / f"recall_{name}.png", first, f"{source.name}, {source.length} tokens")
+    given = source.inputs[-1]
+    plot_head(folder / f"head_{name}.png", given, AnchorAttention(8.0, 512).plan(given))
+
+
+# What AnchorAttention loses follows the rows of a pool, whose queries are averaged, more than theta.
+POOLS = {
+    "anchor, theta 24": AnchorAttention(theta=24.0),
+    "anchor, pools of 8 rows": AnchorAttention(group_size=512, step=64),
+    "anchor, pools of 4 rows": AnchorAttention(group_size=256, step=64),
+    "anchor, pools of 4 rows, theta 24": AnchorAttention(theta=24.0, group_size=256, step=64),
+}
 
 
 @torch.no_grad()
@@ -135,7 +94,7 @@ def measure_retrieval(options: argparse.Namespace) -> list[Row]:
     if options.model is None:
         return [{"what": "retrieval", "skipped": "no --model: make one with retrieval_model/train.py"}]
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32).eval()
-    planners: dict[str, Planner | None] = {"exact": None, **PLANNERS}  # as people get them
+    planners: dict[str, Planner | None] = {"exact": None, **PLANNERS, **POOLS}  # as people get them
     rows = []
     for length in options.retrieval_lengths:
         for name, planner in planners.items():
@@ -171,54 +130,108 @@ def llama(layers: int) -> Iterator[LlamaForCausalLM]:
     yield LlamaForCausalLM(config).to(torch.bfloat16).eval()
 
 
+# Random weights attend nearly evenly, so that no planner could skip much without a loss: what is measured is time,
+# at a density that the settings fix (few logits come within -1 of the maximum over the anchor region).
+ENGINES: dict[str, tuple[str, Planner | None]] = {
+    "sdpa": ("sdpa", None),
+    "pysparse_flash": ("pysparse_flash", None),
+    "pysparse_anchor": ("pysparse_anchor", AnchorAttention(theta=-1.0, group_size=512)),
+    "pysparse_proxy": ("pysparse_proxy", ProxyAttention(gamma=0.1, minimum=1024)),
+}
+
+
 @torch.no_grad()
 def measure_first_token(options: argparse.Namespace) -> list[Row]:
-    """Seconds to the first token through generate(); random weights attend evenly, so density is set by the planner."""
-    rows = []
+    """Seconds to the first token through generate(), engines in turn, the fastest of the rounds."""
     torch.manual_seed(options.seed)
-    anchor = AnchorAttention(theta=-1.0, group_size=512)  # of random weights' logits few are near the maximum
-    engines: dict[str, tuple[str, Planner | None]] = {
-        "sdpa": ("sdpa", None),
-        "pysparse_flash": ("pysparse_flash", None),
-        "pysparse_anchor": ("pysparse_anchor", anchor),
-        "pysparse_proxy": ("pysparse_proxy", ProxyAttention(gamma=0.1, minimum=1024)),
-    }
+    rows = []
     with llama(2 if options.quick else 16) as model:
         for length in options.prompt_lengths:
             prompt = torch.randint(1024, (1, length))
-            for name, (implementation, planner) in engines.items():
-                model.set_attn_implementation(implementation)
-                with pysparse.attention_options(planner, max_density=1.0) as log:
-                    call = lambda: model.generate(prompt, max_new_tokens=1, do_sample=False, pad_token_id=0)  # noqa: B023, E731
-                    seconds = [seconds_of(call) for _ in range(options.prompt_rounds)]
-                density = log.total("sparse").density or 1.0
-                rows.append(
-                    {"what": "first token", "length": length, "long": length > 16384, "planner": name,
-                     "setting": str(planner), "seconds": min(seconds), "density": density,
-                     "fallbacks": log.fallbacks}
-                )  # fmt: skip
-            base = {row["planner"]: row["seconds"] for row in rows if row.get("length") == length}
-            for row in rows:
-                if row.get("length") == length:
-                    row["faster_than_sdpa"] = base["sdpa"] / row["seconds"]
-                    row["faster_than_flash"] = base["pysparse_flash"] / row["seconds"]
+            measured = [
+                first_token(model, name, prompt)
+                for _ in range(options.prompt_rounds)
+                for name in options.engines
+            ]
+            best = [
+                min((row for row in measured if row["engine"] == name), key=lambda row: row["seconds"])
+                for name in options.engines
+            ]
+            seconds = {row["engine"]: row["seconds"] for row in best}
+            for row in best:
+                for base, key in (("sdpa", "faster_than_sdpa"), ("pysparse_flash", "faster_than_flash")):
+                    row[key] = seconds[base] / row["seconds"] if base in seconds else None
+            rows += best
     return rows
+
+
+def first_token(model: LlamaForCausalLM, name: str, prompt: torch.Tensor) -> Row:
+    implementation, planner = ENGINES[name]
+    model.set_attn_implementation(implementation)
+    with pysparse.attention_options(planner, max_density=1.0) as log:
+        seconds = seconds_of(
+            lambda: model.generate(prompt, max_new_tokens=1, do_sample=False, pad_token_id=0)
+        )
+    attention = sum(
+        log.total(way).select_seconds + log.total(way).compute_seconds for way in ("sparse", "dense")
+    )
+    return {"what": "first token", "length": prompt.shape[1], "engine": name, "setting": str(planner),
+            "seconds": seconds, "attention_seconds": attention or None,
+            "density": log.total("sparse").density or 1.0, "fallbacks": log.fallbacks}  # fmt: skip
+
+
+@torch.no_grad()
+def measure_plugin(options: argparse.Namespace) -> list[Row]:
+    """Prompts too short for a planner to gain: a forward pass of 2 layers by the plug-in beside its exact way."""
+    torch.manual_seed(options.seed)
+    rows = []
+    with llama(2) as model:
+        for length in (256,) if options.quick else (512, 1024, 2048, 4096):
+            prompt = torch.randint(1024, (1, length))
+            calls = {
+                name: forward(model, name, prompt)
+                for name in ("sdpa", FLASH, "pysparse_anchor", "pysparse_proxy")
+            }
+            with pysparse.attention_options("anchor") as log:
+                forward(model, "pysparse_anchor", prompt)()
+            timings = timed(calls, options.plugin_rounds)
+            for name, timing in timings.items():
+                rows.append(
+                    {"what": "plug-in", "length": length, "engine": name, **timing.record(),
+                     "faster_than_flash": to_jsonable(timing.speedup_over(timings[FLASH])),
+                     "reasons": log.fallbacks if name == "pysparse_anchor" else {}}
+                )  # fmt: skip
+    return rows
+
+
+def forward(model: LlamaForCausalLM, implementation: str, prompt: torch.Tensor) -> Callable[[], Any]:
+    def call() -> None:
+        model.set_attn_implementation(implementation)
+        model(prompt, use_cache=False, logits_to_keep=1)
+
+    return call
+
+
+def cell(value: Any) -> str:
+    if isinstance(value, dict):
+        value = value["median"]
+    return f"{value:.3f}" if isinstance(value, float) else str(value)
 
 
 def tables(rows: list[Row]) -> list[Table]:
     """One table for each kind of row."""
     shown = {
-        "equal recall": ("length", "target", "planner", "setting", "density", "recall", "faster_than_dense",
-                         "faster_than_flexprefill"),
+        "equal recall": ("source", "length", "target", "planner", "setting", "density", "recall", "select_ms",
+                         "compute_ms", "faster_than_dense", "faster_than_flexprefill"),
         "retrieval": ("length", "planner", "needle", "copy", "density", "recall"),
-        "first token": ("length", "planner", "seconds", "density", "faster_than_sdpa", "faster_than_flash"),
+        "first token": ("length", "engine", "seconds", "attention_seconds", "density", "faster_than_sdpa",
+                        "faster_than_flash"),
+        "plug-in": ("length", "engine", "microseconds", "faster_than_flash", "reasons"),
     }  # fmt: skip
     found = []
     for what, columns in shown.items():
         lines = [
-            tuple(f"{v:.3f}" if isinstance(v, float) else str(v) for v in (row.get(c, "") for c in columns))
-            for row in rows
-            if row["what"] == what
+            tuple(cell(row.get(column, "")) for column in columns) for row in rows if row["what"] == what
         ]
         if lines:
             found.append(make_table(what, columns, lines))
@@ -227,10 +240,15 @@ def tables(rows: list[Row]) -> list[Table]:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = command_line("attention_quality", __doc__ or "")
-    parser.add_argument("--only", nargs="+", choices=("curves", "retrieval", "first-token"))
+    parser.add_argument("--only", nargs="+", choices=("curves", "retrieval", "first-token", "plugin"))
     parser.add_argument("--model", type=Path, help="folder that retrieval_model/train.py wrote")
     parser.add_argument("--plot", type=Path, help="folder for curves and heat maps")
-    parser.add_argument("--lengths", type=int, nargs="+", default=[8192, 16384])
+    parser.add_argument(
+        "--lengths", type=int, nargs="*", default=[8192, 16384, 32768], help="of synthetic calls"
+    )
+    parser.add_argument("--model-lengths", type=int, nargs="*", default=[8192])
+    parser.add_argument("--families", nargs="+", choices=list(PLANNERS), default=list(PLANNERS))
+    parser.add_argument("--rows", type=int, default=256, help="of a call whose recall is measured")
     parser.add_argument("--retrieval-lengths", type=int, nargs="+", default=[2048, 8192])
     parser.add_argument(
         "--prompt-lengths", type=int, nargs="+", default=[16384], help="32768 takes some minutes"
@@ -238,17 +256,21 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--questions", type=int, default=20)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--prompt-rounds", type=int, default=2)
+    parser.add_argument("--engines", nargs="+", choices=list(ENGINES), default=list(ENGINES))
+    parser.add_argument("--plugin-rounds", type=int, default=9)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
     if options.quick:
+        options.plugin_rounds = 3
         options.lengths, options.retrieval_lengths, options.prompt_lengths = [1536], [256], [1536]
-        options.questions, options.rounds, options.prompt_rounds = 2, 1, 1
-    parts = {"curves": measure_curves, "retrieval": measure_retrieval, "first-token": measure_first_token}
+        options.questions, options.rounds, options.prompt_rounds = 2, 3, 1
+    parts = {"curves": measure_curves, "retrieval": measure_retrieval, "first-token": measure_first_token,
+             "plugin": measure_plugin}  # fmt: skip
     with torch_threads(options.threads) as threads:
         run = Run.start("attention_quality", options)
         rows = [row for name in options.only or parts for row in parts[name](options)]
     protocol = {"threads": threads, "dtype": "bfloat16", "heads": [8, 2], "head_dim": 128, "seed": options.seed,
-                "synthetic": dataclasses.asdict(Synthetic(options.lengths[0], seed=options.seed))}  # fmt: skip
+                "synthetic": dataclasses.asdict(Synthetic(8192, seed=options.seed))}  # fmt: skip
     show(*tables(rows), path=run.save(protocol, rows))
 
 

@@ -72,28 +72,46 @@ def _pruning(what: str, detail: str, over: str) -> Callable[[Row], float | None]
     return figure
 
 
+def _is_exact(row: Row, tokens: int) -> bool:
+    """Tell whether ``row`` compares the exact ways in bf16; the first runs had no other dtype."""
+    return row["tokens"] == tokens and "share" not in row and row.get("dtype", "bf16") == "bf16"
+
+
 def _dense_attention(tokens: int, over: str) -> Callable[[Row], float | None]:
     def figure(row: Row) -> float | None:
-        spread = (
-            row["speedup_over_dense"].get(over) if row["tokens"] == tokens and "share" not in row else None
-        )
+        spread = row["speedup_over_dense"].get(over) if _is_exact(row, tokens) else None
         return 1.0 / float(spread["median"]) if spread else None
 
     return figure
 
 
 def _peak_share(tokens: int) -> Callable[[Row], float | None]:
-    return lambda row: (
-        row.get("dense_share_of_peak") if row["tokens"] == tokens and "share" not in row else None
-    )
+    return lambda row: row.get("dense_share_of_peak") if _is_exact(row, tokens) else None
 
 
 def _stripes(tokens: int) -> Callable[[Row], float | None]:
     def figure(row: Row) -> float | None:
         setting = (row["tokens"], row.get("share"), row.get("run_length"), row.get("group_size"))
-        return (
-            _median(row["speedup_over_dense"].get("stripes")) if setting == (tokens, 0.1, 1, 2048) else None
-        )
+        found = setting == (tokens, 0.1, 1, 2048) and row.get("dtype", "bf16") == "bf16"
+        return _median(row["speedup_over_dense"].get("stripes")) if found else None
+
+    return figure
+
+
+def _equal_recall(source: str, target: float) -> Callable[[Row], float | None]:
+    def figure(row: Row) -> float | None:
+        if row["what"] != "equal recall" or row["planner"] != "anchor":
+            return None
+        found = (row["source"], row["target"]) == (source, target)
+        return _median(row["faster_than_flexprefill"]) if found else None
+
+    return figure
+
+
+def _plugin(length: int) -> Callable[[Row], float | None]:
+    def figure(row: Row) -> float | None:
+        found = row["what"] == "plug-in" and (row["length"], row["engine"]) == (length, "pysparse_anchor")
+        return _median(row["faster_than_flash"]) if found else None
 
     return figure
 
@@ -106,6 +124,15 @@ def _attention_claims() -> Iterator[Claim]:
     for tokens, bound in ((8192, 2.5), (16384, 3.8), (32768, 5.0)):
         text = f"10 % of the stripes, {tokens} tokens, search included: speed over our dense"
         yield Claim(text, "attention", bound, _stripes(tokens))
+    for source in ("synthetic", "trained model"):
+        for recall in (0.95, 0.99):
+            text = (
+                f"AnchorAttention at recall {recall}, {source} calls: speed over the FlexPrefill-like planner"
+            )
+            yield Claim(text, "attention_quality", 1.44, _equal_recall(source, recall))
+    for length in (512, 1024, 2048, 4096):
+        text = f"a prompt of {length} tokens through the plug-in: speed over its exact way"
+        yield Claim(text, "attention_quality", 0.97, _plugin(length))
 
 
 def _pruning_claims() -> Iterator[Claim]:

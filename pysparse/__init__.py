@@ -54,13 +54,14 @@ __all__ = [
     "report",
     "save_pretrained",
     "sparsify_",
+    "tune_attention",
     "use_attention",
 ]
 
 _ROOMS = {
     "pysparse.api": (
         "adapt", "attention_stats", "benchmark", "benchmark_shape", "doctor", "evaluate", "kernel_info",
-        "merge_and_sparsify", "plan_prune", "prune", "report",
+        "merge_and_sparsify", "plan_prune", "prune", "report", "tune_attention",
     ),
     "pysparse.huggingface": ("CheckpointError", "convert", "from_pretrained", "save_pretrained"),
     "pysparse.huggingface.attention": ("attention_options", "use_attention"),

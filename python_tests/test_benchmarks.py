@@ -268,12 +268,16 @@ def test_attention_curves(quick, tmp_path):
     run, printed = quick("attention_quality", "--only", "curves", "--plot", str(tmp_path))
     curves = [row for row in run["rows"] if row["what"] == "curve"]
     assert {row["planner"] for row in curves} >= {"anchor", "proxy", "flexprefill", "streaming"}
-    assert all(0 < row["density"] <= 1 and 0 < row["recall"] <= 1.001 and row["ms"] > 0 for row in curves)
+    assert all(0 < row["density"] <= 1 and 0 < row["recall"] <= 1.001 for row in curves)
     best = [row for row in run["rows"] if row["what"] == "equal recall"]
     assert all(row["recall"] >= row["target"] for row in best)
-    assert any(row["planner"] == "anchor" and row["faster_than_flexprefill"] > 0 for row in best)
+    assert {row["planner"] for row in best} >= {"anchor", "flexprefill"}
+    assert all(row["compute_ms"] > 0 and row["samples_clean"] + row["samples_dropped"] == 3 for row in best)
     assert "equal recall" in printed
-    assert {path.name for path in tmp_path.glob("*.png")} == {"recall_1536.png", "head_1536.png"}
+    assert {path.name for path in tmp_path.glob("*.png")} == {
+        "recall_synthetic_1536.png",
+        "head_synthetic_1536.png",
+    }
 
 
 def test_retrieval_tasks_can_be_answered_from_the_prompt(script):
@@ -294,16 +298,26 @@ def test_retrieval_tasks_can_be_answered_from_the_prompt(script):
 
 @pytest.mark.slow
 def test_a_first_token_and_a_model_trained_for_seconds(quick, script, tmp_path):
-    run, _ = quick("attention_quality", "--only", "first-token")
-    assert {row["planner"] for row in run["rows"]} == {
-        "sdpa",
-        "pysparse_flash",
-        "pysparse_anchor",
-        "pysparse_proxy",
-    }
-    script("retrieval_model.train").train(0.05, 0, tmp_path / "losses.json").save_pretrained(
-        tmp_path / "model"
-    )
+    run, _ = quick("attention_quality", "--only", "first-token", "plugin")
+    engines = {"sdpa", "pysparse_flash", "pysparse_anchor", "pysparse_proxy"}
+    assert {row["engine"] for row in run["rows"] if row["what"] == "first token"} == engines
+    assert {row["engine"] for row in run["rows"] if row["what"] == "plug-in"} == engines
+    train = script("retrieval_model.train")
+    half, whole = train.Training(0), train.Training(0)
+    for training in (half, whole):
+        train.train(training, tmp_path, 0.0)  # saves what there is
+    for _ in range(2):
+        half.advance()
+    half.save(tmp_path)
+    resumed = train.Training(0)
+    resumed.load(tmp_path)
+    resumed.advance()
+    for _ in range(3):
+        whole.advance()
+    assert resumed.lines == whole.lines  # where it stopped makes no difference
+    with pytest.raises(ValueError, match="seed=0"):
+        train.Training(1).load(tmp_path)
+    whole.model.save_pretrained(tmp_path / "model")
     (tmp_path / "attention_quality.json").unlink()
     run, _ = quick("attention_quality", "--only", "retrieval", "--model", str(tmp_path / "model"))
     assert all(0 <= row["needle"] <= 1 and 0 <= row["copy"] <= 1 for row in run["rows"])

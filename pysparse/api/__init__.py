@@ -2,7 +2,7 @@
 
 from pysparse.api.adapt_stage import run_adaptation
 from pysparse.api.adapting import AdaptReport, AdaptResult, adapt
-from pysparse.api.attention import attention_stats
+from pysparse.api.attention import TunedAttention, attention_stats, tune_attention
 from pysparse.api.benchmarking import benchmark, benchmark_shape, benchmark_shape_on_cuda
 from pysparse.api.evaluation import Evaluation, evaluate
 from pysparse.api.loading import load_model
@@ -23,6 +23,7 @@ __all__ = [
     "KernelInfo",
     "PruneResult",
     "Report",
+    "TunedAttention",
     "adapt",
     "attention_stats",
     "benchmark",
@@ -37,4 +38,5 @@ __all__ = [
     "prune",
     "report",
     "run_adaptation",
+    "tune_attention",
 ]

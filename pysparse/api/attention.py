@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.table import Table
 from torch import Tensor, nn
 
 from pysparse.api.loading import Texts, load_model, texts_of, tokenizer_for
 from pysparse.attention import AttentionLog, Planner
+from pysparse.attention.crossover import LENGTHS, crossover_file, tune_crossover
 from pysparse.huggingface.attention import attention_options, use_attention
+from pysparse.measure.results import Result, make_table
 from pysparse.measure.rounds import torch_threads
+from pysparse.methods import planner_for
 
 
 def attention_stats(
@@ -56,3 +61,36 @@ def _tokens(
     if tokens.shape[1] == 0:
         raise ValueError("the prompt has no tokens")
     return tokens
+
+
+@dataclass(frozen=True, slots=True)
+class TunedAttention(Result):
+    """From how many keys on a planner is used, the speed over exact attention by length, and where that is kept."""
+
+    planner: str
+    keys: int
+    speedup: dict[int, float]
+    file: str
+
+    def table(self) -> Table:
+        """Return a rich table, a line for each length."""
+        lines = [(length, f"{ratio:.2f}") for length, ratio in self.speedup.items()]
+        caption = f"used from {self.keys} keys on; kept in {self.file}"
+        return make_table(self.planner, ("keys", "times faster than exact"), lines, caption=caption)
+
+
+def tune_attention(
+    planner: Planner | str = "anchor", dtype: torch.dtype = torch.bfloat16, *, longest: int = 8192,
+    threads: int | None = None,
+) -> TunedAttention:  # fmt: skip
+    """Time ``planner`` beside exact attention to ``longest`` keys now, and keep from how many on it is faster.
+
+    Prompts of fewer keys are exact from then on, in every process with the same threads, unless ``min_length`` says
+    otherwise. Raises ValueError for an unknown planner or a ``longest`` below 1.
+    """
+    chosen = planner_for(planner)
+    lengths = [length for length in LENGTHS if length < longest] + [longest]
+    with torch_threads(threads):
+        found = tune_crossover(chosen, dtype, lengths)
+        path = crossover_file(chosen, dtype)
+    return TunedAttention(str(chosen), found.keys, found.speedup, str(path))

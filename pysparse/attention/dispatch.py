@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pysparse.attention.crossover import known_crossover
 from pysparse.attention.log import DENSE, SPARSE, Tally
 from pysparse.attention.plan import Attended, AttentionInput, Fused, Planner, attend, dense
 
@@ -19,11 +20,11 @@ KERNEL_DTYPES = (torch.float32, torch.bfloat16)
 class AttentionOptions:
     """How long prompts are computed.
 
-    ``planner`` None is exact attention. Prompts of fewer than ``min_length`` keys (None: the planner's own
-    crossover), decoding steps and ``dense_layers`` are exact as well, and so is a call whose plan would compute
-    more than ``max_density`` of the pairs. ``sample_rows`` rows of each planned call are computed exactly too, to
-    report the recall. ``profile`` tells the time for selection from that for the product, in two passes instead
-    of one.
+    ``planner`` None is exact attention. Prompts of fewer than ``min_length`` keys (None: the measured crossover, or
+    without one the planner's own), decoding steps and ``dense_layers`` are exact as well, and so is a call whose
+    plan would compute more than ``max_density`` of the pairs. ``sample_rows`` rows of each planned call are
+    computed exactly too, to report the recall. ``profile`` tells the time for selection from that for the product,
+    in two passes instead of one.
     """
 
     planner: Planner | None = None
@@ -82,9 +83,14 @@ def why_exact(given: AttentionInput, options: AttentionOptions, layer: int) -> s
         return ""
     if layer in options.dense_layers:
         return "layer in dense_layers"
+    found = known_crossover(options.planner, given.query.dtype) if options.min_length is None else None
     least = options.planner.crossover if options.min_length is None else options.min_length
+    if found is not None:
+        least = found.keys
     longest = max((one.end for one in given.bounds()), default=0)
-    return f"fewer than {least} keys" if longest < least else ""
+    if longest >= least:
+        return ""
+    return f"fewer than {least} keys" + (", as measured" if found else "")
 
 
 def row_recall(given: AttentionInput, lse: Tensor, rows: Tensor) -> Tensor:

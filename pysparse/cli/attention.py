@@ -23,6 +23,25 @@ def main() -> None:
 
 
 @attention.command()
+def tune(
+    planner: Annotated[
+        str, typer.Option(help="anchor, proxy, streaming, vertical-slash, flexprefill or xattention.")
+    ] = "anchor",
+    dtype: Annotated[Dtype, typer.Option(help="Dtype of the calls.")] = Dtype.bf16,
+    longest: Annotated[int, typer.Option(min=1, help="Keys of the longest call timed.")] = 8192,
+    threads: Threads = None,
+    json: Json = None,
+    debug: Debug = False,
+) -> None:
+    """Time a planner beside exact attention and keep from how many keys on it is used. Some seconds."""
+    with guarded(debug):
+        from pysparse import api
+
+        found = api.tune_attention(planner, torch_dtype(dtype), longest=longest, threads=threads)
+        emit(found.table(), json, found.to_dict())
+
+
+@attention.command()
 def stats(
     model: Model,
     planner: Annotated[
@@ -38,7 +57,8 @@ def stats(
         int, typer.Option(min=2, help="Tokens of the prompt; the text is repeated to it.")
     ] = 8192,
     min_length: Annotated[
-        int | None, typer.Option(min=0, help="Exact below this many keys. [default: the planner's crossover]")
+        int | None,
+        typer.Option(min=0, help="Exact below this many keys. [default: what `tune` found]"),
     ] = None,
     max_density: Annotated[
         float, typer.Option(min=0.0, max=1.0, help="Exact where a plan would compute more of the pairs.")

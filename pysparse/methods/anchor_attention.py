@@ -68,12 +68,14 @@ class AnchorAttention:
         return AttentionPlan(stripes=stripes, region=self.region, carry=carry)
 
     def estimate(self, given: AttentionInput) -> float:
-        """Return the density to expect, from the stripes of the last group's worth of rows: some percent of the work.
+        """Return the density to expect, from the stripes of the last group's worth of rows: a few percent of the work.
 
-        Rows further up see fewer candidates and choose alike; where no row has a candidate all is computed: 1.
+        One query head speaks for all of its key head, unless they share their stripes. Rows further up see fewer
+        candidates and choose alike; where no row has a candidate all is computed: 1.
         """
         skipped = max(0, given.query.shape[2] - self.group_size)
-        rows = given.query[:, :, skipped:]
+        ratio = given.query.shape[1] // given.key.shape[1]
+        rows = given.query[:, :: 1 if self.share_kv else ratio, skipped:]
         last = AttentionInput(
             rows, given.key, given.value, given.scale, given.q_offset + skipped, given.key_range
         )

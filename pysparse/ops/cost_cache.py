@@ -40,7 +40,7 @@ def known_costs(dtype: torch.dtype) -> Costs | None:
     """Return the costs if they are known or on disk; measure nothing."""
     place = (dtype, backend.num_threads(), backend.isa())
     if place not in _known:
-        costs = _read(cost_file(dtype), _key(dtype))
+        costs = _read(cost_file(dtype), setting_key(dtype))
         if costs is None:
             return None
         _known[place] = costs
@@ -51,13 +51,13 @@ def tune(dtype: torch.dtype) -> Costs:
     """Measure now, whatever is known, and keep the result on disk. Takes some seconds."""
     costs = measure(dtype)
     _known[dtype, backend.num_threads(), backend.isa()] = costs
-    _write(cost_file(dtype), _key(dtype), costs)
+    _write(cost_file(dtype), setting_key(dtype), costs)
     return costs
 
 
 def cost_file(dtype: torch.dtype) -> Path:
     """Return the file that holds the costs for ``dtype`` in the present setting."""
-    digest = hashlib.sha256(json.dumps(_key(dtype), sort_keys=True).encode()).hexdigest()
+    digest = hashlib.sha256(json.dumps(setting_key(dtype), sort_keys=True).encode()).hexdigest()
     return cache_directory() / f"costs-{digest[:16]}.json"
 
 
@@ -66,7 +66,7 @@ def forget() -> None:
     _known.clear()
 
 
-def _key(dtype: torch.dtype) -> dict[str, Any]:
+def setting_key(dtype: torch.dtype) -> dict[str, Any]:
     """Return everything on which a measured time depends: with any part changed, it is measured anew."""
     return {
         "schema": _SCHEMA,
