@@ -35,7 +35,7 @@ DENSE, RIVAL = "dense", "flexprefill"
 WANTED = {
     "anchor": 1.44
 }  # times faster than the FlexPrefill-like planner at equal recall: the published figure
-GROUPS = (256, 512, 1024, 2048)
+GROUPS = (256, 512, 1024)
 LONG = 16384  # tokens from which the grid is coarser: a pass over it takes minutes
 
 
@@ -86,7 +86,7 @@ def families(length: int, quick: bool) -> dict[str, list[Planner]]:
     that lose at 8k tokens.
     """
     gammas: tuple[float, ...] = (0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 0.999, 1.0)
-    thetas: tuple[float, ...] = (0.0, 2.0, 4.0, 6.0, 7.0, 8.0, 10.0, 12.0, 16.0)
+    thetas: tuple[float, ...] = (0.0, 2.0, 4.0, 6.0, 8.0, 12.0, 16.0)
     groups, sizes, windows = GROUPS, (64, 128, 256, 512, 1024), (256, 1024, 4096)
     if length >= LONG:
         gammas, thetas, groups = (0.9, 0.98, 0.99, 0.999, 1.0), (0.0, 4.0, 8.0), (512, 1024)

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 from attention_curves import Measured, Source, curve_rows, families, measure, race, synthetic, timed, trained
-from harness import Run, command_line, show
+from harness import Run, command_line, read_runs, result_path, show
 from retrieval_model.tasks import Tasks, local_text
 from rich.table import Table
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
@@ -46,19 +46,18 @@ def seconds_of(call: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def measure_curves(options: argparse.Namespace) -> list[Row]:
+def measure_curves(options: argparse.Namespace) -> Iterator[list[Row]]:
     """Recall of every setting on synthetic calls, and with --model on the trained model's; then the race."""
-    rows: list[Row] = []
     for source in sources(options):
         made = families(source.length, options.quick)
         wanted = {name: made[name] for name in options.families}
         planners = {str(planner): planner for family in wanted.values() for planner in family}
         measured = measure(source, wanted, 64 if options.quick else options.rows)
         points = list(curve_rows(source, measured))
-        rows += points + race(source, points, planners, options.rounds)
+        yield points
+        yield race(source, points, planners, options.rounds)
         if options.plot is not None:
             draw(options.plot, source, measured)
-    return rows
 
 
 def sources(options: argparse.Namespace) -> Iterator[Source]:
@@ -88,14 +87,13 @@ POOLS = {
 }
 
 
-@torch.no_grad()
-def measure_retrieval(options: argparse.Namespace) -> list[Row]:
+def measure_retrieval(options: argparse.Namespace) -> Iterator[list[Row]]:
     """Needles at several depths and long copies: share of answer bytes right, teacher-forced, by planner."""
     if options.model is None:
-        return [{"what": "retrieval", "skipped": "no --model: make one with retrieval_model/train.py"}]
+        yield [{"what": "retrieval", "skipped": "no --model: make one with retrieval_model/train.py"}]
+        return
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32).eval()
     planners: dict[str, Planner | None] = {"exact": None, **PLANNERS, **POOLS}  # as people get them
-    rows = []
     for length in options.retrieval_lengths:
         for name, planner in planners.items():
             pysparse.use_attention(model, planner, min_length=0, max_density=1.0)
@@ -105,12 +103,11 @@ def measure_retrieval(options: argparse.Namespace) -> list[Row]:
                 needle = [answered(model, *tasks.needle(length, depth)) for depth in depths]
                 copy = [answered(model, *tasks.long_copy(length)) for _ in range(options.questions)]
             total = log.total("dense" if planner is None else "sparse")
-            rows.append(
+            yield [
                 {"what": "retrieval", "length": length, "planner": name, "setting": str(planner),
                  "needle": statistics.mean(needle), "copy": statistics.mean(copy), "density": total.density,
                  "recall": total.recall}
-            )  # fmt: skip
-    return rows
+            ]  # fmt: skip
 
 
 def answered(model: torch.nn.Module, prompt: torch.Tensor, answer: torch.Tensor) -> float:
@@ -140,11 +137,9 @@ ENGINES: dict[str, tuple[str, Planner | None]] = {
 }
 
 
-@torch.no_grad()
-def measure_first_token(options: argparse.Namespace) -> list[Row]:
+def measure_first_token(options: argparse.Namespace) -> Iterator[list[Row]]:
     """Seconds to the first token through generate(), engines in turn, the fastest of the rounds."""
     torch.manual_seed(options.seed)
-    rows = []
     with llama(2 if options.quick else 16) as model:
         for length in options.prompt_lengths:
             prompt = torch.randint(1024, (1, length))
@@ -161,8 +156,7 @@ def measure_first_token(options: argparse.Namespace) -> list[Row]:
             for row in best:
                 for base, key in (("sdpa", "faster_than_sdpa"), ("pysparse_flash", "faster_than_flash")):
                     row[key] = seconds[base] / row["seconds"] if base in seconds else None
-            rows += best
-    return rows
+            yield best
 
 
 def first_token(model: LlamaForCausalLM, name: str, prompt: torch.Tensor) -> Row:
@@ -180,11 +174,9 @@ def first_token(model: LlamaForCausalLM, name: str, prompt: torch.Tensor) -> Row
             "density": log.total("sparse").density or 1.0, "fallbacks": log.fallbacks}  # fmt: skip
 
 
-@torch.no_grad()
-def measure_plugin(options: argparse.Namespace) -> list[Row]:
+def measure_plugin(options: argparse.Namespace) -> Iterator[list[Row]]:
     """Prompts too short for a planner to gain: a forward pass of 2 layers by the plug-in beside its exact way."""
     torch.manual_seed(options.seed)
-    rows = []
     with llama(2) as model:
         for length in (256,) if options.quick else (512, 1024, 2048, 4096):
             prompt = torch.randint(1024, (1, length))
@@ -195,13 +187,12 @@ def measure_plugin(options: argparse.Namespace) -> list[Row]:
             with pysparse.attention_options("anchor") as log:
                 forward(model, "pysparse_anchor", prompt)()
             timings = timed(calls, options.plugin_rounds)
-            for name, timing in timings.items():
-                rows.append(
-                    {"what": "plug-in", "length": length, "engine": name, **timing.record(),
-                     "faster_than_flash": to_jsonable(timing.speedup_over(timings[FLASH])),
-                     "reasons": log.fallbacks if name == "pysparse_anchor" else {}}
-                )  # fmt: skip
-    return rows
+            yield [
+                {"what": "plug-in", "length": length, "engine": name, **timing.record(),
+                 "faster_than_flash": to_jsonable(timing.speedup_over(timings[FLASH])),
+                 "reasons": log.fallbacks if name == "pysparse_anchor" else {}}
+                for name, timing in timings.items()
+            ]  # fmt: skip
 
 
 def forward(model: LlamaForCausalLM, implementation: str, prompt: torch.Tensor) -> Callable[[], Any]:
@@ -266,12 +257,18 @@ def main(arguments: list[str] | None = None) -> None:
         options.questions, options.rounds, options.prompt_rounds = 2, 3, 1
     parts = {"curves": measure_curves, "retrieval": measure_retrieval, "first-token": measure_first_token,
              "plugin": measure_plugin}  # fmt: skip
-    with torch_threads(options.threads) as threads:
+    with torch_threads(options.threads) as threads, torch.no_grad():
         run = Run.start("attention_quality", options)
-        rows = [row for name in options.only or parts for row in parts[name](options)]
-    protocol = {"threads": threads, "dtype": "bfloat16", "heads": [8, 2], "head_dim": 128, "seed": options.seed,
-                "synthetic": dataclasses.asdict(Synthetic(8192, seed=options.seed))}  # fmt: skip
-    show(*tables(rows), path=run.save(protocol, rows))
+        path, rows = result_path(run), []
+        earlier = read_runs(path) if options.append and path is not None and path.exists() else []
+        made = dataclasses.asdict(Synthetic(8192, seed=options.seed))
+        protocol = {"threads": threads, "dtype": "bfloat16", "heads": [8, 2], "head_dim": 128, "seed": options.seed,
+                    "synthetic": made}  # fmt: skip
+        for name in options.only or parts:
+            for some in parts[name](options):  # kept as they come: a run takes long
+                rows += some
+                run.save(protocol, rows, earlier)
+    show(*tables(rows), path=path)
 
 
 if __name__ == "__main__":
