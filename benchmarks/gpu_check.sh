@@ -39,6 +39,7 @@ export archs
 TAIL=6 step build 150 bash -c build
 step test 150 python3 -W default -m pytest -q --maxfail=12 --tb=short -rf -p no:cacheprovider -W default \
   -m gpu python_tests/test_cuda.py python_tests/test_attention_gpu.py python_tests/test_tables_gpu.py \
+  python_tests/test_shapley_heads_torch.py python_tests/test_interop.py \
   python_tests/test_cuda_engines.py python_tests/test_static_decode.py
 TAIL=60 step bench 230 python3 -W default benchmarks/bench_cuda.py --out "$out/cuda.json" --seconds 150
 TAIL=40 step attention 120 python3 -W default benchmarks/bench_cuda_attention.py --out "$out/cuda_attention.json"

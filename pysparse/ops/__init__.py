@@ -86,6 +86,7 @@ from pysparse.ops.shapley import draw_permutations, draw_words, philox
 from pysparse.ops.shapley_cuda import draw_permutations_cuda, fm_marginals_cuda, fm_shapley_cuda
 from pysparse.ops.shapley_entries import EntryDraw, EntrySamples, EntryTotals, fm_marginals, fm_shapley
 from pysparse.ops.shapley_heads import Crosses, DeepHead, Mlp, head_marginals, head_shapley
+from pysparse.ops.shapley_heads_cuda import head_marginals_torch, head_shapley_cuda
 
 __all__ = [
     "ACTIVATIONS",
@@ -148,7 +149,9 @@ __all__ = [
     "fm_shapley_cuda",
     "gated_linear",
     "head_marginals",
+    "head_marginals_torch",
     "head_shapley",
+    "head_shapley_cuda",
     "identify_stripes",
     "int8_linear",
     "int8_unpack",

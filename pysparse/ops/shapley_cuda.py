@@ -6,6 +6,8 @@ The bits of a walk are those of the CPU's AVX-512 kernel, and those of the sums 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -45,16 +47,49 @@ def fm_shapley_cuda(samples: EntrySamples, draw: EntryDraw, totals: EntryTotals,
     if totals.sums.shape != samples.table.shape:
         raise ValueError(f"totals of shape {totals.sums.shape} for a table {samples.table.shape}")
     _check(samples, draw)
+    _check_room(samples)
     if len(samples.ids) == 0:
         return
+    held, at = _compact(samples, device)
+    add_tiles(held, at, totals, _TILE // samples.base.size, lambda begin, end: held.walk(draw, begin, end))
+
+
+def _compact(samples: EntrySamples, device: int) -> tuple[_Device, NDArray[np.int64]]:
+    """Return the samples on the device with only the rows that they read, and which rows these are."""
     rows, local = torch.unique(torch.from_numpy(samples.ids).to(f"cuda:{device}"), return_inverse=True)
     at = rows.cpu().numpy().astype(np.int64)
     table = torch.from_numpy(samples.table[at]).to(rows.device)
-    held = _Device(samples, table, local.to(torch.int32).contiguous())
-    size = max(1, _TILE // samples.base.size)
-    for begin in range(0, len(samples.ids), size):
-        end = min(begin + size, len(samples.ids))
-        marginals, peak = held.walk(draw, begin, end)
+    return _Device(samples, table, local.to(torch.int32).contiguous()), at
+
+
+def add_entries(
+    samples: EntrySamples, draw: EntryDraw, totals: EntryTotals, device: int, size: int,
+    marginals: Callable[[int, int], Tensor],
+) -> None:  # fmt: skip
+    """Add ``marginals(begin, end)`` [end - begin, players] of all samples, ``size`` at a time, to ``totals``."""
+    if totals.sums.shape != samples.table.shape:
+        raise ValueError(f"totals of shape {totals.sums.shape} for a table {samples.table.shape}")
+    _check(samples, draw)
+    if len(samples.ids) == 0:
+        return
+    held, at = _compact(samples, device)
+
+    def walk(begin: int, end: int) -> tuple[Tensor, float]:
+        found = marginals(begin, end).contiguous()
+        return found, float(found.abs().max())  # NaN where one is
+
+    add_tiles(held, at, totals, size, walk)
+
+
+def add_tiles(
+    held: _Device, at: NDArray[np.int64], totals: EntryTotals, size: int,
+    walk: Callable[[int, int], tuple[Tensor, float]],
+) -> None:  # fmt: skip
+    """Walk ``size`` samples at a time and add what was found; ValueError for a marginal out of range."""
+    count = len(held.ids)
+    for begin in range(0, count, max(1, size)):
+        end = min(begin + max(1, size), count)
+        marginals, peak = walk(begin, end)
         if not peak < _LARGEST:
             raise ValueError(
                 f"a marginal of samples {begin} to {end - 1} is {peak}; they must be finite and below {_LARGEST} nats"
@@ -67,6 +102,7 @@ def fm_marginals_cuda(
 ) -> Floats:
     """Return each sample's marginals by player, as :func:`pysparse.ops.fm_marginals`."""
     _check(samples, draw)
+    _check_room(samples)
     given = None
     if orders is not None:
         check_array("orders", orders, np.int32, (len(samples.ids), samples.base.size))
@@ -165,6 +201,10 @@ def _check(samples: EntrySamples, draw: EntryDraw) -> None:
     check_values(samples)
     if samples.base.shape[1] > _COLUMNS:
         raise ValueError(f"{samples.base.shape[1]} columns are more than {_COLUMNS}")
+
+
+def _check_room(samples: EntrySamples) -> None:
+    """Raise ValueError for more players than a thread block's shared memory holds."""
     room = backend.cuda().shared_bytes(torch.cuda.current_device())
     wanted = backend.cuda().fm_walk_bytes(*samples.base.shape)
     if wanted > room:

@@ -26,6 +26,7 @@ from pysparse.ops import (
     fm_shapley,
     fm_shapley_cuda,
     head_shapley,
+    head_shapley_cuda,
 )
 from pysparse.shapley.sampling import Progress
 from pysparse.shapley.state import read_state, write_state
@@ -67,18 +68,23 @@ class DeepModel:
     """A deep head over the embeddings: DeepFM, DCN-v2 or DCN-Mix (:class:`pysparse.ops.DeepHead`)."""
 
     head: DeepHead
+    device: int | None = None  # the CPU, or the CUDA device of this number (the same to rounding)
 
     def __call__(self, samples: EntrySamples, draw: EntryDraw, totals: EntryTotals) -> None:
         """Add the marginals of ``samples``."""
-        head_shapley(samples, draw, self.head, totals)
+        if self.device is None:
+            head_shapley(samples, draw, self.head, totals)
+        else:
+            head_shapley_cuda(samples, draw, self.head, totals, self.device)
 
     def fingerprint(self) -> str:
-        """Return a digest of all parameters."""
+        """Return a digest of all parameters; a GPU's bits are not the CPU's, so a run stays where it began."""
         inputs = self.head.mlp.weights[0].shape[1] if self.head.mlp and self.head.mlp.weights else 0
         if self.head.crosses is not None:
             inputs = self.head.crosses.bias.shape[1]
         arguments = self.head.arguments(inputs)
-        total = hashlib.sha256(repr(arguments.shape).encode())
+        place = "" if self.device is None else "cuda"
+        total = hashlib.sha256(f"{arguments.shape!r}{place}".encode())
         total.update(arguments.widths.tobytes())
         for array in arguments.arrays:
             total.update(array.tobytes())
