@@ -244,9 +244,11 @@ __device__ inline void write_marginals(int players, int cols, int width, bool an
 
 extern __shared__ __align__(16) char walk_room[];
 
-__global__ __launch_bounds__(kWalkWarps* kLanes) void fm_walk_kernel(FmSamples v, FmOrders orders,
-                                                                     float* marginals,
-                                                                     uint32_t* peak) {
+// Four blocks a multiprocessor are what shared memory has room for at 624 players; told nothing,
+// the compiler aims higher on sm_80 and spills.
+__global__ __launch_bounds__(kWalkWarps* kLanes,
+                             4) void fm_walk_kernel(FmSamples v, FmOrders orders, float* marginals,
+                                                    uint32_t* peak) {
   const int warp = static_cast<int>(threadIdx.x) / kLanes;
   const int64_t sample = static_cast<int64_t>(blockIdx.x) * (blockDim.x / kLanes) + warp;
   if (sample >= v.samples) return;
