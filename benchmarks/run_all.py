@@ -11,7 +11,7 @@ HERE = Path(__file__).resolve().parent
 BENCHMARKS = (
     "linear", "overhead", "fused", "checkpoint", "encoder", "end_to_end", "prefill", "dispatch", "int8_nm", "limits",
     "int8_quality", "quality", "structured", "losa", "pts", "rivals", "pruning", "ebf", "attention",
-    "attention_quality", "embedding", "shapley", "shaver",
+    "attention_quality", "embedding", "shapley", "shaver", "suite",
 )  # fmt: skip
 
 

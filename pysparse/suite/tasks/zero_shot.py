@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import logging
 import re
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,7 +79,7 @@ def _passages(text: str) -> Iterator[tuple[str, str]]:
             yield " ".join(words[:_WORDS]), " ".join(words[_WORDS : _WORDS + _WORDS // 2])
 
 
-@contextmanager
+@contextlib.contextmanager
 def local_tasks(items: int) -> Iterator[Path]:
     """Write the task's YAML and its questions into a folder that lm-eval's ``include_path`` takes."""
     with tempfile.TemporaryDirectory(prefix="pysparse-zero-shot-") as folder:
@@ -102,22 +103,19 @@ def lm_eval_scores(
     huggingface, tasks = optional("lm_eval.models.huggingface", "eval"), optional("lm_eval.tasks", "eval")
     for name in ("lm_eval", "datasets"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    _quiet_bars()
+    optional("datasets", "eval").disable_progress_bars()
     manager = tasks.TaskManager(include_path=str(include), include_defaults=False)
     if task not in manager.all_tasks:
         raise ValueError(f"unknown lm-eval task '{task}' in {include}; known: {', '.join(manager.all_tasks)}")
     wrapped = huggingface.HFLM(pretrained=model, tokenizer=tokenizer, batch_size=8, device="cpu")
-    found = lm_eval.simple_evaluate(
-        wrapped, tasks=[task], task_manager=manager, limit=limit, bootstrap_iters=0, verbosity="ERROR"
-    )
+    with contextlib.redirect_stderr(io.StringIO()):  # its bars, several a model; errors come as exceptions
+        found = lm_eval.simple_evaluate(
+            wrapped, tasks=[task], task_manager=manager, limit=limit, bootstrap_iters=0
+        )
     scores = found["results"][task]
     return {
         key.partition(",")[0]: float(value) for key, value in scores.items() if isinstance(value, float | int)
     }
-
-
-def _quiet_bars() -> None:
-    optional("datasets", "eval").disable_progress_bars()
 
 
 @dataclass(frozen=True, slots=True)
