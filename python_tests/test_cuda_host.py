@@ -444,7 +444,8 @@ BUDGETS = [
     (r"attention_kernel", 255),  # two blocks of 128
     (r"find_stripes_kernel", 128),  # four of 128
     (r"unpack_kernel|add_parts_kernel|count_stripes_kernel|list_stripes_kernel", 64),
-    (r"embedding_\w+_kernel|fm_walk_kernel|words_kernel|swap_kernel|add_kernel", 64),  # 1024 threads
+    (r"fm_walk_kernel", 128),  # 512: more do not fit into shared memory
+    (r"embedding_\w+_kernel|words_kernel|swap_kernel|add_kernel", 64),  # 1024 threads
     (r"select_\w+_kernel|sweep_kernel", 64),
     (r"update_kernel", 128),  # 512
 ]
