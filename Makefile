@@ -81,16 +81,22 @@ sanitize: $(VENV)/dev ## kernel and format tests under the address and undefined
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
 		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONMALLOC=malloc \
 		$(VENV)-sanitize/bin/python -P -m pytest -s -q -p no:cacheprovider \
-		$(addprefix python_tests/test_,$(addsuffix .py,kernels formats int8 nm pairs properties attention_kernels))
+		$(addprefix python_tests/test_,$(addsuffix .py,kernels formats int8 nm pairs fused_ops properties \
+		attention_kernels embedding lowrank ridge select shapley sparsegpt sparsegpt_int8))
+
+define UNDER_TSAN
+	LD_PRELOAD="$$(gcc -print-file-name=libtsan.so)" PYSPARSE_NUM_THREADS=3 \
+		TSAN_OPTIONS="suppressions=$(CURDIR)/python_tests/thread_sanitizer.supp die_after_fork=0 exitcode=66" \
+		$(VENV)-sanitize-thread/bin/python -P -m pytest -s -q -p no:cacheprovider
+endef
 
 # Ours run on three threads whatever torch has: PYSPARSE_NUM_THREADS is above its number. The sanitizer itself ends a
 # forked child that starts threads ("dup thread with used id"), so the tests of fork are left to `make test`.
 sanitize-thread: $(VENV)/dev ## every kernel on several threads under the thread sanitizer
 	$(call INSTRUMENT,sanitize-thread,thread)
-	LD_PRELOAD="$$(gcc -print-file-name=libtsan.so)" PYSPARSE_NUM_THREADS=3 \
-		TSAN_OPTIONS="suppressions=$(CURDIR)/python_tests/thread_sanitizer.supp die_after_fork=0 exitcode=66" \
-		$(VENV)-sanitize-thread/bin/python -P -m pytest --slow -s -q -p no:cacheprovider \
-		python_tests/test_threads.py -k "not fork and not grandchildren"
+	$(call UNDER_TSAN) --slow python_tests/test_threads.py -k "not fork and not grandchildren"
+	$(call UNDER_TSAN) $(addprefix python_tests/test_,$(addsuffix .py,attention_kernels embedding fused_ops lowrank ridge \
+		select shapley_entries sparsegpt sparsegpt_factor sparsegpt_int8)) -k thread
 
 gpu-report: ## on a machine with a GPU and nvcc: build, test, measure; writes gpu_report/gpu_report.json
 	GPU_OUT=gpu_report benchmarks/gpu_check.sh

@@ -53,8 +53,11 @@ inline void store_pieces(__m512i block, char* out, int64_t stride, int64_t rows)
             _mm_storeu_si128(reinterpret_cast<__m128i*>(target), quarter[q]);
           } else {
             static_assert(kPiece == 8);
-            _mm_storel_epi64(reinterpret_cast<__m128i*>(target), quarter[q]);
-            _mm_storeh_pd(reinterpret_cast<double*>(target + stride), _mm_castsi128_pd(quarter[q]));
+            // By memcpy: rows of odd lengths begin at addresses that no 8-byte type may have.
+            const int64_t low = _mm_cvtsi128_si64(quarter[q]);
+            const int64_t high = _mm_extract_epi64(quarter[q], 1);
+            __builtin_memcpy(target, &low, sizeof low);
+            __builtin_memcpy(target + stride, &high, sizeof high);
           }
         }
       }
