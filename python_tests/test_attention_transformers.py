@@ -1,9 +1,8 @@
 """The attention plug-in inside transformers' own models: the same answers as eager attention, whatever the batch."""
 
 import logging
-import subprocess
-import sys
 
+import forked
 import pytest
 import torch
 from transformers import (
@@ -242,7 +241,7 @@ def test_registration_waits_for_the_model_code():
         "assert asks(requested_attention_implementation='flash_attention_2')\n"
         "assert not asks(requested_attention_implementation='pysparse_flash')\n"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    result = forked.run(code)
     assert result.returncode == 0, result.stderr
 
 

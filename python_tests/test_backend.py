@@ -1,10 +1,9 @@
 """The compiled core as a citizen of the process: ISA levels, one OpenMP, life without it."""
 
-import os
 import re
 import subprocess
-import sys
 
+import forked
 import pytest
 import torch
 
@@ -18,11 +17,6 @@ LINEAR = (
     "s = SparseLinear.from_dense(w); x = torch.randn(2, 64)\n"
     "assert torch.allclose(s(x), w(x), atol=1e-5)\n"
 )
-
-
-def run(code, **environment):
-    env = {**os.environ, **environment}
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, check=False)
 
 
 needs_core = pytest.mark.skipif(
@@ -41,7 +35,7 @@ def test_every_key_has_a_generic_kernel():
 @needs_core
 @pytest.mark.parametrize("level", [name for name, ok in backend.isa_levels() if ok])
 def test_environment_forces_each_level(level):
-    result = run(LINEAR + f"assert backend.isa() == {level!r}; print(s.kernel)", PYSPARSE_ISA=level)
+    result = forked.run(LINEAR + f"assert backend.isa() == {level!r}; print(s.kernel)", PYSPARSE_ISA=level)
     assert result.returncode == 0, result.stderr
     assert "linear-bitmap-float32-" in result.stdout
 
@@ -53,7 +47,7 @@ def test_unknown_level_is_an_error_that_lists_the_known():
         backend.force_isa("avx9"),
     ):
         pass
-    result = run(LINEAR, PYSPARSE_ISA="avx9")
+    result = forked.run(LINEAR, PYSPARSE_ISA="avx9")
     assert result.returncode != 0
     assert "unknown ISA level" in result.stderr
 
@@ -81,22 +75,22 @@ def test_threads_follow_torch():
 @needs_core
 def test_thread_variable_is_checked():
     for count in ("0", "3x"):
-        result = run(LINEAR, PYSPARSE_NUM_THREADS=count)
+        result = forked.run(LINEAR, PYSPARSE_NUM_THREADS=count)
         assert result.returncode != 0
         assert f"PYSPARSE_NUM_THREADS={count} is not a number of threads from 1 to 4096" in result.stderr
-    assert run(LINEAR + "assert backend.num_threads() == 1", PYSPARSE_NUM_THREADS="1").returncode == 0
+    assert forked.run(LINEAR + "assert backend.num_threads() == 1", PYSPARSE_NUM_THREADS="1").returncode == 0
 
 
 @needs_core
 def test_one_openmp_runtime_is_mapped():
     code = LINEAR + "print(open('/proc/self/maps').read())"
-    libraries = set(re.findall(r"\S*lib(?:gomp|omp|iomp5)[^\s]*\.so\S*", run(code).stdout))
+    libraries = set(re.findall(r"\S*lib(?:gomp|omp|iomp5)[^\s]*\.so\S*", forked.run(code).stdout))
     assert len(libraries) == 1, libraries
 
 
 def test_import_and_answers_survive_without_the_core():
     code = LINEAR + "s(x); print(backend.available(), s.kernel)"
-    result = run(code, PYSPARSE_DISABLE_EXT="1")
+    result = forked.run(code, PYSPARSE_DISABLE_EXT="1")
     assert result.returncode == 0, result.stderr
     assert "False" in result.stdout
     assert (

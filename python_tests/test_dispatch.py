@@ -2,11 +2,9 @@
 
 import copy
 import json
-import os
-import subprocess
-import sys
 import timeit
 
+import forked
 import pytest
 import reference
 import torch
@@ -278,10 +276,7 @@ def test_tune_command_writes_the_file_and_shows_decisions(tmp_path):
         "from pysparse.ops import cost_measure as m; m.SHAPES = ((64, 96), (128, 256)); m._SECONDS = 0.1\n"
         "from pysparse.cli import app; app(['tune', '--dtype', 'fp32', '--json', '-'])"
     )
-    env = {**os.environ, cost_cache.CACHE_VARIABLE: str(tmp_path)}
-    done = subprocess.run(
-        [sys.executable, "-P", "-c", code], capture_output=True, text=True, env=env, check=False
-    )
+    done = forked.run(code, **{cost_cache.CACHE_VARIABLE: str(tmp_path)})
     assert done.returncode == 0, done.stderr
     answer = json.loads(done.stdout)
     assert {row["dtype"] for row in answer["choices"]} == {"float32"}

@@ -5,10 +5,9 @@ import json
 import os
 import resource
 import shutil
-import subprocess
-import sys
 
 import checkpoints
+import forked
 import pytest
 import tiny_models
 import torch
@@ -30,10 +29,8 @@ PACKED = {"llama": 21, "qwen2": 21, "opt": 18, "bert": 19, "t5": 32, "clip": 12,
 
 
 def run(code, *arguments, **environment):
-    """Run ``code`` in a process of its own, which has imported nothing yet."""
-    env = {**os.environ, "HF_HUB_OFFLINE": "1", **environment}
-    command = [sys.executable, "-c", code, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env=env, check=False)
+    """Run ``code`` in a process of its own, which has imported nothing of ours or transformers' yet."""
+    return forked.run(code, *arguments, HF_HUB_OFFLINE="1", **environment)
 
 
 def packed_layers(model):

@@ -20,7 +20,7 @@ from pysparse import backend
 pytestmark = pytest.mark.skipif(
     not backend.available(), reason=f"no compiled core: {backend.missing_reason()}"
 )
-FAST, SLOW = 300, 10_000  # cases a family and dtype
+FAST, SLOW = 200, 10_000  # cases a family and dtype
 EDGES = [0, 1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 255, 256, 257]
 SPECIALS = (float("inf"), float("-inf"), float("nan"))
 LAYOUTS = ("contiguous", "every second", "unaligned", "transposed", "three dimensions", "same row for all")

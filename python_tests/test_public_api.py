@@ -1,8 +1,6 @@
 """The names that users type, and what importing the package does and does not do."""
 
-import subprocess
-import sys
-
+import forked
 import pytest
 
 import pysparse
@@ -30,7 +28,7 @@ def test_the_import_registers_the_format_and_leaves_the_rest_for_later():
         "assert not late, late\n"
         "assert 'matplotlib' not in sys.modules\n"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    result = forked.run(code)
     assert result.returncode == 0, result.stderr
 
 
@@ -39,6 +37,6 @@ def test_an_unusable_transformers_is_one_warning():
         "import sys; sys.modules['transformers.quantizers.auto'] = None\n"
         "import pysparse; print(pysparse.SparseLinear)"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    result = forked.run(code)
     assert result.returncode == 0, result.stderr
     assert result.stderr.count("sparse checkpoints cannot be loaded") == 1
