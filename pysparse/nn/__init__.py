@@ -2,9 +2,10 @@
 
 from pysparse.nn.compact import CompactLinear
 from pysparse.nn.convert import ConversionReport, densify_, sparsify_
+from pysparse.nn.dense import DenseLinear
 from pysparse.nn.embedding import SparseEmbedding, SparseEmbeddingBag
 from pysparse.nn.fused import FusionReport, fuse_, unfuse_
-from pysparse.nn.linear import DenseLinear, SparseLinear
+from pysparse.nn.linear import SparseLinear
 from pysparse.nn.lowrank import Adapter, MaskedLowRank
 from pysparse.nn.packing import Packing
 

@@ -11,9 +11,10 @@ from torch import nn
 
 from pysparse.formats import BitmapTensor
 from pysparse.nn.compact import CompactLinear
+from pysparse.nn.dense import DenseLinear
 from pysparse.nn.dispatch import MIN_SPARSITY, OPTIMIZE, Verdict, judge
 from pysparse.nn.fused import fuse_, unfuse_
-from pysparse.nn.linear import DenseLinear, SparseLinear
+from pysparse.nn.linear import SparseLinear
 from pysparse.nn.match import matches
 from pysparse.nn.packing import Packing
 
