@@ -211,6 +211,7 @@ def int8_quantize(
     group_cols: int,
     quantized: int,
     scales: int,
+    scales_given: bool = False,
 ) -> None: ...
 def int8_dequantize(
     quantized: int,
@@ -415,6 +416,8 @@ def obs_sweep(
     counts: tuple[int, int],
     n: int,
     m: int,
+    steps: tuple[int, int] = (0, 0),
+    group_cols: int = 1,
 ) -> None: ...
 
 CHOLESKY_LEAF: int

@@ -24,10 +24,10 @@ def script(monkeypatch):
 def quick(script, tmp_path, capsys):
     """Run a benchmark's quick mode; returns its one run and what it printed."""
 
-    def call(name, *arguments):
+    def call(name, *arguments, module=None):
         path = tmp_path / f"{name}.json"
         threads = torch.get_num_threads()
-        script(f"bench_{name}").main(["--quick", "--output", str(path), *arguments])
+        script(f"bench_{module or name}").main(["--quick", "--output", str(path), *arguments])
         assert torch.get_num_threads() == threads
         content = json.loads(path.read_text(encoding="utf-8"), parse_constant=pytest.fail)  # no NaN literals
         assert content["benchmark"] == name
@@ -96,6 +96,29 @@ def test_int8_quality(quick):
     assert all(0.9 < row["over_own_dtype"] < 1.1 for row in run["rows"])
 
 
+def test_int8_values_rounded_within_sparsegpt(quick):
+    run, _ = quick("int8_joint", "--joint", module="int8_quality")
+    own, *rounded = run["rows"]
+    assert [row["values"].split(",")[0] for row in rounded] == ["rounded after", "rounded within"] * 2
+    assert all(0.95 < row["over_own_dtype"] < 1.05 for row in rounded)
+    assert len(own["layer_errors"]) == 42
+    for row in rounded[1::2]:
+        assert 0.9 < row["error_over_rounded_after"]["geometric_mean"] < 1.02
+
+
+def test_beside_llama_cpp(quick, monkeypatch):
+    """Without its package ours is timed alone, and what is missing is said."""
+    monkeypatch.setenv("LLAMA_PYTHON", sys.executable)
+    run, printed = quick("llama_cpp")
+    if run["protocol"]["missing"]:
+        (row,) = run["rows"]
+        assert "llama.cpp Q4_0: not installed" in " ".join(printed.split())
+    else:
+        row, rival = run["rows"]
+        assert rival["bytes"] > 0
+    assert row["engine"] == "pysparse 70%, int8 values"
+
+
 def test_losa(quick):
     run, printed = quick("losa")
     figures = {row["arm"]: row["perplexity"] for row in run["rows"] if row["what"] == "quality"}
@@ -146,7 +169,7 @@ def test_encoder(quick):
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["prefill", "dispatch", "int8_nm", "fused", "attention", "shaver"])
+@pytest.mark.parametrize("name", ["prefill", "dispatch", "int8_nm", "fused", "attention", "shaver", "pages"])
 def test_the_others(quick, name):
     _, printed = quick(name)
     assert printed.strip()

@@ -8,6 +8,7 @@
 
 namespace pysparse {
 namespace {
+namespace py = pybind11;
 
 // The arrays of a tiled int8 weight, as Python passes them: address and number of elements.
 struct Int8Arrays {
@@ -64,11 +65,14 @@ void bind_int8(pybind11::module_& module) {
   module.def(
       "int8_quantize",
       [](uintptr_t values, int64_t rows, int64_t cols, uintptr_t bitmask, uintptr_t row_offsets,
-         int64_t nnz, int64_t group_cols, uintptr_t quantized, uintptr_t scales) {
+         int64_t nnz, int64_t group_cols, uintptr_t quantized, uintptr_t scales,
+         bool scales_given) {
         int8_quantize(pointer<const float>(values), map(rows, cols, bitmask, row_offsets), nnz,
-                      group_cols, pointer<int8_t>(quantized), pointer<float>(scales));
+                      group_cols, scales_given, pointer<int8_t>(quantized), pointer<float>(scales));
       },
-      ReleaseGil());
+      py::arg("values"), py::arg("rows"), py::arg("cols"), py::arg("bitmask"),
+      py::arg("row_offsets"), py::arg("nnz"), py::arg("group_cols"), py::arg("quantized"),
+      py::arg("scales"), py::arg("scales_given") = false, ReleaseGil());
   module.def(
       "int8_dequantize",
       [](uintptr_t quantized, uintptr_t scales, int64_t rows, int64_t cols, uintptr_t bitmask,

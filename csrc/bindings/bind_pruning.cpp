@@ -8,6 +8,7 @@
 #include "pysparse/select.h"
 
 namespace pysparse {
+namespace py = pybind11;
 namespace {
 
 using Array = std::pair<uintptr_t, int64_t>;  // an address and the number of entries
@@ -29,11 +30,21 @@ void call_add_product(uintptr_t c, int64_t c_stride, uintptr_t a, int64_t a_stri
 
 void call_obs_sweep(uintptr_t weight, uintptr_t upper, uintptr_t scale, uintptr_t keep,
                     int64_t rows, int64_t cols, int64_t block, bool joint, const Array& counts,
-                    int n, int m) {
+                    int n, int m, const Array& steps, int64_t group_cols) {
   const ObsGroup group = n ? ObsGroup::kNm : joint ? ObsGroup::kMatrix : ObsGroup::kRow;
-  obs_sweep({pointer<float>(weight), pointer<const float>(upper), pointer<const float>(scale),
-             pointer<uint8_t>(keep), rows, cols, block, group, pointer<const int64_t>(counts.first),
-             counts.second, n, m});
+  obs_sweep({pointer<float>(weight),
+             pointer<const float>(upper),
+             pointer<const float>(scale),
+             pointer<uint8_t>(keep),
+             rows,
+             cols,
+             block,
+             group,
+             pointer<const int64_t>(counts.first),
+             counts.second,
+             n,
+             m,
+             {pointer<const float>(steps.first), rows > 0 ? steps.second / rows : 1, group_cols}});
 }
 
 }  // namespace
@@ -47,7 +58,10 @@ void bind_pruning(pybind11::module_& module) {
         return inverse_cholesky_leaf(pointer<float>(matrix), size, stride);
       },
       ReleaseGil());
-  module.def("obs_sweep", &call_obs_sweep, ReleaseGil());
+  module.def("obs_sweep", &call_obs_sweep, py::arg("weight"), py::arg("upper"), py::arg("scale"),
+             py::arg("keep"), py::arg("rows"), py::arg("cols"), py::arg("block"), py::arg("joint"),
+             py::arg("counts"), py::arg("n"), py::arg("m"), py::arg("steps") = Array{0, 0},
+             py::arg("group_cols") = 1, ReleaseGil());
   module.def(
       "select_rows",
       [](int dtype, uintptr_t weight, uintptr_t scale, int64_t rows, int64_t cols, int64_t count,

@@ -21,11 +21,17 @@ struct Floats {
   static Vector subtract_product(Vector a, Vector b, Vector c) { return _mm512_fnmadd_ps(a, b, c); }
 };
 
+template <int kGroup>
+void sweep_in_lanes(const ObsStrip& strip, const ObsErrors& errors, int64_t begin, int64_t end) {
+  if (strip.grid.steps) return sweep_lanes<kGroup, true>(strip, errors, begin, end);
+  sweep_lanes<kGroup, false>(strip, errors, begin, end);
+}
+
 // Groups that do not part a chunk are chosen row by row.
 void sweep(const ObsStrip& strip, const ObsErrors& errors, int64_t begin, int64_t end) {
-  if (!strip.n) return sweep_lanes<0>(strip, errors, begin, end);
-  if (strip.m == 4) return sweep_lanes<4>(strip, errors, begin, end);
-  if (strip.m == 8) return sweep_lanes<8>(strip, errors, begin, end);
+  if (!strip.n) return sweep_in_lanes<0>(strip, errors, begin, end);
+  if (strip.m == 4) return sweep_in_lanes<4>(strip, errors, begin, end);
+  if (strip.m == 8) return sweep_in_lanes<8>(strip, errors, begin, end);
   sweep_rows<Floats>(strip, errors, begin, end);
 }
 

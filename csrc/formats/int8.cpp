@@ -40,19 +40,21 @@ void for_each_grouped_bit(const uint8_t* row, int64_t bytes, int64_t group_cols,
 }  // namespace
 
 void int8_quantize(const float* values, const BitmapView& map, int64_t nnz, int64_t group_cols,
-                   int8_t* quantized, float* scales) {
+                   bool scales_given, int8_t* quantized, float* scales) {
   bitmap_validate(map, nnz);
   const int64_t groups = groups_of(map.cols, group_cols), bytes = mask_bytes(map.cols);
   parallel_for(map.rows, nnz * 8, [&](int64_t r) {
     float* row_scales = scales + r * groups;
-    std::fill(row_scales, row_scales + groups, 0.0f);
     const float* source = values + map.row_offsets[r];
-    for_each_grouped_bit(map.bitmask + r * bytes, bytes, group_cols, [&](int64_t g) {
-      float& largest = row_scales[g];
-      largest = std::max(largest, std::fabs(*source++));
-    });
-    for (int64_t g = 0; g < groups; ++g) row_scales[g] /= 127.0f;
-    source = values + map.row_offsets[r];
+    if (!scales_given) {
+      std::fill(row_scales, row_scales + groups, 0.0f);
+      for_each_grouped_bit(map.bitmask + r * bytes, bytes, group_cols, [&](int64_t g) {
+        float& largest = row_scales[g];
+        largest = std::max(largest, std::fabs(*source++));
+      });
+      for (int64_t g = 0; g < groups; ++g) row_scales[g] /= 127.0f;
+      source = values + map.row_offsets[r];
+    }
     int8_t* target = quantized + map.row_offsets[r];
     for_each_grouped_bit(map.bitmask + r * bytes, bytes, group_cols,
                          [&](int64_t g) { *target++ = quantize(*source++, row_scales[g]); });

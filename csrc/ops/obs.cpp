@@ -138,7 +138,8 @@ class Sweep {
 
   void add_strip(int64_t done) {
     const int depth = static_cast<int>(std::min<int64_t>(depth_, width_ - done));
-    const int room = p_.group == ObsGroup::kNm ? depth / p_.m * (p_.m - p_.n) : depth;
+    const bool few = p_.group == ObsGroup::kNm && !p_.grid.steps;
+    const int room = few ? depth / p_.m * (p_.m - p_.n) : depth;
     strips_.push_back({first_ + done, depth, room, room_for<float>(p_.rows * room),
                        room_for<uint8_t>(p_.rows * room), room_for<uint8_t>(p_.rows)});
   }
@@ -172,7 +173,9 @@ class Sweep {
                         p_.cols,
                         p_.scale + strip.first,
                         p_.group == ObsGroup::kNm ? p_.n : 0,
-                        p_.m};
+                        p_.m,
+                        p_.grid,
+                        strip.first};
     kernel_.sweep(view, strip.errors(), begin, end);
   }
 
@@ -200,6 +203,16 @@ void obs_sweep(const ObsProblem& problem) {
   } else {
     check(p.blocks == blocks, "counts for ", p.blocks, " blocks, ", p.cols, " columns have ",
           blocks);
+  }
+  if (p.grid.steps) {
+    check(p.grid.group_cols > 0, "a step covers at least one column, got ", p.grid.group_cols);
+    const int64_t groups =
+        std::max<int64_t>(1, (p.cols + p.grid.group_cols - 1) / p.grid.group_cols);
+    check(p.grid.groups == groups, "steps for ", p.grid.groups, " groups a row, ", p.cols,
+          " columns have ", groups);
+    for (int64_t i = 0; i < p.rows * groups; ++i)
+      check(p.grid.steps[i] >= 0 && std::isfinite(p.grid.steps[i]), "step ", p.grid.steps[i],
+            " of row ", i / groups, " is negative or not finite");
   }
   for (int64_t c = 0; c < p.cols; ++c) {
     check(p.upper[c * p.cols + c] > 0, "the factor's diagonal is ", p.upper[c * p.cols + c],

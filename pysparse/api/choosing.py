@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from pysparse import methods
-from pysparse.methods import AllocationLike
+from pysparse.methods import AllocationLike, ObsUpdate
 from pysparse.models.discover import Filter, discover
 from pysparse.pruning import (
     BlockLayout,
@@ -64,6 +65,21 @@ def _recipe(
         if value != default:
             raise ValueError(f"{name}={value!r} is part of the recipe that was given too: pass one of them")
     return methods.load_recipe(recipe) if isinstance(recipe, str | Path) else recipe
+
+
+def quantized_jointly(
+    recipe: Recipe | StagedRecipe, values: str | None, group_size: int | None
+) -> Recipe | StagedRecipe:
+    """Return ``recipe`` with SparseGPT's sweep rounding to the values that the result is saved in."""
+    if values is None or not isinstance(recipe, Recipe) or not isinstance(recipe.reconstruction, ObsUpdate):
+        return recipe
+    own = recipe.reconstruction
+    if own.values is not None and (own.values, own.group_size) != (values, group_size):
+        raise ValueError(
+            f"values={values!r}, group_size={group_size}, but the recipe rounds to {own.values!r}, "
+            f"group_size={own.group_size}: pass the same"
+        )
+    return replace(recipe, reconstruction=replace(own, values=values, group_size=group_size))
 
 
 def refuse_in_stages(**given: Any) -> None:

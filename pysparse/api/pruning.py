@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from pysparse.api.choosing import choose, find_layout, one_of, refuse_in_stages
+from pysparse.api.choosing import choose, find_layout, one_of, quantized_jointly, refuse_in_stages
 from pysparse.api.execution import Running, Task, executing
 from pysparse.api.loading import (
     Texts,
@@ -129,8 +129,9 @@ def prune(
         resume: go on with that progress after a crash, at the block that was in work. The weights become those
             of an uninterrupted run bit by bit; another model, recipe or calibration is refused.
         save_format: "pysparse" (packed), "dense" or "compressed-tensors".
-        values: "int8" saves int8 values, quantised from the pruned weights, with a float32 scale a row; an n:m
-            pattern then has compact indices where they pay. None saves the model's own dtype.
+        values: "int8" saves int8 values with a float32 scale a row; an n:m pattern then has compact indices where
+            they pay. SparseGPT rounds each weight in its sweep, where the columns right of it make that good;
+            other methods' pruned weights are quantised as they are. None saves the model's own dtype.
         group_size: inputs that share a scale of int8 values (a multiple of 4, e.g. 128) instead of a whole row.
         device: where blocks are calibrated and pruned, moved there one by one; None: where the model is.
         activations: "memory", or "disk": hidden states wait in files, in ``activations_dir`` (None: with the
@@ -154,7 +155,9 @@ def prune(
         one_of("max_length", max_length, "max_seq_length", max_seq_length), batch_size, seed,
     )  # fmt: skip
     running = Running(output_dir, resume, device, activations, activations_dir)
-    chosen = choose(recipe, method, pattern, allocation, sparsity, compat)
+    chosen = quantized_jointly(
+        choose(recipe, method, pattern, allocation, sparsity, compat), values, group_size
+    )
     saving = Saving.checked(
         output_dir, save_format, packing_for(values, group_size, chosen, save_format), chosen
     )

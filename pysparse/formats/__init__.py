@@ -4,6 +4,7 @@ from pysparse.formats.bitmap import BitmapTensor
 from pysparse.formats.csr import CsrTensor
 from pysparse.formats.device import PACKINGS, DeltaRows, FragmentBitmap, PairBlocks
 from pysparse.formats.embedding import EmbeddingTable
+from pysparse.formats.grid import Int8Grid
 from pysparse.formats.int8 import Int8Bitmap, TiledInt8
 from pysparse.formats.nm import NMInt8, NMTensor
 from pysparse.formats.pairs import ColumnPairs
@@ -26,6 +27,7 @@ __all__ = [
     "EmbeddingTable",
     "FragmentBitmap",
     "Int8Bitmap",
+    "Int8Grid",
     "NMInt8",
     "NMTensor",
     "PairBlocks",

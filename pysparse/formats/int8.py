@@ -34,13 +34,27 @@ def check_group(cols: int, group_size: int | None) -> int:
 
 def quantize_dense(weight: Tensor, group: int) -> tuple[Tensor, Tensor]:
     """Quantise float ``weight`` [R, C]: int8 [R, C] and float32 scales [R, ceil(C / group)], ties to even."""
-    rows, cols = weight.shape
-    groups = max(1, -(-cols // group))
-    padded = torch.nn.functional.pad(weight.float(), (0, groups * group - cols)).view(rows, groups, group)
-    scales = padded.abs().amax(dim=2) / LEVELS
+    scales = group_maxima(weight.float(), group) / LEVELS
+    return codes_of(weight, scales, group), scales
+
+
+def group_maxima(weight: Tensor, group: int) -> Tensor:
+    """Return the largest magnitude of each row's groups of columns, [R, ceil(C / group)]."""
+    return _grouped(weight, group).abs().amax(dim=2)
+
+
+def codes_of(weight: Tensor, scales: Tensor, group: int) -> Tensor:
+    """Return the nearest whole multiples of given scales, int8 [R, C]; ties to even, beyond 127 clamped."""
+    padded = _grouped(weight.float(), group)
     quantized = (padded / scales.unsqueeze(2)).round().clamp(-LEVELS, LEVELS)
     quantized = quantized.masked_fill((scales == 0).unsqueeze(2), 0)
-    return quantized.to(torch.int8).flatten(1)[:, :cols], scales
+    return quantized.to(torch.int8).flatten(1)[:, : weight.shape[1]]
+
+
+def _grouped(weight: Tensor, group: int) -> Tensor:
+    rows, cols = weight.shape
+    groups = _groups(cols, group)
+    return torch.nn.functional.pad(weight, (0, groups * group - cols)).view(rows, groups, group)
 
 
 def check_finite(values: Tensor) -> None:
@@ -49,6 +63,18 @@ def check_finite(values: Tensor) -> None:
         return  # one pass: a NaN is both the least and the largest
     wrong = int((~torch.isfinite(values)).sum())
     raise ValueError(f"{wrong} weights are NaN or infinite: int8 has no value for them")
+
+
+def _groups(cols: int, group: int) -> int:
+    return max(1, -(-cols // group))
+
+
+def _check_scales(scales: Tensor, rows: int, cols: int, group: int) -> None:
+    wanted = (rows, _groups(cols, group))
+    if scales.dtype != torch.float32 or tuple(scales.shape) != wanted:
+        raise ValueError(f"scales must be float32 {wanted}, got {scales.dtype} {tuple(scales.shape)}")
+    if not bool((torch.isfinite(scales) & (scales >= 0)).all()):
+        raise ValueError("scales must be finite and not negative")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -67,28 +93,35 @@ class Int8Bitmap:
     shape: tuple[int, int]
 
     @classmethod
-    def from_bitmap(cls, bitmap: BitmapTensor, group_size: int | None = None) -> Int8Bitmap:
+    def from_bitmap(
+        cls, bitmap: BitmapTensor, group_size: int | None = None, scales: Tensor | None = None
+    ) -> Int8Bitmap:
         """Quantise a validated ``bitmap``; ``group_size`` None gives one scale a row.
 
-        Raises ValueError for a NaN or infinite weight, more than 65536 columns, or a group size that is no
-        positive multiple of 4.
+        With ``scales`` [R, G], float32, these are taken as they are, and weights beyond 127 of them clamped.
+        Raises ValueError for a NaN or infinite weight, more than 65536 columns, a group size that is no
+        positive multiple of 4, or scales of another shape or type, negative or not finite.
         """
         rows, cols = bitmap.shape
         group = check_group(cols, group_size)
         check_finite(bitmap.values)
+        if scales is not None:
+            _check_scales(scales, rows, cols, group)
         if not (backend.available() and bitmap.device.type == "cpu"):
-            dense, scales = quantize_dense(bitmap.to_dense(), group)
-            values = dense[bitmap.keep_mask()]
-            return cls(values, bitmap.bitmask, bitmap.row_offsets, scales, group, bitmap.shape)
+            dense = bitmap.to_dense()
+            found = group_maxima(dense.float(), group) / LEVELS if scales is None else scales
+            values = codes_of(dense, found, group)[bitmap.keep_mask()]
+            return cls(values, bitmap.bitmask, bitmap.row_offsets, found, group, bitmap.shape)
         source = bitmap.values.float().contiguous()
         bitmask, row_offsets = bitmap.bitmask.contiguous(), bitmap.row_offsets.contiguous()
         values = torch.empty(bitmap.nnz, dtype=torch.int8)
-        scales = torch.empty(rows, max(1, -(-cols // group)))
+        given = {} if scales is None else {"scales_given": True}
+        found = torch.empty(rows, _groups(cols, group)) if scales is None else scales.contiguous()
         backend.core().int8_quantize(
             source.data_ptr(), rows, cols, bitmask.data_ptr(), row_offsets.data_ptr(), bitmap.nnz, group,
-            values.data_ptr(), scales.data_ptr(),
+            values.data_ptr(), found.data_ptr(), **given,
         )  # fmt: skip
-        return cls(values, bitmask, row_offsets, scales, group, bitmap.shape)
+        return cls(values, bitmask, row_offsets, found, group, bitmap.shape)
 
     @classmethod
     def from_dense(
@@ -124,13 +157,7 @@ class Int8Bitmap:
             raise ValueError(
                 f"values must be an int8 vector, got {self.values.dtype} {tuple(self.values.shape)}"
             )
-        wanted = (rows, max(1, -(-cols // group)))
-        if self.scales.dtype != torch.float32 or tuple(self.scales.shape) != wanted:
-            raise ValueError(
-                f"scales must be float32 {wanted}, got {self.scales.dtype} {tuple(self.scales.shape)}"
-            )
-        if not bool((torch.isfinite(self.scales) & (self.scales >= 0)).all()):
-            raise ValueError("scales must be finite and not negative")
+        _check_scales(self.scales, rows, cols, group)
         placeholder = torch.empty(1).expand(self.nnz)  # the mask is checked against a count of values
         BitmapTensor(placeholder, self.bitmask, self.row_offsets, self.shape).validate()
 

@@ -17,7 +17,7 @@ from pysparse.huggingface.layout import BITMASK, PARTS, SCALES, TRIPWIRE, Layout
 from pysparse.nn import CompactLinear, DenseLinear, Packing, SparseLinear
 from pysparse.nn.compact import state_of
 from pysparse.nn.dispatch import MIN_SPARSITY
-from pysparse.nn.packing import row_major
+from pysparse.nn.packing import grid_of, row_major
 from pysparse.nn.structure import Structure, structure_of
 
 _STORED = (*PARTS[BITMASK], SCALES)
@@ -120,7 +120,7 @@ def _layer_parts(
     own = wanted.fitted(rows.shape, rows.nnz, rows.dtype)
     try:
         # Through the kernels' packing, so that what it cannot tell from nothing is not stored either.
-        return state_of(rows if own.is_plain else row_major(own.pack(rows))), own
+        return state_of(rows if own.is_plain else row_major(own.pack(rows, grid_of(module)))), own
     except ValueError as error:
         raise ValueError(f"layer '{path}': {error}") from None
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from pysparse import ops
+from pysparse.formats import Int8Grid
 from pysparse.pruning import MaskStructure
 
 _LARGEST_DAMPING = 1.0
@@ -181,12 +182,14 @@ def _parts(size: int) -> list[slice]:
 
 
 def sweep(
-    weight: Tensor, upper: Tensor, score: Score, structure: MaskStructure, sparsity: float, block_size: int
-) -> tuple[Tensor, Tensor]:
+    weight: Tensor, upper: Tensor, score: Score, structure: MaskStructure, sparsity: float, block_size: int,
+    grid: Int8Grid | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Prune ``weight`` [R, C] from left to right; each error is made good by the columns right of it.
 
     ``upper`` is U [C, C]. A mask is chosen for ``structure.step(block_size)`` columns at a time, by the
-    ``score`` of the weights as they are by then. Returns the new weights, float32, and the mask.
+    ``score`` of the weights as they are by then. On a ``grid`` each kept weight is rounded at its turn, and that
+    error is made good too. Returns the new weights, float32, and the mask.
     """
     step = structure.step(block_size)
     width = block_size // step * step
@@ -199,9 +202,11 @@ def sweep(
             if (column - start) % step == 0:
                 part = slice(column, min(column + step, end))
                 keep[:, part] = structure.keep_columns(score(work[:, part], part), sparsity, column)
-            kept, rest = keep[:, column], slice(column + 1, end)
-            error = (work[:, column] / upper[column, column]).masked_fill_(kept, 0)
-            work[:, column].masked_fill_(~kept, 0)
+            before, rest = work[:, column].clone(), slice(column + 1, end)
+            if grid is not None:
+                work[:, column] = grid.nearest(before, column)
+            work[:, column].masked_fill_(~keep[:, column], 0)
+            error = (before - work[:, column]) / upper[column, column]
             work[:, rest].addr_(error, upper[column, rest], alpha=-1)
             errors[:, column - start] = error
         work[:, end:].addmm_(errors, upper[start:end, end:], alpha=-1)  # what lies further right, at once

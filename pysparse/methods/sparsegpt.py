@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from pysparse import ops
+from pysparse.formats import Int8Grid
 from pysparse.methods.obs import Factor, NotPositiveDefiniteError, check_finite, inverse_factor, sweep
 from pysparse.methods.wanda import Wanda
+from pysparse.nn import Packing
 from pysparse.pruning import (
     Importance,
     Keep,
@@ -63,13 +65,20 @@ class ObsUpdate:
 
     Differs from the paper: counts are exact, floor(sparsity * weights) over the matrix with no surplus among
     ties; weights on inputs that were always zero go first, but no more of them than the count says.
+
+    With ``values="int8"`` pruning and quantisation are one sweep (section 3.5 of the paper): a kept weight is rounded
+    to int8 at its turn, and the columns right of it make that good too. The scales, the largest magnitude of a
+    row (or of a row's ``group_size`` inputs) of the dense weight over 127, are packed as they are.
     """
 
     damping: float = 0.01  # of the mean diagonal of the Hessian
     block_size: int = 128  # columns
+    values: str | None = None  # "int8", or None: kept weights are not rounded
+    group_size: int | None = None  # inputs that share a scale, a multiple of 4; None: a scale a row
 
     def __post_init__(self) -> None:
         _check_damping(self.damping)
+        Packing(self.values, group_size=self.group_size)  # refuses what is no way to keep values
         if type(self.block_size) is not int or self.block_size < 1:
             raise ValueError(f"block_size is a whole number of columns from 1 on, got {self.block_size!r}")
 
@@ -83,7 +92,8 @@ class ObsUpdate:
     ) -> Pruned:
         """Prune ``weight`` [out_features, in_features] for ``stats["gram"]`` [in_features, in_features].
 
-        Computed in float32, returned in the weight's dtype. Raises ValueError when the weight is not finite.
+        Computed in float32, returned in the weight's dtype. Raises ValueError when the weight is not finite, or
+        int8 has no scale for so many inputs.
         """
         check_finite(weight)
         rows, cols = weight.shape
@@ -95,28 +105,30 @@ class ObsUpdate:
             norms = {"squared_norm": stats["gram"].diagonal()}
             pruned = Keep().solve(weight, norms, Wanda(), structure, sparsity)
             return dataclasses.replace(pruned, warnings=(f"{error}: pruned by Wanda, without an update",))
-        work, keep = self._sweep(weight, factor, stats, importance, structure, sparsity)
-        return Pruned(work.to(weight.dtype), keep, factor.warnings)
+        grid = None if self.values is None else Int8Grid.of(weight, self.group_size)
+        work, keep = self._sweep(weight, factor, stats, importance, structure, sparsity, grid)
+        return Pruned(work.to(weight.dtype), keep, factor.warnings, grid=grid)
 
     def _sweep(
         self, weight: Tensor, factor: Factor, stats: Stats, importance: Importance, structure: MaskStructure,
-        sparsity: float,
+        sparsity: float, grid: Int8Grid | None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """Run the compiled sweep where it knows score and structure, else the one in torch."""
         known = {**stats, SCALE: factor.scale}
         scale = column_scale(importance, weight, known)
         rows, cols = weight.shape
-        if scale is not None and isinstance(structure, Sweeping) and ops.can_sweep(weight):
+        compiled = ops.can_sweep(weight) and (grid is None or weight.is_cpu)  # no kernel rounds on a GPU yet
+        if scale is not None and isinstance(structure, Sweeping) and compiled:
             pattern = structure.sweep_pattern((rows, cols), sparsity, self.block_size)
             if pattern is not None:
-                return ops.obs_sweep(weight, factor.upper, scale, pattern)
+                return ops.obs_sweep(weight, factor.upper, scale, pattern, grid)
 
         def score(part: Tensor, columns: slice) -> Tensor:
             if scale is not None:
                 return part.abs() * scale[columns]
             return importance(part, {name: _of_columns(value, columns) for name, value in known.items()})
 
-        return sweep(weight, factor.upper, score, structure, sparsity, self.block_size)
+        return sweep(weight, factor.upper, score, structure, sparsity, self.block_size, grid)
 
 
 def _of_columns(value: Tensor, columns: slice) -> Tensor:

@@ -12,7 +12,7 @@ from torch.nn import functional
 from pysparse import backend, ops
 from pysparse.formats import BitmapTensor, Int8Bitmap, NMInt8, NMTensor, TiledInt8
 from pysparse.nn.dispatch import Dispatch
-from pysparse.nn.packing import Packing, RowMajor, row_major
+from pysparse.nn.packing import Packing, RowMajor, grid_of, row_major
 from pysparse.ops import Compact
 from pysparse.ops.costs import Choice
 
@@ -77,7 +77,7 @@ class CompactLinear(nn.Module):
         and for a group that keeps more than the pattern, named; RuntimeError without the compiled core.
         """
         packing = Packing(values, pattern, group_size, activation_bits)
-        weight = packing.pack(BitmapTensor.from_dense(linear.weight, keep))
+        weight = packing.pack(BitmapTensor.from_dense(linear.weight, keep), grid_of(linear))
         return cls(weight, linear.bias, activation_bits, linear.weight.dtype)
 
     def _set_weight(self, weight: Compact) -> None:

@@ -16,7 +16,7 @@ from pysparse.nn.dispatch import MIN_SPARSITY, OPTIMIZE, Verdict, judge
 from pysparse.nn.fused import fuse_, unfuse_
 from pysparse.nn.linear import SparseLinear
 from pysparse.nn.match import matches
-from pysparse.nn.packing import Packing
+from pysparse.nn.packing import Packing, grid_of
 
 Filter = Callable[[nn.Module, str], bool]
 _NOT_A_TARGET = Verdict(False, "not a target")
@@ -116,7 +116,9 @@ def packed_layer(linear: Any, packing: Packing) -> SparseLinear | CompactLinear:
     packing = packing.fitted(rows.shape, rows.nnz, rows.dtype)
     if packing.is_plain:
         return linear if isinstance(linear, SparseLinear) else SparseLinear.from_bitmap(rows, linear.bias)
-    return CompactLinear(packing.pack(rows), linear.bias, packing.activation_bits, rows.dtype)
+    return CompactLinear(
+        packing.pack(rows, grid_of(linear)), linear.bias, packing.activation_bits, rows.dtype
+    )
 
 
 def _check_wishes(optimize: str, tokens: int, min_sparsity: float | None) -> None:

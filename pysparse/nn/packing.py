@@ -5,16 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pysparse import backend, ops
-from pysparse.formats import BitmapTensor, Int8Bitmap, NMInt8, NMTensor, TiledInt8
+from pysparse.formats import BitmapTensor, Int8Bitmap, Int8Grid, NMInt8, NMTensor, TiledInt8
 from pysparse.formats.int8 import check_finite, check_group
 from pysparse.formats.nm import MAX_GROUP
 from pysparse.ops import Compact
 
 RowMajor = BitmapTensor | Int8Bitmap  # as on disk
 
+_GRID = "int8_grid"
 _TIE = 1.02  # at the same bytes fixed places are read faster than counted ones
 
 
@@ -78,19 +79,26 @@ class Packing:
         pays = backend.core().nm_has_vector_kernel(n, m) and values * word + indices <= _TIE * mask
         return self if pays else replace(self, pattern=None)
 
-    def quantized(self, rows: RowMajor) -> RowMajor:
-        """Return ``rows`` with the values that this packing keeps; int8 values are left as they are."""
+    def quantized(self, rows: RowMajor, grid: Int8Grid | None = None) -> RowMajor:
+        """Return ``rows`` with the values that this packing keeps; int8 values are left as they are.
+
+        Weights that lie on ``grid``, if this packing's groups are the grid's, keep its scales.
+        """
         if self.values is None or isinstance(rows, Int8Bitmap):
             return rows
+        if grid is not None and grid.group_size == check_group(rows.shape[1], self.group_size):
+            known = Int8Bitmap.from_bitmap(rows, self.group_size, grid.scales.to(rows.device))
+            if torch.equal(known.to_bitmap(rows.dtype).values, rows.values):
+                return known
         return Int8Bitmap.from_bitmap(rows, self.group_size)
 
-    def pack(self, rows: RowMajor) -> Compact:
-        """Pack a validated row-major weight for the kernels.
+    def pack(self, rows: RowMajor, grid: Int8Grid | None = None) -> Compact:
+        """Pack a validated row-major weight for the kernels; ``grid`` as in :meth:`quantized`.
 
         Raises ValueError for the plain packing, and, naming the first, for a group that keeps more than the
         pattern; RuntimeError without the compiled core.
         """
-        rows = self.quantized(rows)
+        rows = self.quantized(rows, grid)
         if self.pattern is None:
             if isinstance(rows, BitmapTensor):
                 raise ValueError(
@@ -111,6 +119,23 @@ class Packing:
             return cls(None, pattern)
         group = weight.group_size if weight.group_size < weight.shape[1] else None
         return cls("int8", pattern, group, activation_bits)
+
+
+def grid_of(linear: nn.Module) -> Int8Grid | None:
+    """Return the int8 grid that the weight of a linear layer was pruned to, if it was."""
+    grid: Int8Grid | None = getattr(linear, _GRID, None)
+    return grid
+
+
+def set_grid(linear: nn.Module, grid: Int8Grid | None) -> None:
+    """Note the grid that a weight was pruned to, or with None that it was not.
+
+    A plain attribute: a conversion of the model to another dtype must not round the scales.
+    """
+    if grid is not None:
+        setattr(linear, _GRID, grid)
+    elif hasattr(linear, _GRID):
+        delattr(linear, _GRID)
 
 
 def row_major(weight: Compact) -> RowMajor:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pysparse import backend
+from pysparse.formats import Int8Grid
 from pysparse.ops import pruning_cuda
 
 
@@ -67,12 +69,15 @@ def inverse_cholesky_leaf(matrix: Tensor) -> bool:
     return bool(backend.core().inverse_cholesky_leaf(matrix.data_ptr(), len(matrix), matrix.stride(0)))
 
 
-def obs_sweep(weight: Tensor, upper: Tensor, scale: Tensor, pattern: SweepPattern) -> tuple[Tensor, Tensor]:
+def obs_sweep(
+    weight: Tensor, upper: Tensor, scale: Tensor, pattern: SweepPattern, grid: Int8Grid | None = None
+) -> tuple[Tensor, Tensor]:
     """Prune ``weight`` [R, C] from left to right; each error is made good by the columns right of it.
 
     ``upper`` is U [C, C] with H^-1 = U^T U, ``scale`` [C] makes the score |w| * scale, both float32. Masks are
     chosen by the weights as updated so far; of equal scores the lower column goes first, in a joint block the
-    upper row. Returns the new weights, float32, and the mask; the same bits for any number of threads.
+    upper row. On a ``grid`` (CPU only) kept weights are rounded to it, and that error is made good too. Returns the new
+    weights, float32, and the mask; the same bits for any number of threads.
     Raises ValueError for other shapes, a diagonal that is not positive or a score that is NaN.
     """
     rows, cols = weight.shape
@@ -84,13 +89,22 @@ def obs_sweep(weight: Tensor, upper: Tensor, scale: Tensor, pattern: SweepPatter
                 f"{tensor.device}"
             )
     if weight.is_cuda:
+        if grid is not None:
+            raise ValueError(f"a grid is for weights on the CPU, this one is on {weight.device}")
         return pruning_cuda.sweep(weight, upper, scale, pattern)
     work = weight.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
     upper, scale = upper.contiguous(), scale.contiguous()
     keep = torch.empty(work.shape, dtype=torch.bool)
     counts = torch.tensor(pattern.counts, dtype=torch.int64)
+    steps = None if grid is None else grid.scales.contiguous()
+    if steps is not None and (len(steps) != rows or steps.dtype != torch.float32):
+        raise ValueError(f"the grid has scales {steps.dtype} of {len(steps)} rows, the weight has {rows}")
+    rounding: dict[str, Any] = {}
+    if grid is not None and steps is not None:
+        rounding = {"steps": (steps.data_ptr(), steps.numel()), "group_cols": grid.group_size}
     backend.core().obs_sweep(
         work.data_ptr(), upper.data_ptr(), scale.data_ptr(), keep.data_ptr(), rows, cols, pattern.block,
         pattern.joint, (counts.data_ptr(), len(counts)), pattern.n, pattern.m,
+        **rounding,
     )  # fmt: skip
     return work, keep

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 from pysparse.calib import Ranks
 from pysparse.calib.offload import tensors_of
+from pysparse.formats import Int8Grid
+from pysparse.nn.packing import grid_of, set_grid
 from pysparse.pruning.identity import differences
 from pysparse.pruning.report import PrunedLayer
 
@@ -90,7 +92,14 @@ class Journal:
     ) -> None:
         """Keep block ``index`` as it is now, and what is to be reported about it."""
         report = {"layers": [dataclasses.asdict(one) for one in layers], "unseen": dict(unseen)}
-        self._write(f"block-{index:05}.safetensors", dict(tensors_of(block)), {"report": json.dumps(report)})
+        grids = {name: grid for name, module in block.named_modules() if (grid := grid_of(module))}
+        tensors = {
+            **dict(tensors_of(block)),
+            **{_grid_key(name): grid.scales for name, grid in grids.items()},
+        }
+        sizes = {name: grid.group_size for name, grid in grids.items()}
+        metadata = {"report": json.dumps(report), "grids": json.dumps(sizes)}
+        self._write(f"block-{index:05}.safetensors", tensors, metadata)
         self.done = index + 1
 
     @torch.no_grad()
@@ -99,6 +108,8 @@ class Journal:
         tensors, metadata = self._read(f"block-{index:05}.safetensors")
         for name, tensor in tensors_of(block, writable=True):
             tensor.copy_(tensors[name])
+        for name, size in json.loads(metadata.get("grids", "{}")).items():
+            set_grid(block.get_submodule(name), Int8Grid(tensors[_grid_key(name)], size))
         report = json.loads(metadata["report"])
         layers = [
             PrunedLayer(**{**one, "shape": tuple(one["shape"]), "warnings": tuple(one["warnings"])})
@@ -156,6 +167,10 @@ class Journal:
                 return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
         except SafetensorError as error:
             raise ValueError(f"{path} is damaged ({error}): remove {self.folder} and start over") from None
+
+
+def _grid_key(name: str) -> str:
+    return f"{name}.int8_grid"
 
 
 def _prepare(folder: Path, identity: dict[str, Any], resume: bool) -> int:

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from pysparse.calib.inputs import Slot
 from pysparse.calib.offload import data_of, device_of
+from pysparse.formats import Int8Grid
+from pysparse.nn.packing import grid_of, set_grid
 
 _EXPERT = re.compile(r"(^|\.)experts\.\d+\.")
 
@@ -83,6 +85,20 @@ class PrunableLayer:
     def routed(self) -> bool:
         """Tell whether the layer is an expert's, and so sees some of the tokens only."""
         return self.expert is not None or _EXPERT.search(self.path) is not None
+
+    @property
+    def grid(self) -> Int8Grid | None:
+        """What the weight of a linear layer was rounded to, so that packing can keep it; None for other layers."""
+        return grid_of(self.module) if self._packs else None
+
+    @property
+    def _packs(self) -> bool:
+        return isinstance(self.module, nn.Linear) and self.parameter == "weight"
+
+    def note_grid(self, grid: Int8Grid | None) -> None:
+        """Keep with a linear layer what its new weight was rounded to, or that it was not."""
+        if self._packs:
+            set_grid(self.module, None if grid is None else Int8Grid(grid.scales.cpu(), grid.group_size))
 
     @torch.no_grad()
     def write(self, weight: Tensor) -> None:

@@ -8,6 +8,7 @@ from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
+from pysparse.formats import Int8Grid
 from pysparse.ops import SweepPattern
 from pysparse.pruning.layout import PrunableLayer
 
@@ -30,6 +31,7 @@ class Pruned:
     keep: Tensor  # bool, same shape; True survives
     warnings: tuple[str, ...] = ()  # what went otherwise than the recipe says; the loop adds the layer's name
     bias_shift: Tensor | None = None  # [out_features], to add to the layer's bias if it has one
+    grid: Int8Grid | None = None  # what the kept weights were rounded to, if they were
 
 
 class Importance(Protocol):

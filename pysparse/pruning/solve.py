@@ -36,8 +36,8 @@ def prune_layers(
         error = raised
     if error is not None and ranks.count == 1:
         raise error
-    shares = ranks.gather((found, error))
-    for _, problem in shares:
+    shares = ranks.gather((found, [layer.grid for layer in layers], error))
+    for *_, problem in shares:
         if problem is not None:
             raise problem
     results = []
@@ -45,6 +45,7 @@ def prune_layers(
         owner = place % ranks.count
         if ranks.count > 1:
             layer.write(ranks.broadcast(layer.weight.contiguous(), owner))
+            layer.note_grid(shares[owner][1][place])
             if layer.bias is not None:
                 layer.bias.copy_(ranks.broadcast(layer.bias, owner))
         results.append(shares[owner][0][place])
@@ -68,6 +69,7 @@ def prune_layer(layer: PrunableLayer, stats: Sequence[Stats], recipe: Recipe, sp
         except ValueError as error:
             raise ValueError(f"{layer.path}: {error}") from error
         layer.write(pruned.weight)
+        layer.note_grid(pruned.grid)
         if layer.bias is not None and pruned.bias_shift is not None:
             layer.bias.copy_(layer.bias.double() + pruned.bias_shift)
         removed, warnings = layer.size - int(torch.count_nonzero(pruned.keep)), pruned.warnings

@@ -18,6 +18,53 @@ struct LaneStrip {
   alignas(64) uint32_t gone[kObsDiagonal / 32][kLaneRows];  // a bit a column
 };
 
+// The steps of sixteen rows at one column after the other.
+class LaneSteps {
+ public:
+  LaneSteps(const ObsStrip& strip, int64_t first, int rows)
+      : grid_(strip.grid),
+        lanes_(static_cast<__mmask16>(rows >= kLaneRows ? 0xffff : (1u << rows) - 1)),
+        next_(grid_.steps + first * grid_.groups + strip.first / grid_.group_cols),
+        left_(grid_.group_cols - strip.first % grid_.group_cols),
+        more_(grid_.groups - 1 - strip.first / grid_.group_cols) {
+    load();
+  }
+  __m512 of_next_column() {
+    if (left_ == 0) {
+      left_ = grid_.group_cols;
+      if (more_-- > 0) {  // a chunk may reach beyond the last column
+        ++next_;
+        load();
+      }
+    }
+    --left_;
+    return steps_;
+  }
+
+ private:
+  void load() {
+    alignas(64) float steps[kLaneRows] = {};
+    for (int r = 0; r < kLaneRows; ++r)
+      if (lanes_ >> r & 1) steps[r] = next_[r * grid_.groups];
+    steps_ = _mm512_load_ps(steps);
+  }
+
+  ObsGrid grid_;
+  __mmask16 lanes_;
+  const float* next_;
+  int64_t left_, more_;  // columns of this group, and groups after it
+  __m512 steps_;
+};
+
+// Code times step of the nearest points of the rows' grids; ties to even, at most 127 steps.
+inline __m512 on_grid(__m512 w, __m512 step) {
+  const __mmask16 live = _mm512_cmp_ps_mask(step, _mm512_setzero_ps(), _CMP_NEQ_OQ);
+  const __m512 most = _mm512_set1_ps(127.0f);
+  __m512 code = _mm512_maskz_div_ps(live, w, step);
+  code = _mm512_max_ps(_mm512_min_ps(code, most), _mm512_sub_ps(_mm512_setzero_ps(), most));
+  return _mm512_mul_ps(_mm512_roundscale_ps(code, _MM_FROUND_TO_NEAREST_INT), step);
+}
+
 inline void transpose(__m512 (&r)[16]) {
   __m512i words[16];
   for (int i = 0; i < 16; ++i) words[i] = _mm512_castps_si512(r[i]);
@@ -83,9 +130,9 @@ inline void choose_lanes(const __m512* w, const float* scale, int n, __mmask16* 
 }
 
 // Prunes kChunk columns from `c` on in their order. kGroup: columns that choose, 0 where the mask
-// is given.
-template <int kGroup>
-inline void prune_chunk(const ObsStrip& strip, int c, LaneStrip& lanes) {
+// is given. With steps, what is kept is rounded to them.
+template <int kGroup, bool kGrid>
+inline void prune_chunk(const ObsStrip& strip, int c, LaneStrip& lanes, LaneSteps* steps) {
   __m512 w[kChunk];
 #pragma GCC unroll 8
   for (int k = 0; k < kChunk; ++k) w[k] = _mm512_load_ps(lanes.weights[c + k]);
@@ -113,12 +160,20 @@ inline void prune_chunk(const ObsStrip& strip, int c, LaneStrip& lanes) {
       }
       bits = _mm512_mask_or_epi32(bits, gone[k], bits, bit);
     }
-    const __m512 error = _mm512_maskz_mul_ps(gone[k], w[k], _mm512_set1_ps(strip.inverse[c + k]));
+    const auto stays = static_cast<__mmask16>(~gone[k]);
+    __m512 error, settled;
+    if constexpr (kGrid) {
+      settled = _mm512_maskz_mov_ps(stays, on_grid(w[k], steps->of_next_column()));
+      error = _mm512_mul_ps(_mm512_sub_ps(w[k], settled), _mm512_set1_ps(strip.inverse[c + k]));
+    } else {
+      settled = _mm512_maskz_mov_ps(stays, w[k]);
+      error = _mm512_maskz_mul_ps(gone[k], w[k], _mm512_set1_ps(strip.inverse[c + k]));
+    }
     const float* upper = strip.upper + (c + k) * kObsDiagonal + c;
 #pragma GCC unroll 8
     for (int i = k + 1; i < kChunk; ++i)
       w[i] = _mm512_fnmadd_ps(error, _mm512_set1_ps(upper[i]), w[i]);
-    w[k] = _mm512_maskz_mov_ps(static_cast<__mmask16>(~gone[k]), w[k]);  // exactly zero
+    w[k] = settled;  // exactly
     _mm512_store_ps(lanes.errors[c + k], error);
   }
 #pragma GCC unroll 8
@@ -137,8 +192,8 @@ inline void store_weights(const ObsStrip& strip, int64_t first, int rows, const 
   }
 }
 
-// The errors of each row, closed up, with their columns.
-inline void store_errors(const ObsErrors& errors, int64_t first, int rows, int depth,
+// The errors of each row, closed up, with their columns; on a grid all of them.
+inline void store_errors(const ObsErrors& errors, int64_t first, int rows, int depth, bool grid,
                          const LaneStrip& lanes) {
   int counts[kLaneRows] = {};
   for (int part = 0; part < depth; part += 16) {
@@ -149,7 +204,8 @@ inline void store_errors(const ObsErrors& errors, int64_t first, int rows, int d
         _mm512_add_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
                          _mm512_set1_epi32(part));
     for (int r = 0; r < rows; ++r) {
-      const auto gone = static_cast<__mmask16>(gone_of(lanes, r) >> part);
+      const __mmask16 gone =
+          grid ? first_lanes(depth - part) : static_cast<__mmask16>(gone_of(lanes, r) >> part);
       const int found = __builtin_popcount(gone);
       const int64_t at = (first + r) * errors.room + counts[r];
       counts[r] += found;
@@ -170,15 +226,22 @@ inline void store_keep(const ObsStrip& strip, int64_t first, int rows, const Lan
                             _mm512_maskz_set1_epi8(~gone_of(lanes, r), 1));
 }
 
-template <int kGroup>
+template <int kGroup, bool kGrid>
 void sweep_lanes(const ObsStrip& strip, const ObsErrors& errors, int64_t begin, int64_t end) {
   LaneStrip lanes;
   for (int64_t first = begin; first < end; first += kLaneRows) {
     const int rows = static_cast<int>(std::min<int64_t>(kLaneRows, end - first));
     load_strip(strip, first, rows, lanes);
-    for (int c = 0; c < strip.depth; c += kChunk) prune_chunk<kGroup>(strip, c, lanes);
+    if constexpr (kGrid) {
+      LaneSteps steps(strip, first, rows);
+      for (int c = 0; c < strip.depth; c += kChunk)
+        prune_chunk<kGroup, true>(strip, c, lanes, &steps);
+    } else {
+      for (int c = 0; c < strip.depth; c += kChunk)
+        prune_chunk<kGroup, false>(strip, c, lanes, nullptr);
+    }
     store_weights(strip, first, rows, lanes);
-    store_errors(errors, first, rows, strip.depth, lanes);
+    store_errors(errors, first, rows, strip.depth, kGrid, lanes);
     if (kGroup) store_keep(strip, first, rows, lanes);
   }
 }

@@ -70,6 +70,17 @@ inline uint64_t zeros_of(const uint8_t* keep, int count) {
   return gone;
 }
 
+// Code times step of the nearest point of a row's grid; ties to even, at most 127 steps.
+inline float on_grid(const ObsStrip& strip, int64_t row, int column, float w) {
+  const float step =
+      strip.grid.steps[row * strip.grid.groups + (strip.first + column) / strip.grid.group_cols];
+  if (step == 0.0f) return 0.0f;
+  // Adding and subtracting 1.5 * 2^23 rounds to nearest even.
+  constexpr float kRounder = 12582912.0f;
+  const float code = std::clamp(w / step, -127.0f, 127.0f) + kRounder - kRounder;
+  return code * step;
+}
+
 // One row of a strip, in memory that whole registers may touch.
 template <class V>
 struct RowState {
@@ -94,45 +105,53 @@ struct RowState {
     for (; c < strip.depth; ++c) row[c] = w[c];
     errors.counts[r] = static_cast<uint8_t>(count);
   }
-  // Prunes the column of the lowest bit of `gone`, and clears the bit.
-  void prune_first(const ObsStrip& strip, uint64_t& gone) {
-    const int j = __builtin_ctzll(gone);
-    gone &= gone - 1;
-    const float error = w[j] * strip.inverse[j];
+  // Settles the column of the lowest bit of `open`, and clears the bit: it goes, or on a grid is
+  // rounded.
+  void settle_first(const ObsStrip& strip, int64_t row, uint64_t gone, uint64_t& open) {
+    const int j = __builtin_ctzll(open);
+    open &= open - 1;
+    const float settled = gone >> j & 1 ? 0.0f : on_grid(strip, row, j, w[j]);
+    const float error = (w[j] - settled) * strip.inverse[j];
     values[count] = error;
     columns[count++] = static_cast<uint8_t>(j);
     const auto factor = V::broadcast(error);
     const float* upper = strip.upper + j * kObsDiagonal;
     for (int c = j / V::kLanes * V::kLanes; c < strip.depth; c += V::kLanes)
       V::store(w + c, V::subtract_product(factor, V::load(upper + c), V::load(w + c)));
-    w[j] = 0.0f;  // exactly
+    w[j] = settled;  // exactly
   }
 };
 
-// Each pruned weight waits for the one before it in its row, so kRows rows take turns.
+inline uint64_t bits_between(int begin, int end) {
+  return (end == 64 ? ~uint64_t{0} : (uint64_t{1} << end) - 1) & ~uint64_t{0} << begin;
+}
+
+// Each settled weight waits for the one before it in its row, so kRows rows take turns.
 template <class V, int kRows>
 void sweep_some(const ObsStrip& strip, const ObsErrors& errors, int64_t first) {
   RowState<V> rows[kRows];
   for (int i = 0; i < kRows; ++i) rows[i].open(strip, errors, first + i);
   const int step = strip.n ? strip.m : strip.depth;
   for (int begin = 0; begin < strip.depth; begin += step) {
-    uint64_t gone[kRows];
+    const int end = std::min(begin + step, strip.depth);
+    uint64_t gone[kRows], open[kRows];
     for (int i = 0; i < kRows; ++i) {
       uint8_t* keep = strip.keep + (first + i) * strip.keep_stride;
       if (!strip.n) {
         gone[i] = zeros_of(keep, strip.depth);
-        continue;
+      } else {
+        const bool whole = begin + step <= strip.depth;  // a short group at the end of a row stays
+        gone[i] = whole ? choose_any(rows[i].w + begin, strip.scale + begin, strip.n, strip.m)
+                              << begin
+                        : 0;
+        for (int c = begin; c < end; ++c) keep[c] = !(gone[i] >> c & 1);
       }
-      const bool whole = begin + step <= strip.depth;  // a short group at the end of a row stays
-      gone[i] =
-          whole ? choose_any(rows[i].w + begin, strip.scale + begin, strip.n, strip.m) << begin : 0;
-      for (int c = begin; c < std::min(begin + step, strip.depth); ++c)
-        keep[c] = !(gone[i] >> c & 1);
+      open[i] = strip.grid.steps ? bits_between(begin, end) : gone[i];
     }
-    while (kRows > 1 && std::all_of(gone, gone + kRows, [](uint64_t bits) { return bits != 0; }))
-      for (int i = 0; i < kRows; ++i) rows[i].prune_first(strip, gone[i]);
+    while (kRows > 1 && std::all_of(open, open + kRows, [](uint64_t bits) { return bits != 0; }))
+      for (int i = 0; i < kRows; ++i) rows[i].settle_first(strip, first + i, gone[i], open[i]);
     for (int i = 0; i < kRows; ++i)
-      while (gone[i]) rows[i].prune_first(strip, gone[i]);
+      while (open[i]) rows[i].settle_first(strip, first + i, gone[i], open[i]);
   }
   for (int i = 0; i < kRows; ++i) rows[i].close(strip, errors, first + i);
 }

@@ -99,9 +99,10 @@ void int8_unpack(const TiledInt8View& weight, const Int8Sizes& sizes, int64_t fi
                  int64_t rows, DType dtype, void* dense);
 
 // Row-major values to int8: scale = largest magnitude / 127 of a row's group, ties to even. A group
-// of zeros, or of values too small for a scale, gets scale 0 and zeros. scales: [rows][groups].
+// of zeros, or of values too small for a scale, gets scale 0 and zeros. scales: [rows][groups],
+// read where they are given and else written.
 void int8_quantize(const float* values, const BitmapView& map, int64_t nnz, int64_t group_cols,
-                   int8_t* quantized, float* scales);
+                   bool scales_given, int8_t* quantized, float* scales);
 void int8_dequantize(const int8_t* quantized, const float* scales, const BitmapView& map,
                      int64_t nnz, int64_t group_cols, float* values);
 // Outputs as in TiledInt8View; row_sums as in RowScales.

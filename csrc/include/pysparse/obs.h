@@ -16,12 +16,19 @@ inline constexpr int kObsWidth = 128;  // columns that one update writes: 8 regi
 inline constexpr int kObsDepth = 48;
 inline constexpr int kObsDiagonal = 64;  // most columns of a strip, and the width of its own U
 
-// What was pruned in a strip of up to kObsDiagonal columns, row by row.
+// What was pruned (and, on a grid, rounded) in a strip of up to kObsDiagonal columns, row by row.
 struct ObsErrors {
-  float* values;     // [rows][room]: the error of a pruned weight, w / U_jj
+  float* values;     // [rows][room]: the error of a weight, what it lost / U_jj
   uint8_t* columns;  // [rows][room]: its column within the strip, ascending
   uint8_t* counts;   // [rows]
   int64_t room;      // most that a row can lose; closer lists are read faster, at every later block
+};
+
+// The int8 grid of each row and group of columns: kept weights become whole multiples of its step,
+// at most 127, and what that moves them by is an error like a pruned weight's.
+struct ObsGrid {
+  const float* steps;  // [rows][groups], or null: kept weights stay as they are
+  int64_t groups, group_cols;
 };
 
 struct ObsStrip {
@@ -34,6 +41,8 @@ struct ObsStrip {
   int64_t keep_stride;
   const float* scale;  // [depth]: the score of a weight is |w| * scale
   int n, m;
+  ObsGrid grid;
+  int64_t first;  // the strip's first column in the matrix
 };
 
 struct ObsSweep {
@@ -61,6 +70,7 @@ struct ObsProblem {
   const int64_t* counts;  // [blocks]: how many go in a block, of each row or of all rows
   int64_t blocks;
   int n, m;  // n:m only
+  ObsGrid grid;
 };
 
 void obs_sweep(const ObsProblem& problem);
