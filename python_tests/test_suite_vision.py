@@ -24,6 +24,7 @@ from pysparse.suite.vision.checkpoints import Lesson, trained
 from pysparse.suite.vision.detector import (
     BACKBONES,
     Detector,
+    Found,
     centres,
     detection_loss,
     generalised_iou,
@@ -126,8 +127,8 @@ def test_a_detector_has_a_box_for_every_position(name):
     model = Detector(BACKBONES[name])
     batch = scenes("train", 2, 1)
     found = model(batch.images)
-    assert found["logits"].shape == (2, 256, 10)
-    assert found["boxes"].shape == (2, 256, 4)
+    assert found.logits.shape == (2, 256, 10)
+    assert found.boxes.shape == (2, 256, 4)
     loss = detection_loss(model, batch)
     loss.backward()
     missing = [n for n, p in model.named_parameters() if p.grad is None and "mask_token" not in n]
@@ -212,7 +213,7 @@ def test_a_perfect_detector_has_precision_one():
             rows = [int((truth.images == one).flatten(1).all(1).nonzero()) for one in images]
             logits = nn.functional.one_hot(truth.labels[rows].clamp(min=0), 10) * 20.0 - 10.0
             logits[truth.labels[rows] < 0] = -10.0
-            return {"logits": logits, "boxes": truth.boxes[rows]}
+            return Found(logits, truth.boxes[rows])
 
     assert detectors.precision(Oracle(), truth) == pytest.approx(1.0)
 

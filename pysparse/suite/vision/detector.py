@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import transformers
@@ -66,6 +66,13 @@ BACKBONES: dict[str, Backbone] = {
 }  # fmt: skip
 
 
+class Found(NamedTuple):
+    """What a detector says of a batch; a tuple, as outputs of blocks are."""
+
+    logits: Tensor  # float32 [B, L, 10]
+    boxes: Tensor  # float32 [B, L, 4]: left, top, right, bottom in pixels
+
+
 class Detector(nn.Module):
     """Backbone, one level of features, and two small heads."""
 
@@ -81,7 +88,7 @@ class Detector(nn.Module):
         nn.init.constant_(_bias(self.classes), _RARE)
         nn.init.constant_(_bias(self.sides), 2.0)  # exp(2) = 7 pixels, half of a digit
 
-    def forward(self, pixel_values: Tensor) -> dict[str, Tensor]:
+    def forward(self, pixel_values: Tensor) -> Found:
         """Return ``logits`` [B, L, 10] and ``boxes`` [B, L, 4] in pixels, for L positions of the grid, by rows."""
         side = pixel_values.shape[-1] // STRIDE
         maps = self.backbone(pixel_values).feature_maps
@@ -94,7 +101,7 @@ class Detector(nn.Module):
         boxes = torch.stack(
             [x - sides[..., 0], y - sides[..., 1], x + sides[..., 2], y + sides[..., 3]], dim=-1
         )
-        return {"logits": logits, "boxes": boxes}
+        return Found(logits, boxes)
 
 
 def _conv() -> nn.Sequential:
@@ -116,7 +123,7 @@ def centres(side: int) -> Tensor:
 def detection_loss(model: nn.Module, batch: Scenes) -> Tensor:
     """Return the focal loss of the classes and one minus the generalised IoU of the boxes, a positive position."""
     found = model(batch.images)
-    logits, boxes = found["logits"], found["boxes"]
+    logits, boxes = found.logits, found.boxes
     wanted, owner = _targets(batch, centres(batch.images.shape[-1] // STRIDE))
     positive = owner >= 0
     count = max(1, int(positive.sum()))

@@ -43,5 +43,5 @@ def precision(model: nn.Module, test: Scenes, batch_size: int = 50) -> float:
     found = []
     for images in test.images.split(batch_size):
         output = model(images)
-        found += [detections(*one) for one in zip(output["logits"], output["boxes"], strict=True)]
+        found += [detections(*one) for one in zip(output.logits, output.boxes, strict=True)]
     return mean_average_precision(found, test.boxes, test.labels, CLASSES)
