@@ -98,24 +98,6 @@ def _stripes(tokens: int) -> Callable[[Row], float | None]:
     return figure
 
 
-def _equal_recall(source: str, target: float) -> Callable[[Row], float | None]:
-    def figure(row: Row) -> float | None:
-        if row["what"] != "equal recall" or row["planner"] != "anchor":
-            return None
-        found = (row["source"], row["target"]) == (source, target)
-        return _median(row["faster_than_flexprefill"]) if found else None
-
-    return figure
-
-
-def _plugin(length: int) -> Callable[[Row], float | None]:
-    def figure(row: Row) -> float | None:
-        found = row["what"] == "plug-in" and (row["length"], row["engine"]) == (length, "pysparse_anchor")
-        return _median(row["faster_than_flash"]) if found else None
-
-    return figure
-
-
 def _attention_claims() -> Iterator[Claim]:
     for tokens in (2048, 4096, 8192, 16384):
         text = f"exact attention, bf16, {tokens} tokens: "
@@ -124,15 +106,6 @@ def _attention_claims() -> Iterator[Claim]:
     for tokens, bound in ((8192, 2.5), (16384, 3.8), (32768, 5.0)):
         text = f"10 % of the stripes, {tokens} tokens, search included: speed over our dense"
         yield Claim(text, "attention", bound, _stripes(tokens))
-    for source in ("synthetic", "trained model"):
-        for recall in (0.95, 0.99):
-            text = (
-                f"AnchorAttention at recall {recall}, {source} calls: speed over the FlexPrefill-like planner"
-            )
-            yield Claim(text, "attention_quality", 1.44, _equal_recall(source, recall))
-    for length in (512, 1024, 2048, 4096):
-        text = f"a prompt of {length} tokens through the plug-in: speed over its exact way"
-        yield Claim(text, "attention_quality", 0.97, _plugin(length))
 
 
 def _pruning_claims() -> Iterator[Claim]:
@@ -236,9 +209,6 @@ def _adaptation_claims() -> Iterator[Claim]:
     yield Claim(
         f"{text}the very same zeros after merging (1 = yes)", "losa", 1.0, _of_row("merge", "same_mask")
     )
-    for host in ("wanda", "sparsegpt"):
-        ratio = _of_row("comparison", "losa_over_masked_lora", host=host, level=0.7)
-        yield Claim(f"{host}, 70 %: perplexity of LoSA over masked LoRA", "losa", 1.0, ratio, True)
     for blocks in (6, 12, 24):
         speedup = _of_row("search", "speedup", blocks=blocks)
         yield Claim(f"2SSP's search, {blocks} blocks: speed over whole passes", "structured", 1.0, speedup)
