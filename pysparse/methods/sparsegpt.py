@@ -67,8 +67,9 @@ class ObsUpdate:
     ties; weights on inputs that were always zero go first, but no more of them than the count says.
 
     With ``values="int8"`` pruning and quantisation are one sweep (section 3.5 of the paper): a kept weight is rounded
-    to int8 at its turn, and the columns right of it make that good too. The scales, the largest magnitude of a
-    row (or of a row's ``group_size`` inputs) of the dense weight over 127, are packed as they are.
+    to int8 at its turn, and the columns right of it make that good too. The scales are the largest magnitude of
+    a row (or of a row's ``group_size`` inputs) over 127 after a first sweep without rounding: updates outgrow the
+    dense weight, whose scales would clip them. They are packed as they are.
     """
 
     damping: float = 0.01  # of the mean diagonal of the Hessian
@@ -105,8 +106,11 @@ class ObsUpdate:
             norms = {"squared_norm": stats["gram"].diagonal()}
             pruned = Keep().solve(weight, norms, Wanda(), structure, sparsity)
             return dataclasses.replace(pruned, warnings=(f"{error}: pruned by Wanda, without an update",))
-        grid = None if self.values is None else Int8Grid.of(weight, self.group_size)
+        grid = None
         work, keep = self._sweep(weight, factor, stats, importance, structure, sparsity, grid)
+        if self.values is not None:  # updates outgrow the dense weight's range: its scales would clip them
+            grid = Int8Grid.of(work * keep, self.group_size)
+            work, keep = self._sweep(weight, factor, stats, importance, structure, sparsity, grid)
         return Pruned(work.to(weight.dtype), keep, factor.warnings, grid=grid)
 
     def _sweep(
