@@ -16,7 +16,6 @@ from unittest import mock
 import torch
 from audit import Audited
 from bench_encoder import compare as compare_embeddings
-from bench_encoder import embed, held_out_sentences, model_folder
 from harness import RESULTS, Call, Run, Timing, command_line, show, threads_of, time_calls
 from rich.table import Table
 from torch import Tensor, nn
@@ -35,6 +34,7 @@ from pysparse.methods import METHODS, EbfUpdate, Evidence
 from pysparse.models.discover import discover
 from pysparse.models.sources import load_tokenizer
 from pysparse.pruning import Keep, Recipe, Unstructured, run
+from pysparse.suite.tasks.embedding import MINILM, embed, encoder_folder, held_out_sentences
 
 OURS, TORCH, CHUNKED = "pysparse", "torch batched", "torch batched, 64 at a time"
 RIDGE_TOLERANCE = 1e-4  # of the largest entry, between two float32 solutions
@@ -187,7 +187,7 @@ def language_rows(options: argparse.Namespace) -> Iterator[Row]:
 
 def encoder_rows(options: argparse.Namespace) -> Iterator[Row]:
     """MiniLM, an encoder: it has no perplexity, so the embeddings of sentences beside the dense model's."""
-    folder = model_folder()
+    folder = encoder_folder(MINILM)
     dense, tokenizer = AutoModel.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
     calibration = load_calibration(
         data.calibration_texts(), tokenizer, num_samples=options.samples, max_length=128, batch_size=8

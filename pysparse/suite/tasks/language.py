@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from torch import nn
 
 from pysparse import data
 from pysparse.api.loading import load_model, tokenizer_for
 from pysparse.measure.perplexity import perplexity
-from pysparse.suite.tasks.protocol import Quality, Scope, Speed
+from pysparse.suite.tasks.protocol import OfTransformers, Quality, Speed
 from pysparse.suite.tasks.timing import decode_and_prefill
 
 DEMO = "demo"  # the bundled model
@@ -21,8 +20,30 @@ def model_source(name: str) -> str:
     return str(data.demo_model_path()) if name == DEMO else name
 
 
+class CausalModels(OfTransformers):
+    """What tasks on causal language models share: where they lie, decode and prefill speed."""
+
+    __slots__ = ()
+
+    prompt_len: int  # of the timed prompt
+    new_tokens: int  # decoded one by one
+    rounds: int  # of timing
+
+    def models(self) -> tuple[str, ...]:
+        """The bundled model."""
+        return (DEMO,)
+
+    def load(self, model: str, *, seed: int) -> nn.Module:
+        """Load the model in its own dtype; the seed plays no part."""
+        return load_model(model_source(model), format="dense").eval()
+
+    def speed(self, dense: nn.Module, sparse: nn.Module, name: str, *, threads: int) -> list[Speed]:
+        """Decode and prefill, batch 1."""
+        return decode_and_prefill(dense, sparse, self.prompt_len, self.new_tokens, self.rounds, threads)
+
+
 @dataclass(frozen=True, slots=True)
-class Language:
+class Language(CausalModels):
     """Perplexity of the bundled held-out text (arXiv 2306.11695's protocol): joined by blank lines, tokenized once,
     windows without overlap, all positions but the first of each scored.
     """
@@ -35,24 +56,6 @@ class Language:
     rounds: int = 5  # of timing
 
     name = "language"
-    scope = Scope()
-    takes_paths = True
-
-    def models(self) -> tuple[str, ...]:
-        """The bundled model."""
-        return (DEMO,)
-
-    def family(self, model: nn.Module, name: str) -> str:
-        """Return transformers' word for the architecture."""
-        return str(getattr(getattr(model, "config", None), "model_type", type(model).__name__))
-
-    def load(self, model: str, *, seed: int) -> nn.Module:
-        """Load the model in its own dtype; the seed plays no part."""
-        return load_model(model_source(model), format="dense").eval()
-
-    def calibration(self, model: nn.Module, name: str, *, seed: int) -> Any:
-        """The bundled calibration text, which the held-out text has nothing of."""
-        return data.calibration_texts()
 
     def quality(self, model: nn.Module, name: str, *, seed: int) -> Quality:
         """Perplexity; bits per byte beside it compare models with other tokenizers."""
@@ -66,7 +69,3 @@ class Language:
             "tokens": found.tokens,
         }
         return Quality("perplexity", found.value, higher_is_better=False, others=others)
-
-    def speed(self, dense: nn.Module, sparse: nn.Module, name: str, *, threads: int) -> list[Speed]:
-        """Decode and prefill, batch 1."""
-        return decode_and_prefill(dense, sparse, self.prompt_len, self.new_tokens, self.rounds, threads)

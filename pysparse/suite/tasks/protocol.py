@@ -7,6 +7,8 @@ from typing import Any, Protocol
 
 from torch import nn
 
+from pysparse import data
+
 
 @dataclass(frozen=True, slots=True)
 class Quality:
@@ -82,3 +84,20 @@ class Task(Protocol):
 
     def speed(self, dense: nn.Module, sparse: nn.Module, name: str, *, threads: int) -> list[Speed]:
         """Time both, interleaved in this process. ``sparse`` has its layers packed where that is possible."""
+
+
+class OfTransformers:
+    """What tasks on the layers of a transformers model share: its family by the config, the bundled texts."""
+
+    __slots__ = ()
+
+    scope = Scope()
+    takes_paths = True
+
+    def family(self, model: nn.Module, name: str) -> str:
+        """Return transformers' word for the architecture."""
+        return str(getattr(getattr(model, "config", None), "model_type", type(model).__name__))
+
+    def calibration(self, model: nn.Module, name: str, *, seed: int) -> Any:
+        """The bundled calibration text, which the held-out text has nothing of."""
+        return data.calibration_texts()

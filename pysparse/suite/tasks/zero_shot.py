@@ -17,11 +17,10 @@ import torch
 from torch import nn
 
 from pysparse import data
-from pysparse.api.loading import load_model, tokenizer_for
+from pysparse.api.loading import tokenizer_for
 from pysparse.calib.extras import optional
-from pysparse.suite.tasks.language import DEMO, model_source
-from pysparse.suite.tasks.protocol import Quality, Scope, Speed
-from pysparse.suite.tasks.timing import decode_and_prefill
+from pysparse.suite.tasks.language import CausalModels, model_source
+from pysparse.suite.tasks.protocol import Quality
 
 CONTINUATION = "pysparse_continuation"
 _WORDS = 24  # of context; of an answer, half
@@ -119,7 +118,7 @@ def lm_eval_scores(
 
 
 @dataclass(frozen=True, slots=True)
-class ZeroShot:
+class ZeroShot(CausalModels):
     """Accuracy on a local task of lm-eval; ``acc_norm`` (by the length of an answer) stands beside it.
 
     The default task is made here from the bundled held-out text. ``include`` and ``task`` name a folder of lm-eval
@@ -134,29 +133,11 @@ class ZeroShot:
     rounds: int = 5
 
     name = "zero-shot"
-    scope = Scope()
-    takes_paths = True
 
     def __post_init__(self) -> None:
         optional("lm_eval", "eval")
         if self.include and not Path(self.include).is_dir():
             raise ValueError(f"include is a folder of lm-eval task files, there is none at {self.include}")
-
-    def models(self) -> tuple[str, ...]:
-        """The bundled model."""
-        return (DEMO,)
-
-    def family(self, model: nn.Module, name: str) -> str:
-        """Return transformers' word for the architecture."""
-        return str(getattr(getattr(model, "config", None), "model_type", type(model).__name__))
-
-    def load(self, model: str, *, seed: int) -> nn.Module:
-        """Load the model in its own dtype; the seed plays no part."""
-        return load_model(model_source(model), format="dense").eval()
-
-    def calibration(self, model: nn.Module, name: str, *, seed: int) -> Any:
-        """The bundled calibration text, which the questions have nothing of."""
-        return data.calibration_texts()
 
     def quality(self, model: nn.Module, name: str, *, seed: int) -> Quality:
         """Accuracy of lm-eval; no example is shown to the model before."""
@@ -174,7 +155,3 @@ class ZeroShot:
             torch.set_rng_state(state)
         value = scores.pop("acc")
         return Quality("accuracy", value, higher_is_better=True, others=scores)
-
-    def speed(self, dense: nn.Module, sparse: nn.Module, name: str, *, threads: int) -> list[Speed]:
-        """Decode and prefill, batch 1."""
-        return decode_and_prefill(dense, sparse, self.prompt_len, self.new_tokens, self.rounds, threads)
