@@ -32,7 +32,7 @@ def runnable(block: str) -> str:
 @pytest.mark.filterwarnings("default")  # what a reader sees once (an untuned machine) is not an error here
 def test_an_example_runs_and_prints(block, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "train.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in 10 * TEXTS))
     exec(compile(runnable(block), "README", "exec"), {"__name__": "readme"})
     assert capsys.readouterr().out.strip()
 
