@@ -204,7 +204,7 @@ def encoder_rows(options: argparse.Namespace) -> Iterator[Row]:
 
 
 def image_setups(options: argparse.Namespace) -> Iterator[tuple[str, Setup, int]]:
-    """(image, setup, seeds). A cross through one centre: size, blur and noise in turn, and 512 pixels once."""
+    """(image, setup, seeds). A cross through one centre: size, blur and noise in turn, for every image."""
     if options.quick:
         yield "camera", Setup("gaussian:1", 0.01, 16, settings=OperatorSettings(iterations=2, probes=2)), 1
         return
@@ -213,13 +213,15 @@ def image_setups(options: argparse.Namespace) -> Iterator[tuple[str, Setup, int]
             seeds = options.seeds if deviation == 1 and noise == 0.01 else 1
             yield image, Setup(f"gaussian:{deviation}", noise, 64), seeds
         yield image, Setup("gaussian:1", 0.01, 128), 1
-    yield "camera", Setup("gaussian:1", 0.01, 256, settings=OperatorSettings(iterations=15, probes=4)), 1
-    yield "camera", Setup("gaussian:1", 0.01, 512, settings=OperatorSettings(iterations=10, probes=4)), 1
+        yield image, Setup("gaussian:1", 0.01, 256, settings=OperatorSettings(iterations=15, probes=4)), 1
+        yield image, Setup("gaussian:1", 0.01, 512, settings=OperatorSettings(iterations=10, probes=4)), 1
 
 
 def image_rows(options: argparse.Namespace) -> Iterator[Row]:
     """Every hyperprior and baseline on every setup."""
     for image, setup, seeds in image_setups(options):
+        if image not in options.images or (options.sizes and setup.size not in options.sizes):
+            continue
         truth = bundled_image(image, setup.size)
         methods = (
             (*METHODS_OF_IMAGES, *BASELINES) if setup.size <= 128 else ("flat", "half-laplace", "tikhonov")
@@ -331,6 +333,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--windows", type=int, default=24, help="of 512 held-out tokens")
     parser.add_argument("--sentences", type=int, default=300)
     parser.add_argument("--seeds", type=int, default=5, help="noise draws at the centre of the image grid")
+    parser.add_argument("--images", nargs="+", choices=IMAGES, default=list(IMAGES))
+    parser.add_argument("--sizes", nargs="+", type=int, help="of images, in pixels; default: all")
     options = parser.parse_args(arguments)
     if options.quick:
         options.rounds, options.sparsity, options.tau, options.samples = 3, [0.5], [0.2], 2
