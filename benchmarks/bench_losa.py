@@ -28,18 +28,20 @@ from transformers import AutoModelForCausalLM
 
 import pysparse
 from pysparse import data
-from pysparse.calib import token_batches
+from pysparse.calib import load_calibration, token_batches
 from pysparse.huggingface.training import train, training_arguments
 from pysparse.measure.latency import decode_benchmark
 from pysparse.measure.memory import peak_memory
 from pysparse.measure.results import make_table
 from pysparse.measure.rounds import torch_threads
-from pysparse.methods import LoSA
+from pysparse.methods import LoSA, recipe_for
 from pysparse.methods.attach import Attached, float32_master
+from pysparse.methods.losa_budgets import rates_by_similarity, with_rates
 from pysparse.models.discover import discover
 from pysparse.models.sources import load_tokenizer
 from pysparse.nn import Adapter, MaskedLowRank
 from pysparse.ops import LowRankTerm, dense_lowrank_linear
+from pysparse.pruning import run
 
 Row = dict[str, Any]
 HOSTS = ("wanda", "sparsegpt")
@@ -49,7 +51,8 @@ LOSA_ARMS = {
     "losa, one round": LoSA(rounds=1, first_rank=10),
 }  # fmt: skip
 ARMS = ("one-shot", "masked-lora", "losa", "masked-full")
-ALL_ARMS = (*ARMS, *(arm for arm in LOSA_ARMS if arm not in ARMS))
+ALLOCATED = "one-shot, LoSA's rates"  # of the dense model, without any training
+ALL_ARMS = (*ARMS, ALLOCATED, *(arm for arm in LOSA_ARMS if arm not in ARMS))
 RANK = 10  # of masked LoRA: LoSA's mean in its last round
 PARTS = ("memory", "merge", "quality")
 BYTES = ("step_bytes", "weight_bytes")
@@ -79,6 +82,8 @@ class Quality:
                 model, sparsity, host, tokenizer=self.tokenizer, num_samples=self.options.samples,
                 max_length=self.options.length, seed=seed, progress=False,
             )  # fmt: skip
+        elif arm == ALLOCATED:
+            rounds = [{"rates": self.prune_allocated(model, host, sparsity, seed)}]
         else:
             report = pysparse.adapt(
                 model, sparsity, "losa" if arm in LOSA_ARMS else arm, host, tokenizer=self.tokenizer,
@@ -96,6 +101,18 @@ class Quality:
             "what": "quality", "host": host, "arm": arm, "level": sparsity, "seed": seed, **self.score(model),
             "sparsity": zeros_of(model), "seconds": seconds, "rounds": rounds,
         }  # fmt: skip
+
+    def prune_allocated(self, model: nn.Module, host: str, sparsity: float, seed: int) -> list[float]:
+        """Prune once, at the rates that LoSA gives the blocks, and return these."""
+        calibration = load_calibration(
+            data.calibration_texts(), self.tokenizer, num_samples=self.options.samples,
+            max_length=self.options.length, seed=seed,
+        )  # fmt: skip
+        layout = discover(model)
+        rates = rates_by_similarity(layout, calibration, sparsity, LoSA().half_width(sparsity), 64)
+        recipe, mean_sparsity = with_rates(recipe_for(host), layout, rates, sparsity)
+        run(layout, recipe, mean_sparsity, calibration)
+        return rates
 
     def score(self, model: nn.Module) -> Row:
         found = pysparse.evaluate(
