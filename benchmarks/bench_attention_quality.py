@@ -204,7 +204,7 @@ def forward(model: LlamaForCausalLM, implementation: str, prompt: torch.Tensor) 
 
 
 def cell(value: Any) -> str:
-    if isinstance(value, dict):
+    if isinstance(value, dict) and "median" in value:
         value = value["median"]
     return f"{value:.3f}" if isinstance(value, float) else str(value)
 
