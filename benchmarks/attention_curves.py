@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from harness import Timing, undisturbed
+from harness import Call, Timing, time_calls
 from retrieval_model.tasks import Tasks, local_text
 from transformers import AutoModelForCausalLM
 
@@ -19,7 +18,6 @@ from pysparse.attention import AttentionInput, AttentionPlan, Fused, Planner, at
 from pysparse.attention.quality import Quality, curves
 from pysparse.attention.synthetic import Synthetic
 from pysparse.measure.results import to_jsonable
-from pysparse.measure.rounds import round_robin
 from pysparse.methods import (
     AnchorAttention,
     FlexPrefill,
@@ -171,24 +169,8 @@ def race(source: Source, rows: Sequence[Row], planners: Mapping[str, Planner], r
 
 
 def timed(calls: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, Timing]:
-    """Time one call of each a round, in turn, after one that is not counted; disturbed samples are dropped."""
-
-    def sampler(call: Callable[[], Any]) -> Callable[[], float]:
-        def sample() -> float:
-            start = time.perf_counter()
-            call()
-            return time.perf_counter() - start
-
-        return sample
-
-    run = round_robin({name: sampler(call) for name, call in calls.items()}, rounds, 1)
-    return {
-        name: Timing(
-            undisturbed([(s, wait / s) for s, wait in zip(run.results[name], run.waits[name], strict=True)]),
-            1,
-        )
-        for name in calls
-    }
+    """Time one call of each a round, in turn; disturbed samples are dropped, and more taken for them."""
+    return time_calls({name: Call(call) for name, call in calls.items()}, rounds, sample_seconds=0.0, warmup=1)
 
 
 def fastest(seconds: Sequence[float | None]) -> float:
