@@ -142,7 +142,8 @@ def measure_first_token(options: argparse.Namespace) -> Iterator[list[Row]]:
     torch.manual_seed(options.seed)
     with llama(2 if options.quick else 16) as model:
         for length in options.prompt_lengths:
-            prompt = torch.randint(1024, (1, length))
+            # Without token 0, the padding: generate() would make a mask with a hole at each, an N x N one.
+            prompt = torch.randint(1, 1024, (1, length))
             measured = [
                 first_token(model, name, prompt)
                 for _ in range(options.prompt_rounds)
