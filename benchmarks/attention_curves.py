@@ -169,10 +169,12 @@ def race(source: Source, rows: Sequence[Row], planners: Mapping[str, Planner], r
 
 
 def timed(calls: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, Timing]:
-    """Time one call of each a round, in turn; disturbed samples are dropped, and more taken for them."""
-    return time_calls(
-        {name: Call(call) for name, call in calls.items()}, rounds, sample_seconds=0.0, warmup=1
-    )
+    """Time one call of each a round, in turn; disturbed samples are dropped, and more taken for them.
+
+    Planners select by torch's operations, whose threads sleep between them.
+    """
+    whole = {name: Call(call, own_waits=True) for name, call in calls.items()}
+    return time_calls(whole, rounds, sample_seconds=0.0, warmup=1)
 
 
 def fastest(seconds: Sequence[float | None]) -> float:
