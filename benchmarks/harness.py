@@ -124,7 +124,9 @@ def time_calls(
                 for (one, theirs), waited in zip(run.results[name], run.waits[name], strict=True)
             ]
         timings = {
-            name: Timing(undisturbed(samples[name], own_waits=call.remote is not None or call.own_waits), counts[name])
+            name: Timing(
+                undisturbed(samples[name], own_waits=call.remote is not None or call.own_waits), counts[name]
+            )
             for name, call in calls.items()
         }
         if all(timing.clean >= max(MIN_CLEAN, rounds / 2) for timing in timings.values()):
