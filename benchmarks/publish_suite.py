@@ -15,14 +15,12 @@ from harness import RESULTS, machine_name
 
 from pysparse.measure.results import write_text
 from pysparse.suite.records import read_records
-from pysparse.suite.report import findings_markdown, markdown_tables, page, with_settings
+from pysparse.suite.report import findings_markdown, markdown_tables, page
 
 
 def publish(runs: list[Path], name: str, folder: Path) -> list[Path]:
     """Write the four files of ``runs`` into ``folder``; of a cell that two runs have the later run's counts."""
-    found = {
-        record["id"]: record for run in runs for record in with_settings(read_records(run), run / "grid.toml")
-    }
+    found = {record["id"]: record for run in runs for record in read_records(run)}
     records = list(found.values())
     day = max(str(record["started"]) for record in records)[:10]
     stem = f"{name}_{machine_name(records[-1]['environment'])}_{day}"

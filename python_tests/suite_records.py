@@ -74,8 +74,8 @@ def record(task, model, recipe, pattern="unstructured", sparsity=0.5, seed=0, la
 
 def failed(made, kind="RuntimeError", message="the layer 'stem' has 3 inputs, 2:4 needs a multiple of 4"):
     """Return the record with its findings taken away and an error in their place."""
-    kept = ("schema", "id", "task", "model", "family", "recipe", "method", "allocation", "reconstruction", "pattern",
-            "sparsity", "seed", "command", "environment", "started", "seconds")  # fmt: skip
+    kept = ("schema", "id", "task", "model", "family", "recipe", "method", "allocation", "reconstruction", "settings",
+            "pattern", "sparsity", "seed", "command", "environment", "started", "seconds")  # fmt: skip
     empty = dict.fromkeys(made)
     return (
         empty

@@ -24,7 +24,6 @@ from pysparse.suite.report import (
     page,
     rows_of,
     save_plots,
-    with_settings,
 )
 from pysparse.suite.report.markdown import escape
 from pysparse.suite.report.pairs import NO_DIFFERENCE, TOO_FEW, Paired
@@ -189,29 +188,29 @@ def test_recipes_that_differ_in_something_unseen_are_left_out():
     assert found.note.startswith("6 cells were left out")
 
 
-def test_settings_come_from_the_grid(tmp_path):
-    cells = [
-        suite_records.record("language", "demo", recipe, seed=seed) | {"recipe": name, "id": f"{name}{seed}"}
-        for seed in range(3)
-        for name, recipe in (("plain", "wanda"), ("again", "wanda"), ("owl", "wanda-owl"))
-    ]
-    grid = tmp_path / "grid.toml"
-    assert not find(with_settings(cells, grid))[0].lines  # two recipes that look alike
-    grid.write_text('[recipes.plain]\nmethod = "wanda"\n[recipes.again]\nrecalibrate = true\n[recipes.owl]\n')
-    told = find(with_settings(cells, grid))
+def test_other_settings_keep_recipes_apart():
+    def cells(**settings):
+        return [
+            suite_records.record("language", "demo", recipe, seed=seed)
+            | {"recipe": name, "id": f"{name}{seed}", "settings": settings.get(name, {})}
+            for seed in range(3)
+            for name, recipe in (("plain", "wanda"), ("again", "wanda"), ("owl", "wanda-owl"))
+        ]
+
+    assert not find(cells())[0].lines  # two recipes that look alike
+    told = find(cells(again={"recalibrate": True}))
     assert told[0].lines[0][1] == "owl against uniform"
     assert told[3].lines[0][1] == "recalibrate=True against nothing else"
     assert told[3].lines[0][-1] == NO_DIFFERENCE
     assert "calibration data" not in told[0].note
-    grid.write_text(
-        "[recipes.plain]\nnum_samples = 64\n[recipes.again]\nx = 1\n[recipes.owl]\nnum_samples = 32\n"
+    amounts = find(
+        cells(
+            plain={"num_samples": 64}, again={"num_samples": 64, "compat": "paper"}, owl={"num_samples": 32}
+        )
     )
-    (line,) = find(with_settings(cells, grid))[0].lines
+    (line,) = amounts[0].lines
     assert line[1] == "owl against uniform"  # another amount of data does not keep them apart, but it is said
-    assert "calibration data" in find(with_settings(cells, grid))[0].note
-    grid.write_text("recipes = 3")
-    with pytest.raises(ValueError, match="is no grid"):
-        with_settings(cells, grid)
+    assert "calibration data" in amounts[0].note
 
 
 def test_other_options_of_a_task_are_other_rows_and_no_pairs():

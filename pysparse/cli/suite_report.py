@@ -70,12 +70,10 @@ def findings(
 def _records(runs: list[Path]) -> list[dict[str, Any]]:
     """Return the records of all runs; of a cell that two of them have, the later run's."""
     from pysparse.suite.records import read_records
-    from pysparse.suite.report import with_settings
 
     found = {}
     for run in runs:
-        records = with_settings(read_records(run), _folder(run) / "grid.toml")
-        found.update({record["id"]: record for record in records})
+        found.update({record["id"]: record for record in read_records(run)})
     return list(found.values())
 
 

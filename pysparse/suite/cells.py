@@ -10,6 +10,7 @@ from typing import Any
 
 SCHEMA = 1
 UNSTRUCTURED = "unstructured"
+_NAMED = ("method", "allocation", "reconstruction")  # parts of a recipe that records hold by their names
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +30,13 @@ class RecipeSpec:
     compat: str | None = None
     num_samples: int | None = None  # calibration sequences, for texts
     max_length: int | None = None  # tokens of each
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What is set beyond method, allocation and reconstruction."""
+        given = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)
+                 if getattr(self, field.name) != field.default}  # fmt: skip
+        return {name: value for name, value in given.items() if name not in _NAMED}
 
 
 @dataclass(frozen=True, slots=True)

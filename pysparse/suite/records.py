@@ -15,8 +15,8 @@ from pysparse.suite.cells import SCHEMA, Cell
 Record = dict[str, Any]
 KEYS = (
     "schema", "id", "status", "error", "task", "model", "family", "recipe", "method", "allocation", "reconstruction",
-    "pattern", "sparsity", "seed", "quality", "achieved_sparsity", "layers", "prune_seconds", "peak_memory_bytes",
-    "parameters", "file_bytes", "speed", "command", "environment", "started", "seconds",
+    "settings", "pattern", "sparsity", "seed", "quality", "achieved_sparsity", "layers", "prune_seconds",
+    "peak_memory_bytes", "parameters", "file_bytes", "speed", "command", "environment", "started", "seconds",
 )  # fmt: skip
 MEASURED = ("prune_seconds", "peak_memory_bytes", "speed", "environment", "started", "seconds", "command")
 _FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -35,7 +35,7 @@ def record_of(cell: Cell, **found: Any) -> Record:
     known: Record = {
         "schema": SCHEMA, "id": cell.id, "task": cell.task, "model": cell.model, "recipe": cell.recipe,
         "method": spec.method, "allocation": spec.allocation, "reconstruction": spec.reconstruction,
-        "pattern": cell.pattern, "sparsity": cell.sparsity, "seed": cell.seed,
+        "settings": spec.settings, "pattern": cell.pattern, "sparsity": cell.sparsity, "seed": cell.seed,
     }  # fmt: skip
     merged = known | found
     return {key: to_jsonable(merged.get(key)) for key in KEYS}
@@ -132,7 +132,7 @@ def _checked(text: str, where: str) -> Record:
 
 
 def _write_parquet(path: Path, records: list[Record]) -> Path | None:
-    """Write all records with nested columns as they are, the environment as JSON text; None without pyarrow."""
+    """Write all records with nested columns as they are, environment and settings as JSON text."""
     try:
         import pyarrow
         import pyarrow.parquet
@@ -180,4 +180,5 @@ def _row(record: Record) -> Record:
         {key: float(value) if key.startswith("ratio") else value for key, value in one.items()}
         for one in record["speed"]
     ]
-    return record | {"quality": quality, "speed": speed, "environment": json.dumps(record["environment"])}
+    texts = {key: json.dumps(record[key]) for key in ("environment", "settings")}
+    return record | {"quality": quality, "speed": speed, **texts}

@@ -10,7 +10,6 @@ from pysparse.suite.report.page import LIMIT_BYTES, page
 from pysparse.suite.report.pairs import Finding
 from pysparse.suite.report.plots import save_plots
 from pysparse.suite.report.rows import Row, Statistic, rows_of
-from pysparse.suite.report.settings import with_settings
 from pysparse.suite.report.summary import best_table, overview
 
 __all__ = [
@@ -26,5 +25,4 @@ __all__ = [
     "page",
     "rows_of",
     "save_plots",
-    "with_settings",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -9,63 +10,43 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pysparse.suite.tasks.classification import TEST_SEED, VISION, require_positive
-from pysparse.suite.tasks.protocol import Quality, Speed
-from pysparse.suite.tasks.timing import per_second
-from pysparse.suite.vision.checkpoints import trained
+from pysparse.suite.tasks.protocol import Quality
+from pysparse.suite.tasks.vision import CALIBRATION_SEED, TEST_SEED, OfPictures
+from pysparse.suite.vision import detectors
+from pysparse.suite.vision.checkpoints import Lesson
 from pysparse.suite.vision.detector import BACKBONES
-from pysparse.suite.vision.detectors import lesson, precision
 from pysparse.suite.vision.scenes import scenes
 
 
 @dataclass(frozen=True, slots=True)
-class Detection:
+class Detection(OfPictures):
     """Up to four digits, some twenty pixels tall, on a photograph of 64 x 64 pixels; test digits on test halves."""
 
     scenes: int = 300  # of the test
     calibration_scenes: int = 128
     batch_size: int = 16
-    rounds: int = 7  # of timing
+    rounds: int = 7
 
     name = "detection"
-    scope = VISION
-    takes_paths = False
+    table = BACKBONES
 
-    def __post_init__(self) -> None:
-        require_positive(self, "scenes", "calibration_scenes", "batch_size", "rounds")
-
-    def models(self) -> tuple[str, ...]:
-        """The backbones of the detector."""
-        return tuple(BACKBONES)
-
-    def family(self, model: nn.Module, name: str) -> str:
-        """Return "cnn" or "attention", by the backbone."""
-        return BACKBONES[name].family
-
-    def load(self, model: str, *, seed: int) -> nn.Module:
-        """Return the detector trained with ``seed``: from the cache, or trained now (about a minute)."""
-        return trained(lesson(model), seed)
+    def lesson(self, name: str) -> Lesson:
+        """Return how the detector with that backbone is trained."""
+        return detectors.lesson(name)
 
     def calibration(self, model: nn.Module, name: str, *, seed: int) -> list[dict[str, Tensor]]:
         """Return batches of training scenes, as keywords of the detector."""
-        images = scenes("train", self.calibration_scenes, TEST_SEED + 1 + seed).images
+        images = scenes("train", self.calibration_scenes, CALIBRATION_SEED + seed).images
         return [{"pixel_values": part} for part in images.split(self.batch_size)]
 
     def quality(self, model: nn.Module, name: str, *, seed: int) -> Quality:
         """Mean average precision at 0.5, in [0, 1], over the ten classes."""
-        value = precision(model, scenes("test", self.scenes, TEST_SEED))
+        value = detectors.precision(model, scenes("test", self.scenes, TEST_SEED))
         return Quality("mAP@0.5", value, higher_is_better=True, others={"images": float(self.scenes)})
 
-    def speed(self, dense: nn.Module, sparse: nn.Module, name: str, *, threads: int) -> list[Speed]:
-        """Images per second through the detector, before boxes are sorted out."""
-        images = scenes("test", self.batch_size, TEST_SEED).images
-        return [
-            per_second(
-                ("images", "images/s", size), dense, sparse, partial(_call, images=images[:size]),
-                rounds=self.rounds, threads=threads, repeats=1 + 16 // size,
-            )
-            for size in (1, self.batch_size)
-        ]  # fmt: skip
+    def workload(self, name: str, count: int) -> Callable[[nn.Module], Any]:
+        """Read the first test scenes, up to what comes before boxes are sorted out."""
+        return partial(_call, images=scenes("test", self.batch_size, TEST_SEED).images[:count])
 
 
 @torch.no_grad()

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pysparse.suite.tasks.classification import TEST_SEED, VISION, require_positive
-from pysparse.suite.tasks.protocol import Quality, Speed
-from pysparse.suite.tasks.timing import per_second
-from pysparse.suite.vision.checkpoints import trained
+from pysparse.suite.tasks.protocol import Quality
+from pysparse.suite.tasks.vision import CALIBRATION_SEED, TEST_SEED, OfPictures
+from pysparse.suite.vision import generators
+from pysparse.suite.vision.checkpoints import Lesson
 from pysparse.suite.vision.frechet import judge
 from pysparse.suite.vision.generator import GENERATORS, LATENT, samples
-from pysparse.suite.vision.generators import between, distance, lesson, real
+from pysparse.suite.vision.generators import between, distance, real
 
 
 @dataclass(frozen=True, slots=True)
-class Generation:
+class Generation(OfPictures):
     """Digits of 8 x 8 pixels out of noise; their distance is measured in the features of a classifier trained here.
 
     The distance is not the usual FID, which needs Inception's weights: see :mod:`pysparse.suite.vision.frechet`.
@@ -28,30 +30,19 @@ class Generation:
     steps: int = 16  # of a flow
     calibration_images: int = 256
     batch_size: int = 32
-    rounds: int = 7  # of timing
+    rounds: int = 7
 
     name = "generation"
-    scope = VISION
-    takes_paths = False
+    table = GENERATORS
+    calls = 4  # a flow takes its steps in each
 
-    def __post_init__(self) -> None:
-        require_positive(self, "samples", "steps", "calibration_images", "batch_size", "rounds")
-
-    def models(self) -> tuple[str, ...]:
-        """The generators."""
-        return tuple(GENERATORS)
-
-    def family(self, model: nn.Module, name: str) -> str:
-        """Return "cnn" or "attention"."""
-        return GENERATORS[name].family
-
-    def load(self, model: str, *, seed: int) -> nn.Module:
-        """Return the generator trained with ``seed``: from the cache, or trained now (about a minute)."""
-        return trained(lesson(model), seed)
+    def lesson(self, name: str) -> Lesson:
+        """Return how the generator is trained."""
+        return generators.lesson(name)
 
     def calibration(self, model: nn.Module, name: str, *, seed: int) -> list[dict[str, Tensor]]:
         """Return what a generator reads: points between noise and training digits with times, or latent numbers."""
-        generator = torch.Generator().manual_seed(TEST_SEED + 1 + seed)
+        generator = torch.Generator().manual_seed(CALIBRATION_SEED + seed)
         if GENERATORS[name].kind == "decoder":
             latent = torch.randn(self.calibration_images, LATENT, generator=generator)
             return [{"sample": part} for part in latent.split(self.batch_size)]
@@ -68,14 +59,7 @@ class Generation:
         others = {"real": distance(real(), critic), "samples": float(self.samples)}
         return Quality("frechet", distance(made, critic), higher_is_better=False, others=others)
 
-    def speed(self, dense: nn.Module, sparse: nn.Module, name: str, *, threads: int) -> list[Speed]:
-        """Images per second from noise to digit, all steps of a flow included."""
+    def workload(self, name: str, count: int) -> Callable[[nn.Module], Any]:
+        """Make images from noise, all steps of a flow included."""
         kind = GENERATORS[name].kind
-        return [
-            per_second(
-                ("images", "images/s", size), dense, sparse,
-                partial(samples, kind=kind, count=size, seed=TEST_SEED, steps=self.steps),
-                rounds=self.rounds, threads=threads, repeats=1 + 4 // size,
-            )
-            for size in (1, self.batch_size)
-        ]  # fmt: skip
+        return partial(samples, kind=kind, count=count, seed=TEST_SEED, steps=self.steps)

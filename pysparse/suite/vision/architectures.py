@@ -43,6 +43,10 @@ class Architecture:
             }
         )
         model: nn.Module = getattr(transformers, f"{self.name}ForImageClassification")(config)
+        # transformers' mobile nets keep TensorFlow's momentum, one minus torch's: only the last batch would count
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.momentum = 0.1
         return model
 
 
@@ -87,7 +91,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     "efficientnet": _cnn(
         "EfficientNet", width_coefficient=0.25, depth_coefficient=0.3, hidden_dim=320, dropout_rate=0.0,
-        drop_connect_rate=0.0, batch_norm_momentum=0.1, strides=[2, 1, 2, 1, 1, 2, 1],
+        drop_connect_rate=0.0, strides=[2, 1, 2, 1, 1, 2, 1],
     ),
     "hgnet-v2": _cnn(
         "HGNetV2", embedding_size=16, **_STAGES, stem_channels=[3, 8, 16], stem_strides=[2, 1, 1, 2, 1],
