@@ -27,7 +27,15 @@ from pysparse.suite.report import (
 )
 from pysparse.suite.report.markdown import escape
 from pysparse.suite.report.pairs import NO_DIFFERENCE, TOO_FEW, Paired
-from pysparse.suite.report.rows import Statistic, allocation_of, front, natural, quality_kept
+from pysparse.suite.report.rows import (
+    Statistic,
+    allocation_of,
+    front,
+    method_of,
+    natural,
+    quality_kept,
+    reconstruction_of,
+)
 from pysparse.suite.report.summary import show_setting
 
 HOSTILE = (
@@ -211,6 +219,21 @@ def test_other_settings_keep_recipes_apart():
     (line,) = amounts[0].lines
     assert line[1] == "owl against uniform"  # another amount of data does not keep them apart, but it is said
     assert "calibration data" in amounts[0].note
+
+
+@pytest.mark.parametrize(
+    ("method", "reconstruction", "mask", "survivors"),
+    [
+        ("magnitude", None, "magnitude", "none"), ("wanda", "block:steps=9", "wanda", "block:steps=9"),
+        ("pot", "correct", "magnitude", "correct"), ("pot", "op", "magnitude", "correct, op"),
+        ("sparsegpt", "obs", "sparsegpt", "none"), ("2ssp", None, "2ssp", "none"),
+    ],
+)  # fmt: skip
+def test_what_a_method_does_to_survivors_is_set_apart_where_the_mask_can_be_had_without(
+    method, reconstruction, mask, survivors
+):
+    record = {"method": method, "reconstruction": reconstruction}
+    assert (method_of(record), reconstruction_of(record)) == (mask, survivors)
 
 
 def test_other_options_of_a_task_are_other_rows_and_no_pairs():

@@ -45,8 +45,12 @@ class Plan:
         """How survivors are changed: as the grid says, or what the method does; None where they stay."""
         if self.spec.reconstruction is not None:
             return self.spec.reconstruction
-        own = None if isinstance(self.method, StructuralMethod) else type(self.method.reconstruction).__name__
-        return _OWN.get(own or "")
+        return None if isinstance(self.method, StructuralMethod) else own_reconstruction(self.method)
+
+
+def own_reconstruction(recipe: Recipe) -> str | None:
+    """Return the name of what a method does to the survivors itself; None where they stay."""
+    return _OWN.get(type(recipe.reconstruction).__name__)
 
 
 def plan_for(cell: Cell) -> Plan:

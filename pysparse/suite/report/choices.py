@@ -15,7 +15,15 @@ from pysparse.suite.report.pairs import (
     Paired,
     named,
 )
-from pysparse.suite.report.rows import Record, allocation_of, natural, protocol_of, quality_kept
+from pysparse.suite.report.rows import (
+    Record,
+    allocation_of,
+    method_of,
+    natural,
+    protocol_of,
+    quality_kept,
+    reconstruction_of,
+)
 from pysparse.suite.report.settings import PLAIN, calibration_of, settings_of
 from pysparse.suite.report.summary import show_setting
 
@@ -79,9 +87,9 @@ def answer(choice: Choice, records: Iterable[Record]) -> Finding:
 
 def _parts(record: Record) -> dict[str, str]:
     return {
-        "method": str(record["method"]),
+        "method": method_of(record),
         "allocation": allocation_of(record),
-        "reconstruction": record["reconstruction"] or "none",
+        "reconstruction": reconstruction_of(record),
         "settings": settings_of(record),
     }
 

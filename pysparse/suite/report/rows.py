@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from statistics import median
 from typing import Any
 
 from pysparse.methods import ALLOCATIONS, METHODS
+from pysparse.pruning import Keep
+from pysparse.suite.recipes import GRANULARITIES, own_reconstruction
 
 Record = Mapping[str, Any]
 _Identity = tuple[str, str, str, str, str, str, str, str, float, str]
@@ -160,6 +164,36 @@ def allocation_of(record: Record) -> str:
     recipe = METHODS.get(str(record["method"]))
     own = None if recipe is None else recipe.allocation
     return next((name for name, known in ALLOCATIONS.items() if known == own), "the method's own")
+
+
+def method_of(record: Record) -> str:
+    """Return what chooses the mask of a record: of "pot", which corrects the survivors of "magnitude", the latter."""
+    return _plain_method(str(record["method"]))
+
+
+def reconstruction_of(record: Record) -> str:
+    """Return what is done to the survivors of a mask that another recipe may leave as they are; "none" for nothing.
+
+    What a method does while it chooses the mask (SparseGPT's update) is part of the method.
+    """
+    given, method = str(record["reconstruction"] or "none"), str(record["method"])
+    tuned = given if given.partition(":")[0] in GRANULARITIES else ""
+    own = "" if _plain_method(method) == method else own_reconstruction(METHODS[method])
+    return ", ".join(filter(None, (own, tuned))) or "none"
+
+
+@cache
+def _plain_method(name: str) -> str:
+    """Return the method with the same scores and structure that leaves survivors as they are, else ``name``."""
+    recipe = METHODS.get(name)
+    if recipe is None or recipe.reconstruction == Keep():
+        return name
+    plain = dataclasses.replace(recipe, reconstruction=Keep())
+    return next(
+        (other for other, known in METHODS.items()
+         if dataclasses.replace(known, allocation=plain.allocation) == plain),
+        name,
+    )  # fmt: skip
 
 
 def protocol_of(record: Record) -> str:
