@@ -2,12 +2,14 @@
 
     python benchmarks/publish_suite.py suite_full suite_vision --name suite
 
-writes results/NAME_MACHINE_DATE.{jsonl,html,md} and ..._findings.md, named by the machine and the day of the records.
+writes results/NAME_MACHINE_DATE.{jsonl.gz,html,md} and ..._findings.md, named by the machine and the day of the
+records. The records are read again by `pysparse suite report` and `suite compare`.
 """
 
 from __future__ import annotations
 
 import argparse
+import gzip
 import json
 from pathlib import Path
 
@@ -25,13 +27,15 @@ def publish(runs: list[Path], name: str, folder: Path) -> list[Path]:
     day = max(str(record["started"]) for record in records)[:10]
     stem = f"{name}_{machine_name(records[-1]['environment'])}_{day}"
     title = f"{name}, {day}"
+    lines = "".join(json.dumps(record, allow_nan=False) + "\n" for record in records)
+    packed = folder / f"{stem}.jsonl.gz"
+    packed.write_bytes(gzip.compress(lines.encode(), mtime=0))  # the same bytes for the same records
     texts = {
-        f"{stem}.jsonl": "".join(json.dumps(record, allow_nan=False) + "\n" for record in records),
         f"{stem}.html": page(records, title),
         f"{stem}.md": f"# {title}\n\n{markdown_tables(records)}",
         f"{stem}_findings.md": findings_markdown(records, title),
     }
-    return [write_text(folder / file, text) for file, text in texts.items()]
+    return [packed, *(write_text(folder / file, text) for file, text in texts.items())]
 
 
 def main(arguments: list[str] | None = None) -> None:

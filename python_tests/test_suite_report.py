@@ -460,15 +460,14 @@ def test_published_records_make_the_same_page_again(records, tmp_path, monkeypat
     results = Results(tmp_path / "run")
     for one in records[:30]:
         results.write(one)
-    (results.folder / "grid.toml").write_text("[recipes.wanda]\nnum_samples = 64\n")
     importlib.import_module("publish_suite").main(
         [str(results.folder), "--name", "some", "--output", str(tmp_path)]
     )
     stem = "some_amd-epyc_2026-11-27"
     assert set(capsys.readouterr().out.split()) == {
-        str(tmp_path / f"{stem}{end}") for end in (".jsonl", ".html", ".md", "_findings.md")
+        str(tmp_path / f"{stem}{end}") for end in (".jsonl.gz", ".html", ".md", "_findings.md")
     }
-    again = page(read_records(tmp_path / f"{stem}.jsonl"), "some, 2026-11-27")
+    again = page(read_records(tmp_path / f"{stem}.jsonl.gz"), "some, 2026-11-27")
     assert again == (tmp_path / f"{stem}.html").read_text()
 
 
@@ -480,3 +479,7 @@ def test_the_commands_refuse_what_is_no_run(tmp_path):
     made = command("findings", tmp_path / "cells.jsonl")
     assert made.exit_code == 2
     assert "its schema is 99, expected 1" in made.stderr
+    (tmp_path / "cells.jsonl.gz").write_bytes(b"\x1f\x8b" + bytes(20))
+    made = command("report", tmp_path / "cells.jsonl.gz")
+    assert made.exit_code == 2
+    assert "cells.jsonl.gz holds no records" in " ".join(made.stderr.split())

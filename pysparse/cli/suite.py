@@ -86,7 +86,10 @@ def list_names(json: Json = None, debug: Debug = False) -> None:
 @app.command("compare")
 def compare(
     first: Annotated[
-        Path, typer.Argument(help="Folder of the run before, or its cells.jsonl.", show_default=False)
+        Path,
+        typer.Argument(
+            help="Folder of the run before, or its cells.jsonl (or .jsonl.gz).", show_default=False
+        ),
     ],
     second: Annotated[Path, typer.Argument(help="Folder of the run after.", show_default=False)],
     everything: Annotated[bool, typer.Option("--all", help="Also what stayed within its noise.")] = False,

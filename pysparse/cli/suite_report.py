@@ -13,7 +13,7 @@ from pysparse.cli.output import guarded, say
 Runs = Annotated[
     list[Path],
     typer.Argument(
-        help="Folder of a run, or its cells.jsonl; several become one report.",
+        help="Folder of a run, or its cells.jsonl (or .jsonl.gz); several become one report.",
         metavar="DIR...",
         show_default=False,
     ),

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import gzip
 import json
+import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -73,15 +75,18 @@ class Results:
 
 
 def read_records(source: str | Path) -> list[Record]:
-    """Return the records of a run: its folder, or its ``cells.jsonl``.
+    """Return the records of a run: its folder, or its ``cells.jsonl``, which may be packed by gzip (``.gz``).
 
     Raises FileNotFoundError when there are none, ValueError for what is no record.
     """
     path = Path(source)
     if path.is_file():
-        return [
-            _checked(line, f"{path}:{n}") for n, line in enumerate(path.read_text().splitlines(), start=1)
-        ]
+        content = path.read_bytes()
+        try:
+            text = (gzip.decompress(content) if path.suffix == ".gz" else content).decode()
+        except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+            raise ValueError(f"{path} holds no records: {error}") from None
+        return [_checked(line, f"{path}:{n}") for n, line in enumerate(text.splitlines(), start=1)]
     found = Results(path).read()
     if not found and (path / "cells.jsonl").is_file():
         return read_records(path / "cells.jsonl")
