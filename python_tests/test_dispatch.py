@@ -273,7 +273,8 @@ def test_a_decision_costs_less_than_a_microsecond_or_so(cache):
 
 def test_tune_command_writes_the_file_and_shows_decisions(tmp_path):
     code = (
-        "from pysparse.ops import cost_measure as m; m.SHAPES = ((64, 96), (128, 256)); m._SECONDS = 0.1\n"
+        "from pysparse.ops import cost_measure as m\n"
+        "m.SHAPES = ((64, 96), (128, 256)); m._SECONDS, m._LEAST_ROUNDS = 0.1, 1\n"
         "from pysparse.cli import app; app(['tune', '--dtype', 'fp32', '--json', '-'])"
     )
     done = forked.run(code, **{cost_cache.CACHE_VARIABLE: str(tmp_path)})

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from pysparse.calib.batches import own_batches
+from pysparse.measure import torch_threads
 from pysparse.methods import METHODS, Magnitude, recipe_for
 from pysparse.methods.erk import ErdosRenyi
 from pysparse.methods.fcpts import FCPTS, density_at, learn_rates, weight_histogram
@@ -20,6 +21,13 @@ from pysparse.pruning.correction import Correct, corrected_weight
 from pysparse.pruning.layout import PrunableLayer
 from pysparse.pruning.projection import weighted_mean
 from pysparse.pruning.tuning import OutputMatching, match_outputs_
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Layers of some thousand weights: a second thread would cost more than it computes."""
+    with torch_threads(1):
+        yield
 
 
 def evidences(*shapes, seed=0):
@@ -378,7 +386,7 @@ def test_learned_rates_meet_the_budget_and_spare_what_matters():
     before = copy.deepcopy(model.state_dict())
     layout = discover(model)
     batches = [torch.randn(64, 20, generator=torch.Generator().manual_seed(i)) for i in range(4)]
-    rates = learn_rates(layout, batches, 0.6, FCPTS(epochs=40))
+    rates = learn_rates(layout, batches, 0.6, FCPTS(epochs=10, learning_rate=0.16))
     sizes = [one.size for one in layout.layers]
     assert weighted_mean(list(rates.values()), sizes) == pytest.approx(0.6, abs=1e-6)
     assert rates["2"] == max(rates.values())

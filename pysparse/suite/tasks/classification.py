@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from pysparse.suite.tasks.vision import CALIBRATION_SEED, TEST_SEED, OfPictures
 from pysparse.suite.vision import classifiers
 from pysparse.suite.vision.architectures import ARCHITECTURES
 from pysparse.suite.vision.checkpoints import Lesson
-from pysparse.suite.vision.pixels import pictures
+from pysparse.suite.vision.pixels import Pictures, pictures
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +41,7 @@ class Classification(OfPictures):
 
     def quality(self, model: nn.Module, name: str, *, seed: int) -> Quality:
         """Top-1 accuracy in [0, 1]; its standard error and the cross entropy beside it."""
-        test = pictures("test", self.copies, TEST_SEED)
+        test = _test(self.copies)
         accuracy, cross_entropy = classifiers.scores(model, test)
         error = (accuracy * (1 - accuracy) / len(test.labels)) ** 0.5
         others = {
@@ -53,7 +53,13 @@ class Classification(OfPictures):
 
     def workload(self, name: str, count: int) -> Callable[[nn.Module], Any]:
         """Classify the first test pictures."""
-        return partial(_call, images=pictures("test", 1, TEST_SEED).images[:count])
+        return partial(_call, images=_test(1).images[:count])
+
+
+@lru_cache(maxsize=2)
+def _test(copies: int) -> Pictures:
+    """Return the test pictures, which every cell of a process reads."""
+    return pictures("test", copies, TEST_SEED)
 
 
 @torch.no_grad()

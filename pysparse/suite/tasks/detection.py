@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from pysparse.suite.tasks.vision import CALIBRATION_SEED, TEST_SEED, OfPictures
 from pysparse.suite.vision import detectors
 from pysparse.suite.vision.checkpoints import Lesson
 from pysparse.suite.vision.detector import BACKBONES
-from pysparse.suite.vision.scenes import scenes
+from pysparse.suite.vision.scenes import Scenes, scenes
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,12 +41,18 @@ class Detection(OfPictures):
 
     def quality(self, model: nn.Module, name: str, *, seed: int) -> Quality:
         """Mean average precision at 0.5, in [0, 1], over the ten classes."""
-        value = detectors.precision(model, scenes("test", self.scenes, TEST_SEED))
+        value = detectors.precision(model, _test(self.scenes))
         return Quality("mAP@0.5", value, higher_is_better=True, others={"images": float(self.scenes)})
 
     def workload(self, name: str, count: int) -> Callable[[nn.Module], Any]:
         """Read the first test scenes, up to what comes before boxes are sorted out."""
-        return partial(_call, images=scenes("test", self.batch_size, TEST_SEED).images[:count])
+        return partial(_call, images=_test(self.batch_size).images[:count])
+
+
+@lru_cache(maxsize=2)
+def _test(count: int) -> Scenes:
+    """Return the test scenes, which every cell of a process reads."""
+    return scenes("test", count, TEST_SEED)
 
 
 @torch.no_grad()
