@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import torch
 from harness import Call, Run, command_line, show, time_calls
 from rich.table import Table
-from shapley_peers import captum_calls, peak_bytes, torch_sampler, variance_ratio
+from rivals.peak_probe import peak_gigaflops
+from shapley_peers import TorchTotals, captum_calls, peak_bytes, torch_sampler, variance_ratio
 
 from pysparse.measure.results import to_jsonable
 from pysparse.measure.rounds import torch_threads
@@ -20,6 +22,8 @@ from pysparse.ops import (
     EntrySamples,
     EntryTotals,
     Mlp,
+    draw_permutations,
+    draw_words,
     fm_marginals,
     fm_shapley,
     head_shapley,
@@ -27,6 +31,8 @@ from pysparse.ops import (
 
 FIELDS, COLS = 39, 16  # Criteo's fields, the papers' width: 624 players
 WIDTH = 400  # of the three hidden layers
+TORCH_BATCH, WORD_CALLS = 256, 16
+PARTS = ("fm", "limits", "deep", "captum", "memory")
 Row = dict[str, Any]
 
 
@@ -53,35 +59,99 @@ def rates(calls: dict[str, Callable[[], Any]], samples: int, rounds: int, what: 
     ]  # fmt: skip
 
 
+def walking(
+    source: EntrySamples, totals: EntryTotals, draw: EntryDraw, threads: int = 1
+) -> Callable[[], None]:
+    def run() -> None:
+        with torch_threads(threads):
+            fm_shapley(source, draw, totals)
+
+    return run
+
+
+def torch_rival(source: EntrySamples, pair: bool) -> Callable[[], None]:
+    """Return torch's sampler over all samples, 256 at a time (its best), with the sums that ours makes."""
+    table, ids, labels = map(torch.from_numpy, (source.table, source.ids.astype(np.int64), source.labels))
+    keys = torch.rand(min(TORCH_BATCH, len(ids)), FIELDS * COLS)
+    part, orders = source.part(0, len(keys)), keys.argsort(dim=1).numpy().astype(np.int32)
+    ours = fm_marginals(part, EntryDraw(0, antithetic=pair), orders)
+    theirs = torch_sampler(table, ids[: len(keys)], labels[: len(keys)], keys, pair)
+    torch.testing.assert_close(theirs, torch.from_numpy(ours), atol=1e-5, rtol=0)
+    totals = TorchTotals(table)
+
+    def run() -> None:
+        with torch_threads(1):
+            for start in range(0, len(ids), TORCH_BATCH):
+                some = slice(start, start + TORCH_BATCH)
+                keys = torch.rand(len(ids[some]), FIELDS * COLS)
+                totals.add(ids[some], torch_sampler(table, ids[some], labels[some], keys, pair))
+
+    return run
+
+
 def factorisation_machine(options: argparse.Namespace, rows_of_field: int, samples: int) -> list[Row]:
     source = data(rows_of_field, samples)
-    totals, what = EntryTotals(*source.table.shape), f"FM, table of {len(source.table)} rows"
+    totals, rows = EntryTotals(*source.table.shape), EntryTotals(len(source.table), 1)
+    one, pair = EntryDraw(1, antithetic=False), EntryDraw(1)
+    calls = {
+        "one": walking(source, totals, one), "pair": walking(source, totals, pair),
+        "one, 2 threads": walking(source, totals, one, 2),
+        "rows as players, pair": walking(source, rows, EntryDraw(1, players="field")),
+        "torch vectorised": torch_rival(source, False), "torch vectorised, pair": torch_rival(source, True),
+    }  # fmt: skip
+    found = rates(calls, samples, options.rounds, f"FM, table of {len(source.table)} rows")
+    by_name = {row["call"]: row["microseconds"] for row in found}
+    ours, theirs = by_name["pair"], by_name["torch vectorised, pair"]
+    found[1]["at_equal_error"] = None if None in (ours, theirs) else theirs["median"] / ours["median"]
+    return found
 
-    def call(threads: int, pair: bool) -> Callable[[], None]:
+
+def limits(options: argparse.Namespace) -> list[Row]:
+    """Take memory, then walks, then sharing away: what of a permutation's time is left, and what two cores give.
+
+    "one row a field" has all samples read the same 39 rows, so that table and totals stay in the first cache.
+    "orders alone" draws and shuffles and does nothing with it. "apart" are two threads of one walk each, on samples
+    and totals of their own, with no meeting: what two cores of this machine give at most. "in registers" is the
+    same for a loop that touches no memory (a Philox word stream), with its one thread before.
+    """
+    samples = 256 if options.quick else 4096
+    source, near = data(1000, samples), data(1, samples)
+    one = EntryDraw(1, antithetic=False)
+
+    def totals(of: EntrySamples) -> EntryTotals:
+        return EntryTotals(*of.table.shape)
+
+    def alone(call: Callable[[], Any]) -> Callable[[], None]:
         def run() -> None:
-            with torch_threads(threads):
-                fm_shapley(source, EntryDraw(1, antithetic=pair), totals)
+            with torch_threads(1):
+                call()
 
         return run
 
-    table, ids, labels = map(torch.from_numpy, (source.table, source.ids.astype(np.int64), source.labels))
-    orders = torch.rand(min(256, samples), FIELDS * COLS).argsort(dim=1)
-    part = source.part(0, len(orders))
-    ours = fm_marginals(part, EntryDraw(0, antithetic=False), orders.numpy().astype(np.int32))
-    theirs = torch_sampler(table, ids[: len(orders)], labels[: len(orders)], orders)
-    torch.testing.assert_close(theirs, torch.from_numpy(ours), atol=1e-5, rtol=0)
+    def apart(calls: list[Callable[[], Any]]) -> Callable[[], None]:
+        return lambda: [None for _ in pool.map(lambda call: call(), calls)] and None
 
-    def rival() -> None:
-        with torch_threads(1):
-            for start in range(0, samples, 256):
-                some = slice(start, start + 256)
-                drawn = torch.rand(len(ids[some]), FIELDS * COLS).argsort(dim=1)
-                torch_sampler(table, ids[some], labels[some], drawn)
+    def words() -> None:
+        for _ in range(WORD_CALLS):
+            draw_words(1, 0, 16, 4096)
 
-    calls = {
-        "one": call(1, False), "pair": call(1, True), "one, 2 threads": call(2, False), "torch vectorised": rival,
-    }  # fmt: skip
-    return rates(calls, samples, options.rounds, what)
+    with ThreadPoolExecutor(2) as pool:
+        mine = [walking(source.part(0, samples), totals(source), one) for _ in range(2)]
+        calls = {
+            "one": walking(source, totals(source), one),
+            "one, one row a field": walking(near, totals(near), one),
+            "orders alone": alone(lambda: draw_permutations(1, 0, samples, FIELDS * COLS)),
+            "one, 2 threads": walking(source, totals(source), one, 2),
+            "one, one row a field, 2 threads": walking(near, totals(near), one, 2),
+            "two apart": apart(mine),
+            "words in cache": alone(words),
+            "words in cache, two apart": apart([alone(words)] * 2),
+        }
+        found = rates(calls, samples, options.rounds, "limits")
+    for row in found:
+        if row["call"].endswith("apart") and row["samples_per_second"] is not None:
+            row["samples_per_second"] *= 2
+    return found
 
 
 def beside_captum(options: argparse.Namespace) -> list[Row]:
@@ -159,19 +229,26 @@ def deep(options: argparse.Namespace) -> list[Row]:
         row["gflops"] = None if median is None else work[row["call"]] / median / 1e3
     mine, product = (row["gflops"] for row in found)
     found[0]["of_product"] = None if None in (mine, product) else mine / product
+    peak = peak_gigaflops("fp32", 1)
+    found[0] |= {"peak_gflops": peak, "of_peak": None if None in (mine, peak) else mine / peak}
     return found
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = command_line("shapley", __doc__ or "")
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
     options = parser.parse_args(arguments)
     options.rounds = 3 if options.quick else options.rounds
     run = Run.start("shapley", options)
     samples = 256 if options.quick else 4096
     sizes = (100,) if options.quick else (1000, 28_000)
-    rows = [row for size in sizes for row in factorisation_machine(options, size, samples)]
-    rows += deep(options) + beside_captum(options) + memory(options)
+    parts: dict[str, Callable[[], list[Row]]] = {
+        "fm": lambda: [row for size in sizes for row in factorisation_machine(options, size, samples)],
+        "limits": lambda: limits(options), "deep": lambda: deep(options),
+        "captum": lambda: beside_captum(options), "memory": lambda: memory(options),
+    }  # fmt: skip
+    rows = [row for part in PARTS if part in options.only for row in parts[part]()]
     table = Table(
         "what", "call", "samples/s", "GFLOP/s", "x at equal error", "x memory", title="Shapley walks"
     )

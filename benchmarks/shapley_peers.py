@@ -30,18 +30,41 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 """
 
 
-def torch_sampler(table: Tensor, ids: Tensor, labels: Tensor, orders: Tensor) -> Tensor:
-    """One permutation a sample without a loop over steps: base zero; ``orders`` int64 [B, n]; marginals [B, n]."""
+def torch_sampler(table: Tensor, ids: Tensor, labels: Tensor, keys: Tensor, pair: bool = False) -> Tensor:
+    """One permutation a sample, or a pair, without a loop over steps; base zero; marginals [B, n].
+
+    Players go in the order of their ``keys``, float32 [B, n]: sorted once over all and once within each column, so
+    no inverse permutation is made. The reverse order uses the same sorts: before it takes an entry its column's sum
+    is that of the entries that went before, and of this one.
+    """
     e = table[ids]  # [B, m, d]
-    when = torch.empty_like(orders).scatter_(1, orders, torch.arange(orders.shape[1]).expand_as(orders))
-    turn = when.view(e.shape).argsort(dim=1)  # within each column
+    orders = keys.argsort(dim=1)
+    turn = keys.view(e.shape).argsort(dim=1)  # within each column
     gone = torch.gather(e, 1, turn)
-    before = e.sum(1, keepdim=True) - (gone.cumsum(1) - gone)
-    steps = torch.empty_like(e).scatter_(1, turn, -gone * (before - gone)).flatten(1)
+    through = gone.cumsum(1)
     logit = 0.5 * (e.sum(1).square() - e.square().sum(1)).sum(1, keepdim=True)
-    along = torch.cat([logit, logit + steps.gather(1, orders).cumsum(1)], dim=1)
-    loss = torch.nn.functional.softplus(along) - labels[:, None] * along
-    return torch.empty_like(steps).scatter_(1, orders, loss.diff(dim=1))
+    walks = [(orders, -gone * (e.sum(1, keepdim=True) - through))]
+    if pair:
+        walks.append((orders.flip(1), -gone * (through - gone)))
+    result = torch.zeros_like(keys)
+    for order, removals in walks:
+        steps = torch.empty_like(e).scatter_(1, turn, removals).flatten(1)
+        along = torch.cat([logit, logit + steps.gather(1, order).cumsum(1)], dim=1)
+        loss = torch.nn.functional.softplus(along) - labels[:, None] * along
+        result.scatter_add_(1, order, loss.diff(dim=1))
+    return result / len(walks)
+
+
+class TorchTotals:
+    """Sums of marginals and of squares a table entry, as ours: float64 [rows, cols]."""
+
+    def __init__(self, table: Tensor) -> None:
+        self.sums, self.squares = (torch.zeros(table.shape, dtype=torch.float64) for _ in range(2))
+
+    def add(self, ids: Tensor, marginals: Tensor) -> None:
+        rows = marginals.double().view(-1, self.sums.shape[1])
+        self.sums.index_add_(0, ids.flatten(), rows)
+        self.squares.index_add_(0, ids.flatten(), rows.square())
 
 
 def captum_calls(source: EntrySamples) -> dict[str, tuple[Callable[[], Any], int]]:

@@ -472,19 +472,19 @@ def shapley_permutations(
 def shapley_fm(
     samples: list[int],
     shape: tuple[int, int, int, int],
-    draw: tuple[int, int, int, bool, int],
+    draw: tuple[int, int, int, bool, bool, bool, int],
     totals: list[int],
 ) -> None: ...
 def shapley_fm_marginals(
     samples: list[int],
     shape: tuple[int, int, int, int],
-    draw: tuple[int, int, int, bool, int],
+    draw: tuple[int, int, int, bool, bool, bool, int],
     marginals: int,
 ) -> None: ...
 def shapley_head(
     samples: list[int],
     shape: tuple[int, int, int, int],
-    draw: tuple[int, int, int, bool, int],
+    draw: tuple[int, int, int, bool, bool, bool, int],
     head: tuple[bool, int, int, int, int],
     widths: tuple[int, int],
     arrays: list[tuple[int, int]],
@@ -493,7 +493,7 @@ def shapley_head(
 def shapley_head_marginals(
     samples: list[int],
     shape: tuple[int, int, int, int],
-    draw: tuple[int, int, int, bool, int],
+    draw: tuple[int, int, int, bool, bool, bool, int],
     head: tuple[bool, int, int, int, int],
     widths: tuple[int, int],
     arrays: list[tuple[int, int]],

@@ -24,11 +24,15 @@ def call(*arguments, code=0):
 def test_embed(tmp_path):
     arguments = ["embed", "synthetic", "--samples", 3000, "--dims", 4, "--epochs", 2, "--json", "-"]
     plan = json.loads(call(*arguments, "--dry-run").stdout)
-    assert plan == {"evaluations": 2 * 8 * 4 * 2100, "samples": 2100, "forms": 3}
+    entries, rows = 2 * 8 * 4 * 2100, 2 * 8 * 2100
+    forms = {name: entries for name in ("shaver", "shaver, model target", "shaver, zero")}
+    forms["shaver, rows"] = rows
+    assert plan == {"evaluations": 3 * entries + rows, "samples": 2100, "forms": forms}
     plot = tmp_path / "study.png"
     found = json.loads(call(*arguments, "--sparsity", 0.8, "-o", tmp_path / "out", "--plot", plot).stdout)
     assert {row["scores"] for row in found["rows"]} == {
-        "shaver", "shaver, model target", "shaver, zero", "codebook error", "taylor", "magnitude", "random",
+        "shaver", "shaver, model target", "shaver, zero", "shaver, rows", "codebook error", "taylor", "magnitude",
+        "random",
     }  # fmt: skip
     assert all(row["sparsity"] == 0.8 and 0 < row["auc"] < 1 for row in found["rows"])
     assert found["lookup"][0]["packed_microseconds"] > 0

@@ -323,6 +323,52 @@ def test_an_interrupted_run_goes_on_and_counts_nothing_twice(estimator, tmp_path
     assert not list(tmp_path.glob("*.part"))
 
 
+@pytest.mark.parametrize("how", [Exact(), Truncated(0.3), TopK(3)], ids=str)
+def test_estimators_without_units_go_on_too(how, tmp_path, monkeypatch):
+    monkeypatch.setattr("pysparse.shapley.state.SAVE_SECONDS", 0.0)
+    table, path, seen = random_table(8, 3), tmp_path / "run.state", []
+
+    def failing(coalitions):
+        seen.append(len(coalitions))
+        if len(seen) == 20:
+            raise Interrupted
+        return table(coalitions)
+
+    def run(game, budget, options):
+        if isinstance(how, TopK):
+            return how.find(game, budget, 2, options).values
+        return how.estimate(game, budget, 2, options)
+
+    options = Options(batch_size=13, state=path)
+    with pytest.raises(Interrupted):
+        run(FunctionGame(failing, 8), 1400, options)
+    before = sum(seen[:-1])
+    seen[:] = [0] * 20  # from here on it counts alone
+    resumed, whole = run(FunctionGame(failing, 8), 1400, options), run(table, 1400, Options())
+    assert np.array_equal(resumed.mean, whole.mean)
+    assert np.array_equal(resumed.stderr, whole.stderr)
+    assert (resumed.samples, resumed.evaluations) == (whole.samples, whole.evaluations)
+    assert sum(seen) < whole.evaluations < before + sum(seen)  # what was saved is not made again
+    assert np.array_equal(run(table, 1400, options).mean, whole.mean)  # nothing left to do
+    with pytest.raises(ValueError, match="belongs to another game"):
+        run(Table(-table.values), 1400, options)
+    with pytest.raises(ValueError, match="players was 8, is 6"):
+        run(random_table(6, 3), 1400, options)
+    path.write_bytes(path.read_bytes()[:-3])
+    with pytest.raises(ValueError, match="damaged"):
+        run(table, 1400, options)
+
+
+def test_truncated_walks_stop_at_a_small_error():
+    table = random_table(6, 1)
+    found = Truncated(0.05).estimate(table, 100_000, 1, Options(stop=0.1))
+    assert found.ratio < 0.1
+    assert found.evaluations < 50_000
+    assert found.samples % 16 == 0  # where it is looked at, whatever the batches
+    small = Truncated(0.05).estimate(table, 100_000, 1, Options(stop=0.1, batch_size=5))
+    assert np.array_equal(found.mean, small.mean)
+
+
 def test_a_state_that_is_damaged_or_of_another_run_is_refused(tmp_path):
     path, table = tmp_path / "run.state", random_table(5, 3)
     options = Options(state=path)
@@ -361,6 +407,8 @@ def test_bad_input_is_named():
         Options(stop=float("nan"))
     with pytest.raises(ValueError, match="k=5 is not below"):
         TopK(5).find(game, 1000)
+    with pytest.raises(ValueError, match="stops when all are decided"):
+        TopK(2).find(game, 1000, options=Options(stop=0.1))
     with pytest.raises(ValueError, match="tolerance is 0 or more"):
         Truncated(-1.0)
     with pytest.raises(ValueError, match="has 6 players, the game 5"):

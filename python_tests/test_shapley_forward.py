@@ -1,15 +1,14 @@
-"""Heads, neurons and blocks of a real model as players of its forward pass, beside surgery on the weights."""
+"""Heads, neurons and blocks of a transformers model as players of its forward pass, beside surgery on the weights."""
 
 import copy
 
 import numpy as np
 import pytest
 import torch
+from tiny_models import tiny, tokens
 from torch import nn
-from transformers import AutoModelForCausalLM
 
 from pysparse import backend
-from pysparse.data import demo_model_path
 from pysparse.models.players import players_of
 from pysparse.shapley import Exact, ForwardGame, Part, Permutation, input_means, input_parts, next_token_loss
 
@@ -20,12 +19,12 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def model():
-    return AutoModelForCausalLM.from_pretrained(demo_model_path(), dtype=torch.float32).eval()
+    return tiny("llama", num_hidden_layers=6)  # 6 blocks, 24 heads, 36 groups of 8 neurons
 
 
 @pytest.fixture(scope="module")
-def ids(model):
-    return torch.randint(5, model.config.vocab_size, (3, 16), generator=torch.Generator().manual_seed(0))
+def ids():
+    return tokens(3, 16)
 
 
 def loss_of(model, ids):
@@ -49,7 +48,7 @@ def test_blocks_are_those_of_a_shorter_model(model, ids):
     assert one_absent(game, 2) == pytest.approx(-loss_of(shorter, ids), abs=1e-5)
 
 
-@pytest.mark.parametrize(("kind", "group"), [("heads", 1), ("neurons", 64)])
+@pytest.mark.parametrize(("kind", "group"), [("heads", 1), ("neurons", 8)])
 def test_inputs_are_columns_of_the_weight(model, ids, kind, group):
     players = players_of(model, kind, group)
     path, part = players[len(players) // 2][0].partition("[")[0], players[len(players) // 2][1]
@@ -80,13 +79,13 @@ def test_values_do_not_depend_on_how_many_go_at_once(model, ids):
 
 
 def test_absent_inputs_may_have_their_means(model, ids):
-    parts = [part for _, part in players_of(model, "neurons", group=64)][:3]
+    parts = [part for _, part in players_of(model, "neurons", group=8)][:3]
     means = input_means(model, ids, parts)
     seen = []
     handle = parts[0].module.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
     loss_of(model, ids)
     handle.remove()
-    torch.testing.assert_close(means[1], seen[0].flatten(0, 1)[:, 64:128].mean(0), atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(means[1], seen[0].flatten(0, 1)[:, 8:16].mean(0), atol=1e-6, rtol=1e-5)
     with_means = one_absent(ForwardGame(model, ids, parts, means=means), 1)
     assert with_means != one_absent(ForwardGame(model, ids, parts), 1)
 

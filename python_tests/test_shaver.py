@@ -24,6 +24,7 @@ from pysparse.methods.shaver import (
     entry_samples,
     field_codebook,
     prune_embedding,
+    spread_over_entries,
     walker_of,
 )
 from pysparse.methods.shaver_bits import affine_values, load_affine, quantise_embedding, save_affine
@@ -35,7 +36,8 @@ from pysparse.ops import EntryDraw, fm_marginals, head_marginals
 pytestmark = pytest.mark.skipif(
     not backend.available(), reason=f"no compiled core: {backend.missing_reason()}"
 )
-SCORERS = [Shaver(), CodebookError(), EntryMagnitude(), EntryTaylor(), RandomEntries()]
+ROWS = Shaver(passes=2, players="field", se="permutation")
+SCORERS = [Shaver(), ROWS, CodebookError(), EntryMagnitude(), EntryTaylor(), RandomEntries()]
 
 
 def planted(samples=4000, **changes):
@@ -145,6 +147,30 @@ def test_planted_truth():
     assert np.abs(exact.reshape(8, -1)).sum(1)[-2:].max() < 0.05 * np.abs(exact).sum()
 
 
+def test_rows_share_their_value_out():
+    _, clicks, model = planted(2000)
+    with torch.no_grad():
+        model.table[60] = torch.from_numpy(entry_samples(model, clicks).base[1])  # row 10 of field 1
+    found = ROWS(model, clicks)
+    rows, base = found.shapley.mean, np.repeat(found.base, clicks.field_sizes, axis=0)
+    assert rows.shape == (400, 1)
+    assert found.shapley.evaluations == ROWS.evaluations(clicks, 4) == 2 * 2 * 8 * 2000
+    np.testing.assert_allclose(found.scores.sum(1), np.abs(rows[:, 0]), rtol=1e-12)
+    distance = np.abs(model.table.detach().numpy().astype(float) - base)
+    live = (found.scores > 0).all(1)
+    shares = found.scores[live] / found.scores[live].sum(1, keepdims=True)
+    np.testing.assert_allclose(shares, distance[live] / distance[live].sum(1, keepdims=True), rtol=1e-9)
+    per_field = [one.shapley.mean.reshape(8, -1).sum(1) for one in (found, Shaver()(model, clicks))]
+    np.testing.assert_allclose(
+        *per_field, atol=0.1 * np.abs(per_field[0]).max()
+    )  # of two games: near, not equal
+
+
+def test_a_row_that_is_its_base_is_worth_nothing():
+    values = spread_over_entries(np.array([[0.0], [3.0]]), np.array([[0.0, 0.0], [-1.0, 2.0]]))
+    assert np.array_equal(values, [[0.0, 0.0], [1.0, 2.0]])
+
+
 def test_copies_of_a_field_are_worth_the_same():
     _, clicks, model = planted(6000, copy_of=0)
     values = Shaver(passes=2)(model, clicks).shapley
@@ -202,12 +228,15 @@ def test_scores_beat_chance_and_zeros():
         for name, scorer in (
             ("shaver", Shaver()),
             ("zero", Shaver(base="zero")),
+            ("rows", ROWS),
             ("error", CodebookError()),
             ("taylor", EntryTaylor()),
             ("random", RandomEntries()),
         )
     }
-    assert max(losses[name] for name in ("shaver", "zero", "error", "taylor")) < losses["random"] - 0.02
+    assert (
+        max(losses[name] for name in ("shaver", "zero", "rows", "error", "taylor")) < losses["random"] - 0.02
+    )
 
 
 # --- training, tuning, bits ------------------------------------------------------------------------------
@@ -285,6 +314,10 @@ def test_bad_input():
         Shaver()(model, clicks.take(slice(0, 0)))
     with pytest.raises(ValueError, match="passes is at least 1, got 0"):
         Shaver(passes=0)
+    with pytest.raises(ValueError, match="se='permutation' needs an even number of passes, got 3"):
+        Shaver(passes=3, se="permutation")
+    with pytest.raises(ValueError, match="players is 'entry' or 'field', got 'rows'"):
+        Shaver(players="rows")
     with pytest.raises(ValueError, match="sparsity is in .0, 1., got 1.5"):
         Shaver()(model, clicks).keep(1.5)
     other = CtrModel(CtrConfig("fm", (10, 9, 9, 9), 3))

@@ -18,7 +18,7 @@ DrawView drawn(uint64_t seed, uint64_t first, uint32_t visit, uint32_t purpose, 
 
 using Addresses = std::array<uintptr_t, 5>;
 using Shape = std::tuple<int64_t, int64_t, int, int>;  // rows, samples, fields, cols
-using Draw = std::tuple<uint64_t, uint64_t, uint32_t, bool, uintptr_t>;
+using Draw = std::tuple<uint64_t, uint64_t, uint32_t, bool, bool, bool, uintptr_t>;
 
 EntrySamples samples_of(const Addresses& at, const Shape& shape) {
   const auto [rows, samples, fields, cols] = shape;
@@ -34,8 +34,8 @@ EntrySamples samples_of(const Addresses& at, const Shape& shape) {
 }
 
 EntryDraw draw_of(const Draw& draw) {
-  const auto [seed, first, visit, antithetic, orders] = draw;
-  return {seed, first, visit, antithetic, pointer<const int32_t>(orders)};
+  const auto [seed, first, visit, antithetic, whole_rows, twice, orders] = draw;
+  return {seed, first, visit, antithetic, whole_rows, twice, pointer<const int32_t>(orders)};
 }
 
 EntryTotals totals_of(const Addresses& at) {

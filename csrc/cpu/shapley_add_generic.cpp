@@ -9,14 +9,19 @@ namespace {
 
 void run(const MarginalTile& tile, const EntryTotals& totals, RowRange mine) {
   const int width = padded_width(tile.cols);
-  const float* from = tile.marginals;
-  for (int64_t i = 0; i < tile.samples * tile.fields; ++i, from += width) {
+  for (int64_t i = 0; i < tile.samples * tile.fields; ++i) {
     if (!mine.has(tile.ids[i])) continue;
     const int64_t row = int64_t{tile.ids[i]} * tile.cols;
     for (int k = 0; k < tile.cols; ++k) {
-      const double x = from[k];
+      const double x = tile.marginals[i * width + k];
+      double spread = x;
       totals.sums[row + k] += std::llrint(x * kSumScale);
-      totals.squares[row + k] += std::llrint(x * x * kSquareScale);
+      if (tile.again) {
+        const double y = tile.again[i * width + k];
+        totals.sums[row + k] += std::llrint(y * kSumScale);
+        spread = x - y;
+      }
+      totals.squares[row + k] += std::llrint(spread * spread * kSquareScale);
     }
   }
 }

@@ -85,11 +85,40 @@ inline void remove_all(const Walk& w, int players, int column_mask) {
   }
 }
 
-// Fixes the order in place of a drawn one: nothing is swapped.
-inline void take_order(const int32_t* order, int players, int cols, int width, const Walk& w) {
+// The same for rows that go as wholes; `width` columns, the padded ones zero.
+template <bool kAntithetic>
+inline void remove_rows(const Walk& w, int rows, int width) {
+  for (int i = 0; i < rows; ++i) {
+    const uint32_t j = w.partner[i], row = w.left[j];
+    w.left[j] = w.left[i];
+    w.order[i] = static_cast<uint16_t>(row);
+    const float *deltas = w.delta + row * width, *biases = w.bias + row * width;
+    __m512 forward = _mm512_setzero_ps(), backward = forward;
+    for (int k = 0; k < width; k += 16) {
+      const auto live = static_cast<__mmask16>((1u << std::min(16, width - k)) - 1);
+      const __m512 delta = _mm512_maskz_loadu_ps(live, deltas + k);
+      const __m512 bias = _mm512_maskz_loadu_ps(live, biases + k);
+      const __m512 before = _mm512_maskz_loadu_ps(live, w.sum + k);
+      const __m512 after = _mm512_add_ps(before, delta);
+      _mm512_mask_storeu_ps(w.sum + k, live, after);
+      forward = _mm512_add_ps(forward, _mm512_fmadd_ps(delta, before, bias));
+      if constexpr (kAntithetic) {
+        const __m512 both = _mm512_maskz_loadu_ps(live, w.both + k);
+        backward =
+            _mm512_add_ps(backward, _mm512_fmadd_ps(delta, _mm512_sub_ps(both, after), bias));
+      }
+    }
+    w.forward[i] = _mm512_reduce_add_ps(forward);
+    if constexpr (kAntithetic) w.backward[rows - 1 - i] = _mm512_reduce_add_ps(backward);
+  }
+}
+
+// Fixes the order in place of a drawn one: nothing is swapped. `each` players of a field stand
+// `width` apart from the next one's.
+inline void take_order(const int32_t* order, int players, int each, int width, const Walk& w) {
   for (int i = 0; i < players; ++i) {
     w.partner[i] = static_cast<uint32_t>(i);
-    w.left[i] = static_cast<uint16_t>(order[i] / cols * width + order[i] % cols);
+    w.left[i] = static_cast<uint16_t>(order[i] / each * width + order[i] % each);
   }
 }
 
@@ -128,24 +157,27 @@ class LinesAhead {
   int rows_;
 };
 
-template <bool kAntithetic>
+template <bool kAntithetic, bool kRows>
 float run_samples(const EntrySamples& v, const EntryDraw& draw, int64_t begin, int64_t end,
                   const EntryTotals* soon, void* scratch, float* tile) {
-  const int players = v.fields * v.cols, width = padded_width(v.cols), padded = v.fields * width;
-  const Walk w = lay_out(scratch, padded);
-  for (int i = 0; i < players; ++i)
-    w.all[i] = static_cast<uint16_t>(i / v.cols * width + i % v.cols);
+  const int each = kRows ? 1 : v.cols, stride = padded_width(each), padded = v.fields * stride;
+  const int players = v.fields * each, width = padded_width(v.cols);
+  const Walk w = lay_out(scratch, int64_t{v.fields} * width);
+  for (int i = 0; i < players; ++i) w.all[i] = static_cast<uint16_t>(i / each * stride + i % each);
   float peak = 0;
   for (int64_t s = begin; s < end; ++s, tile += padded) {
     const float logit = read_sample(v, s, width, w);
     if (draw.orders) {
-      take_order(draw.orders + s * players, players, v.cols, width, w);
+      take_order(draw.orders + s * players, players, each, stride, w);
     } else {
       std::memcpy(w.left, w.all, static_cast<size_t>(players) * sizeof(uint16_t));
       draw_partners({draw.seed, draw.first + static_cast<uint64_t>(s), draw.visit, 0}, players,
                     w.partner);
     }
-    remove_all<kAntithetic>(w, players, width - 1);
+    if constexpr (kRows)
+      remove_rows<kAntithetic>(w, players, width);
+    else
+      remove_all<kAntithetic>(w, players, width - 1);
     const LinesAhead ahead(v, s + 1, (players + 15) / 16, soon);
     peak = larger(peak, loss_steps(w.forward, players, logit, v.labels[s], ahead));
     if constexpr (kAntithetic) {
@@ -161,8 +193,12 @@ float run_samples(const EntrySamples& v, const EntryDraw& draw, int64_t begin, i
 
 float run(const EntrySamples& v, const EntryDraw& draw, int64_t begin, int64_t end,
           const EntryTotals* soon, void* scratch, float* tile) {
-  return (draw.antithetic ? run_samples<true> : run_samples<false>)(v, draw, begin, end, soon,
-                                                                    scratch, tile);
+  if (draw.whole_rows)  // their totals are few: nothing to ask for ahead
+    return (draw.antithetic ? run_samples<true, true> : run_samples<false, true>)(v, draw, begin,
+                                                                                  end, nullptr,
+                                                                                  scratch, tile);
+  return (draw.antithetic ? run_samples<true, false>
+                          : run_samples<false, false>)(v, draw, begin, end, soon, scratch, tile);
 }
 
 }  // namespace

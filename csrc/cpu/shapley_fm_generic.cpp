@@ -1,4 +1,5 @@
-// The walk of a factorisation machine in double precision, each order by itself: the oracle.
+// The walk of a factorisation machine in double precision, each order by itself and each entry of a
+// row by itself: the oracle.
 #include <algorithm>
 #include <cmath>
 #include <utility>
@@ -15,11 +16,14 @@ double log_loss(double logit, double label) {
   return std::max(logit, 0.0) - label * logit + std::log1p(std::exp(-std::fabs(logit)));
 }
 
-// Removes the players in turn: dt = (c - E) (s - E), as the squares of the difference cancel.
-void remove_in_turn(const EntrySamples& v, int64_t sample, const int32_t* order, bool backwards,
-                    float share, float* marginals) {
+// Removes the players in turn: dt = (c - E) (s - E) an entry, as the squares of the difference
+// cancel.
+void remove_in_turn(const EntrySamples& v, const EntryDraw& draw, int64_t sample,
+                    const int32_t* order, bool backwards, float* marginals) {
   const int32_t* ids = v.ids + sample * v.fields;
-  const int players = v.fields * v.cols, width = padded_width(v.cols);
+  const int each = players_per_field(v, draw), players = v.fields * each;
+  const int width = padded_width(each), entries = v.cols / each;
+  const float share = draw.antithetic ? 0.5f : 1.0f;
   const auto entry = [&](int f, int k) { return double{v.table[int64_t{ids[f]} * v.cols + k]}; };
   std::vector<double> sums(static_cast<size_t>(v.cols));
   double logit = v.offset ? v.offset[sample] : 0.0, pairs = 0;
@@ -32,13 +36,15 @@ void remove_in_turn(const EntrySamples& v, int64_t sample, const int32_t* order,
   double before = log_loss(logit, v.labels[sample]);
   for (int i = 0; i < players; ++i) {
     const int player = order[backwards ? players - 1 - i : i];
-    const int f = player / v.cols, k = player % v.cols;
-    const double e = entry(f, k), delta = v.base[player] - e;
-    double& sum = sums[static_cast<size_t>(k)];
-    logit += delta * (sum - e);
-    sum += delta;
+    const int f = player / each, first = player % each;
+    for (int k = first; k < first + entries; ++k) {
+      const double e = entry(f, k), delta = v.base[f * v.cols + k] - e;
+      double& sum = sums[static_cast<size_t>(k)];
+      logit += delta * (sum - e);
+      sum += delta;
+    }
     const double after = log_loss(logit, v.labels[sample]);
-    marginals[f * width + k] += share * static_cast<float>(after - before);
+    marginals[f * width + first] += share * static_cast<float>(after - before);
     before = after;
   }
 }
@@ -53,7 +59,8 @@ void draw_order(const Stream& stream, int players, uint32_t* partner, int32_t* o
 
 float run(const EntrySamples& v, const EntryDraw& draw, int64_t begin, int64_t end,
           const EntryTotals*, void* scratch, float* tile) {
-  const int players = v.fields * v.cols, padded = v.fields * padded_width(v.cols);
+  const int each = players_per_field(v, draw), players = v.fields * each;
+  const int padded = v.fields * padded_width(each);
   auto* partner = static_cast<uint32_t*>(scratch);
   auto* order = reinterpret_cast<int32_t*>(partner + ShapleyDraw::padded(players));
   float peak = 0;
@@ -71,8 +78,8 @@ float run(const EntrySamples& v, const EntryDraw& draw, int64_t begin, int64_t e
     }
     float* marginals = tile + (s - begin) * padded;
     std::fill_n(marginals, padded, 0.0f);
-    remove_in_turn(v, s, order, false, draw.antithetic ? 0.5f : 1.0f, marginals);
-    if (draw.antithetic) remove_in_turn(v, s, order, true, 0.5f, marginals);
+    remove_in_turn(v, draw, s, order, false, marginals);
+    if (draw.antithetic) remove_in_turn(v, draw, s, order, true, marginals);
     for (int i = 0; i < padded; ++i) peak = larger(peak, std::fabs(marginals[i]));
   }
   return peak;

@@ -12,6 +12,7 @@ namespace pysparse {
 namespace {
 
 constexpr double kRoom = 4611686018427387904.0;  // 2^62
+constexpr double kMostAtOnce = kRoom / 2;        // beside what a total keeps when it is spilled
 
 void check_shape(const EntrySamples& v) {
   check(v.fields > 0 && v.cols > 0 && v.rows > 0 && v.samples >= 0, "a table of ", v.rows, " x ",
@@ -58,12 +59,14 @@ void check_samples(const EntrySamples& v, const EntryDraw& draw) {
   check(draw.first <= Stream::kSamples &&
             static_cast<uint64_t>(v.samples) <= Stream::kSamples - draw.first,
         "samples ", draw.first, " + ", v.samples, " are beyond ", Stream::kSamples);
-  check(draw.visit < Stream::kVisits, "visit ", draw.visit, " is beyond ", Stream::kVisits);
+  const uint32_t last = draw.visit + (draw.twice ? 1 : 0);
+  check(draw.visit < Stream::kVisits && last < Stream::kVisits, "visit ", last, " is beyond ",
+        Stream::kVisits);
   check_ids(v);
   for (int64_t i = 0; i < v.samples; ++i)
     check(v.labels[i] >= 0 && v.labels[i] <= 1, "label ", v.labels[i], " of sample ", i,
           " is not in [0, 1]");
-  const int64_t players = int64_t{v.fields} * v.cols;
+  const int64_t players = int64_t{v.fields} * players_per_field(v, draw);
   if (draw.orders)
     for (int64_t i = 0; i < v.samples; ++i) check_order(draw.orders + i * players, players, i);
 }
@@ -91,33 +94,49 @@ RowRange owned_rows(const EntrySamples& v, int owner, int owners) {
   return {edge(owner), edge(owner + 1)};
 }
 
-TileAdder::TileAdder(const EntrySamples& samples, const EntryTotals& totals, RowRange mine,
-                     bool repeated)
+TileAdder::TileAdder(const EntrySamples& samples, const EntryDraw& draw, const EntryTotals& totals,
+                     RowRange mine, bool repeated)
     : samples_(samples),
       totals_(totals),
       mine_(mine),
+      each_(players_per_field(samples, draw)),
+      draws_(draw.twice ? 2 : 1),
       repeats_(repeated ? samples.fields : 1),
       bound_{totals.bound[0], totals.bound[1]},
       kernel_(lookup<ShapleyAdd>(DType::kFloat32)) {}
+
+// Twice a marginal is squared of two draws, and a row may take many of one sample.
+float TileAdder::limit() const {
+  return kLargestMarginal / static_cast<float>(draws_ * std::sqrt(static_cast<double>(repeats_)));
+}
 
 // Makes sure that `growth` more fits, by moving the upper bits of the totals away.
 void TileAdder::make_room(int which, double growth) {
   if (bound_[which] + growth > kRoom) {
     spill(which ? totals_.squares : totals_.sums, which ? totals_.squares_high : totals_.sums_high,
-          int64_t{mine_.begin} * samples_.cols, int64_t{mine_.end} * samples_.cols);
+          int64_t{mine_.begin} * each_, int64_t{mine_.end} * each_);
     bound_[which] = std::ldexp(1.0, kLowBits);
   }
   bound_[which] += growth;
 }
 
-void TileAdder::add(const float* marginals, float peak, int64_t first, int64_t count) {
-  check(peak < kLargestMarginal, "a marginal of samples ", first, " to ", first + count - 1, " is ",
-        peak, "; they must be finite and below ", kLargestMarginal, " nats");
-  const double often = static_cast<double>(count) * static_cast<double>(repeats_);
-  make_room(0, often * (double{peak} * kSumScale + 1));
-  make_room(1, often * (double{peak} * peak * kSquareScale + 1));
-  const int32_t* ids = samples_.ids + first * samples_.fields;
-  kernel_.run({marginals, ids, count, samples_.fields, samples_.cols}, totals_, mine_);
+void TileAdder::add(const float* marginals, const float* again, float peak, int64_t first,
+                    int64_t count) {
+  check(peak < limit(), "a marginal of samples ", first, " to ", first + count - 1, " is ", peak,
+        "; they must be finite and below ", limit(), " nats");
+  const double often = static_cast<double>(repeats_), most = double{peak} * draws_;
+  const double growth[2] = {often * (most * kSumScale + 2),
+                            often * (most * most * kSquareScale + 1)};
+  const int64_t padded = int64_t{samples_.fields} * padded_width(each_);
+  const auto piece = static_cast<int64_t>(kMostAtOnce / std::max(growth[0], growth[1]));
+  for (int64_t at = 0; at < count; at += piece) {  // usually one
+    const int64_t some = std::min(piece, count - at);
+    for (int which : {0, 1}) make_room(which, static_cast<double>(some) * growth[which]);
+    const int32_t* ids = samples_.ids + (first + at) * samples_.fields;
+    kernel_.run({marginals + at * padded, again ? again + at * padded : nullptr, ids, some,
+                 samples_.fields, each_},
+                totals_, mine_);
+  }
 }
 
 void fm_shapley(const EntrySamples& v, const EntryDraw& draw, const EntryTotals& totals) {
@@ -127,25 +146,27 @@ void fm_shapley(const EntrySamples& v, const EntryDraw& draw, const EntryTotals&
   const int threads = threads_for(v.samples * padded * 16);
   // A thread alone adds what it has just walked; in a team it will add rows of its own.
   const EntryTotals* soon = threads == 1 ? &totals : nullptr;
-  add_samples(v, totals, threads, [&](int64_t begin, int64_t end, float* tile) {
-    thread_local Scratch scratch;
-    return kernel.run(v, draw, begin, end, soon, scratch.reserve(ShapleyFm::scratch_bytes(padded)),
-                      tile);
-  });
+  add_samples(v, draw, totals, threads,
+              [&](const EntryDraw& one, int64_t begin, int64_t end, float* tile) {
+                thread_local Scratch scratch;
+                void* space = scratch.reserve(ShapleyFm::scratch_bytes(padded));
+                return kernel.run(v, one, begin, end, soon, space, tile);
+              });
 }
 
 void fm_marginals(const EntrySamples& v, const EntryDraw& draw, float* marginals) {
   check_samples(v, draw);
   const auto& kernel = lookup<ShapleyFm>(DType::kFloat32);
-  const int width = padded_width(v.cols);
+  const int each = players_per_field(v, draw), width = padded_width(each);
   Scratch scratch, memory;
   auto* tile = static_cast<float*>(
       memory.reserve(static_cast<size_t>(v.fields) * static_cast<size_t>(width) * sizeof(float)));
-  void* space = scratch.reserve(ShapleyFm::scratch_bytes(int64_t{v.fields} * width));
+  const int64_t padded = int64_t{v.fields} * padded_width(v.cols);
+  void* space = scratch.reserve(ShapleyFm::scratch_bytes(padded));
   for (int64_t s = 0; s < v.samples; ++s) {
     kernel.run(v, draw, s, s + 1, nullptr, space, tile);
     for (int f = 0; f < v.fields; ++f)
-      std::copy_n(tile + f * width, v.cols, marginals + (s * v.fields + f) * v.cols);
+      std::copy_n(tile + f * width, each, marginals + (s * v.fields + f) * each);
   }
 }
 

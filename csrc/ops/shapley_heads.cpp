@@ -311,18 +311,19 @@ void put_row(const Head& head, Block& b, int64_t row, const std::vector<double>&
               b.lead_rows[i].data() + row * head.leads[i].width);
 }
 
-void remove_in_turn(const Head& head, const EntrySamples& v, int64_t sample, const int32_t* order,
-                    bool backwards, float share, Block& b, float* marginals) {
-  const int64_t players = head.inputs;
-  const int width = padded_width(v.cols);
+void remove_in_turn(const Head& head, const EntrySamples& v, const EntryDraw& draw, int64_t sample,
+                    const int32_t* order, bool backwards, Block& b, float* marginals) {
+  const int each = players_per_field(v, draw), width = padded_width(each), entries = v.cols / each;
+  const int64_t players = int64_t{v.fields} * each;
+  const float share = draw.antithetic ? 0.5f : 1.0f;
   const double offset = v.offset ? v.offset[sample] : 0.0, label = v.labels[sample];
   std::vector<double> sums(static_cast<size_t>(v.cols));
   double squares = 0, before = 0;
   start(head, v, sample, b, sums, squares);
   int64_t row = 0, first = 0;
-  for (int64_t i = 0; i <= players; ++i) {  // state i: i entries are gone
-    if (i > 0) {
-      const int64_t p = order[backwards ? players - i : i - 1];
+  for (int64_t i = 0; i <= players; ++i) {  // state i: i players are gone
+    const int64_t gone = i > 0 ? order[backwards ? players - i : i - 1] : 0;
+    for (int64_t p = gone * entries; i > 0 && p < (gone + 1) * entries; ++p) {
       float& entry = b.present[static_cast<size_t>(p)];
       const float delta = v.base[p] - entry;
       squares += double{v.base[p]} * v.base[p] - double{entry} * entry;
@@ -338,7 +339,7 @@ void remove_in_turn(const Head& head, const EntrySamples& v, int64_t sample, con
       const double after = log_loss(offset + b.logits[r], label);
       if (first + r > 0) {
         const int64_t step = first + r - 1, p = order[backwards ? players - 1 - step : step];
-        marginals[p / v.cols * width + p % v.cols] += share * static_cast<float>(after - before);
+        marginals[p / each * width + p % each] += share * static_cast<float>(after - before);
       }
       before = after;
     }
@@ -349,7 +350,8 @@ void remove_in_turn(const Head& head, const EntrySamples& v, int64_t sample, con
 
 void walk_samples(const Head& head, const EntrySamples& v, const EntryDraw& draw, int64_t begin,
                   int64_t end, float* tile) {
-  const int64_t players = head.inputs, padded = int64_t{v.fields} * padded_width(v.cols);
+  const int each = players_per_field(v, draw);
+  const int64_t players = int64_t{v.fields} * each, padded = int64_t{v.fields} * padded_width(each);
   const auto& kernel = lookup<ShapleyDraw>(DType::kFloat32);
   Block block(head);
   std::vector<uint32_t> partner(static_cast<size_t>(ShapleyDraw::padded(players)));
@@ -365,9 +367,8 @@ void walk_samples(const Head& head, const EntrySamples& v, const EntryDraw& draw
     }
     float* marginals = tile + (s - begin) * padded;
     std::fill_n(marginals, padded, 0.0f);
-    const float share = draw.antithetic ? 0.5f : 1.0f;
-    remove_in_turn(head, v, s, order.data(), false, share, block, marginals);
-    if (draw.antithetic) remove_in_turn(head, v, s, order.data(), true, share, block, marginals);
+    remove_in_turn(head, v, draw, s, order.data(), false, block, marginals);
+    if (draw.antithetic) remove_in_turn(head, v, draw, s, order.data(), true, block, marginals);
   }
 }
 
@@ -378,26 +379,28 @@ void head_shapley(const EntrySamples& v, const EntryDraw& draw, const HeadView& 
   check_samples(v, draw);
   const Head head = make_head(view, int64_t{v.fields} * v.cols);
   const int threads = static_cast<int>(std::clamp<int64_t>(v.samples, 1, num_threads()));
-  const int64_t padded = int64_t{v.fields} * padded_width(v.cols);
-  add_samples(v, totals, threads, [&](int64_t begin, int64_t end, float* tile) {
-    float peak = 0;
-    if (begin == end) return peak;
-    walk_samples(head, v, draw, begin, end, tile);
-    for (int64_t i = 0; i < (end - begin) * padded; ++i) peak = larger(peak, std::fabs(tile[i]));
-    return peak;
-  });
+  const int64_t padded = int64_t{v.fields} * padded_width(players_per_field(v, draw));
+  add_samples(v, draw, totals, threads,
+              [&](const EntryDraw& one, int64_t begin, int64_t end, float* tile) {
+                float peak = 0;
+                if (begin == end) return peak;
+                walk_samples(head, v, one, begin, end, tile);
+                for (int64_t i = 0; i < (end - begin) * padded; ++i)
+                  peak = larger(peak, std::fabs(tile[i]));
+                return peak;
+              });
 }
 
 void head_marginals(const EntrySamples& v, const EntryDraw& draw, const HeadView& view,
                     float* marginals) {
   check_samples(v, draw);
   const Head head = make_head(view, int64_t{v.fields} * v.cols);
-  const int width = padded_width(v.cols);
+  const int each = players_per_field(v, draw), width = padded_width(each);
   Floats tile = floats(int64_t{v.fields} * width);
   for (int64_t s = 0; s < v.samples; ++s) {
     walk_samples(head, v, draw, s, s + 1, tile.data());
     for (int f = 0; f < v.fields; ++f)
-      std::copy_n(tile.data() + f * width, v.cols, marginals + (s * v.fields + f) * v.cols);
+      std::copy_n(tile.data() + f * width, each, marginals + (s * v.fields + f) * each);
   }
 }
 

@@ -28,20 +28,23 @@ RowRange owned_rows(const EntrySamples& samples, int owner, int owners);
 // One thread's part in adding tiles: the totals of its rows.
 class TileAdder {
  public:
-  TileAdder(const EntrySamples& samples, const EntryTotals& totals, RowRange mine, bool repeated);
+  TileAdder(const EntrySamples& samples, const EntryDraw& draw, const EntryTotals& totals,
+            RowRange mine, bool repeated);
 
-  // Adds the marginals of `count` samples from `first` on, `peak` a bound of their sizes. Throws
-  // for one that is not finite or too large.
-  void add(const float* marginals, float peak, int64_t first, int64_t count);
+  // Adds the marginals of `count` samples from `first` on, `again` of a second draw or null, `peak`
+  // a bound of their sizes. Throws for one that is not finite or too large.
+  void add(const float* marginals, const float* again, float peak, int64_t first, int64_t count);
 
   const double* bound() const { return bound_; }
 
  private:
+  float limit() const;
   void make_room(int which, double growth);
 
   const EntrySamples& samples_;
   EntryTotals totals_;
   RowRange mine_;
+  int each_, draws_;
   int64_t repeats_;
   double bound_[2];  // the same in all threads: each sees every tile's peak
   const ShapleyAdd::Kernel& kernel_;
@@ -84,32 +87,40 @@ class TileReports {
   std::vector<std::exception_ptr> thrown_;
 };
 
-// compute(begin, end, tile) writes the marginals of samples [begin, end) and returns a bound of
-// their sizes. Every thread walks its share of a tile, meets the others, and adds what the tile has
-// for its own rows while the next tile is walked into other memory: one meeting a tile.
+// compute(draw, begin, end, tile) writes the marginals of samples [begin, end) and one visit, and
+// returns a bound of their sizes. Every thread walks its share of a tile, meets the others, and
+// adds what the tile has for its own rows while the next tile is walked into other memory: one
+// meeting a tile.
 template <class Compute>
-void add_samples(const EntrySamples& samples, const EntryTotals& totals, int threads,
-                 const Compute& compute) {
-  const int64_t padded = int64_t{samples.fields} * padded_width(samples.cols);
-  const int64_t size = std::min(tile_samples(padded, threads) * threads, samples.samples);
+void add_samples(const EntrySamples& samples, const EntryDraw& draw, const EntryTotals& totals,
+                 int threads, const Compute& compute) {
+  const int64_t padded = int64_t{samples.fields} * padded_width(players_per_field(samples, draw));
+  const int draws = draw.twice ? 2 : 1;
+  const int64_t size = std::min(tile_samples(draws * padded, threads) * threads, samples.samples);
   const bool repeated = has_repeats(samples);
   TileReports reports(threads);
   Scratch memory;
-  auto* tiles =
-      static_cast<float*>(memory.reserve(static_cast<size_t>(2 * size * padded) * sizeof(float)));
+  auto* tiles = static_cast<float*>(
+      memory.reserve(static_cast<size_t>(2 * draws * size * padded) * sizeof(float)));
   double bound[2] = {totals.bound[0], totals.bound[1]};
   parallel(threads, [&](int thread, int team) {
-    TileAdder adder(samples, totals, owned_rows(samples, thread, team), repeated);
+    TileAdder adder(samples, draw, totals, owned_rows(samples, thread, team), repeated);
     int turn = 0;
     for (int64_t first = 0; first < samples.samples; first += size, turn ^= 1) {
       const int64_t count = std::min(size, samples.samples - first);
       const Range share = even_share(count, thread, team);
-      float* tile = tiles + turn * size * padded;
+      float* tile = tiles + turn * draws * size * padded;
       reports.run(turn, thread, [&] {
-        return compute(first + share.begin, first + share.end, tile + share.begin * padded);
+        EntryDraw one = draw;
+        float peak = 0;
+        for (int d = 0; d < draws; ++d, ++one.visit)
+          peak = larger(peak, compute(one, first + share.begin, first + share.end,
+                                      tile + (d * size + share.begin) * padded));
+        return peak;
       });
       team_barrier(team);
-      adder.add(tile, reports.peak(turn, team), first, count);
+      adder.add(tile, draw.twice ? tile + size * padded : nullptr, reports.peak(turn, team), first,
+                count);
     }
     if (thread == 0) std::copy_n(adder.bound(), 2, bound);
   });

@@ -72,18 +72,20 @@ def embed(
         if bits not in (None, 4, 8, 16):
             raise ValueError(f"bits is 4, 8 or 16, got {bits}")
         parts = _load(source, samples, seed).split(0.7, 0.1, seed=seed)
-        plan = Shaver(passes=passes).evaluations(parts[0], dims)
-        say(
-            f"Shaver: {len(parts[0].ids)} samples, {plan} evaluations of the {kind.value} head in each of 3 forms"
-        )
+        scorers, count = all_scorers(passes, seed), len(parts[0].ids)
+        forms = {
+            name: one.evaluations(parts[0], dims) for name, one in scorers.items() if isinstance(one, Shaver)
+        }
+        plan = sum(forms.values())
+        say(f"Shaver: {count} samples, {plan} evaluations of the {kind.value} head in {len(forms)} forms")
         if dry_run:
-            emit("", json, {"evaluations": plan, "samples": len(parts[0].ids), "forms": 3})
+            emit("", json, {"evaluations": plan, "samples": count, "forms": forms})
             return
         config = CtrConfig(kind.value, parts[0].field_sizes, dims)
         training = CtrTraining(epochs, 512, learning_rate, patience=2, seed=seed)
         with torch_threads(threads or _torch_threads()):
             model, seconds = trained_model(config, parts[0], parts[1], training, say)
-            found = study(model, seconds, parts, all_scorers(passes, seed), budgets, say)
+            found = study(model, seconds, parts, scorers, budgets, say)
             content = {"source": source, "model": kind.value, "evaluations": plan, **found.record()}
             shaver = Shaver(passes=passes, seed=seed)
             content["lookup"] = _lookups(model, parts, shaver, budgets, (output, bits))

@@ -18,6 +18,7 @@ from pysparse.methods.ctr_training import logits_of
 from pysparse.nn import SparseEmbedding
 from pysparse.nn.ctr import CtrModel
 from pysparse.ops import EntrySamples
+from pysparse.ops.shapley_entries import Players, check_players
 from pysparse.shapley import (
     DeepModel,
     EntryRun,
@@ -26,7 +27,7 @@ from pysparse.shapley import (
     Walker,
     entry_shapley,
 )
-from pysparse.shapley.entries import cost_of_a_sample
+from pysparse.shapley.entries import ErrorKind, cost_of_a_draw
 from pysparse.shapley.sampling import Progress
 
 Base = Literal["codebook", "zero"]
@@ -98,10 +99,19 @@ class Shaver:
     stop: float | None = None  # end early once largest error over spread is below (0.01 in the paper's code)
     state: Path | None = None  # where a run that is cut off goes on
     progress: Progress | None = None
+    # "field": a sample's rows are its players, cols times fewer; a row's value is shared over its entries by their
+    # distance from the base (:func:`spread_over_entries`).
+    players: Players = "entry"
+    se: ErrorKind = (
+        "population"  # as :class:`pysparse.shapley.EntryRun` says; "permutation" takes passes by twos
+    )
 
     def __post_init__(self) -> None:
+        check_players(self.players)
         if self.passes < 1:
             raise ValueError(f"passes is at least 1, got {self.passes}")
+        if self.se == "permutation" and self.passes % 2:
+            raise ValueError(f"se='permutation' needs an even number of passes, got {self.passes}")
         if self.target not in ("label", "model") or self.rank not in ("abs", "signed"):
             raise ValueError(
                 f"target is 'label' or 'model', rank 'abs' or 'signed'; got {self.target!r}, {self.rank!r}"
@@ -109,9 +119,8 @@ class Shaver:
 
     def evaluations(self, clicks: Clicks, dims: int) -> int:
         """Return how many evaluations of the head a run makes at most."""
-        players = len(clicks.field_sizes) * dims
-        cost = 2 * players if self.antithetic else players + 1
-        return self.passes * cost * len(clicks.ids)
+        players = len(clicks.field_sizes) * (dims if self.players == "entry" else 1)
+        return self.passes * cost_of_a_draw(players, self.antithetic) * len(clicks.ids)
 
     def __call__(self, model: CtrModel, clicks: Clicks) -> EntryScores:
         """Estimate all values with the compiled walks; the model is read in eval mode and not changed.
@@ -120,13 +129,28 @@ class Shaver:
         finite.
         """
         samples = entry_samples(model, clicks, self.base, self.target)
-        budget = self.passes * cost_of_a_sample(samples, self.antithetic) * len(samples.ids)
         run = EntryRun(
-            budget, self.seed, self.antithetic, self.stop, state=self.state, progress=self.progress
-        )
+            self.evaluations(clicks, samples.table.shape[1]), self.seed, self.antithetic, self.stop,
+            state=self.state, progress=self.progress, players=self.players, se=self.se,
+        )  # fmt: skip
         values = entry_shapley(walker_of(model), samples, run)
-        scores = np.abs(values.mean) if self.rank == "abs" else values.mean
+        mean = values.mean
+        if self.players == "field":
+            mean = spread_over_entries(mean, _distance(model, clicks, samples.base))
+        scores = np.abs(mean) if self.rank == "abs" else mean
         return EntryScores(scores, samples.base, clicks.field_sizes, values)
+
+
+def spread_over_entries(values: NDArray[np.float64], distance: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Share the values of rows [rows, 1] out over their entries in proportion to |``distance``| [rows, cols].
+
+    A row sums to its value; one that is its base has the value 0 and so have its entries (section 2.3 of the
+    specification of the paper's code).
+    """
+    size = np.abs(distance)
+    total = size.sum(axis=1, keepdims=True)
+    shares: NDArray[np.float64] = np.divide(size, total, out=np.zeros_like(size), where=total > 0.0)
+    return values * shares
 
 
 def walker_of(model: CtrModel) -> Walker:

@@ -32,6 +32,7 @@ def all_scorers(passes: int = 1, seed: int = 0) -> dict[str, Scorer]:
         "shaver": Shaver(passes=passes, seed=seed),
         "shaver, model target": Shaver(passes=passes, target="model", seed=seed),
         "shaver, zero": Shaver(passes=passes, base="zero", seed=seed),
+        "shaver, rows": Shaver(passes=passes, players="field", seed=seed),
         "codebook error": CodebookError(),
         "taylor": EntryTaylor(),
         "magnitude": EntryMagnitude(),

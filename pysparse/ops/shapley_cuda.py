@@ -14,7 +14,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pysparse import backend
-from pysparse.ops.shapley_entries import EntryDraw, EntrySamples, EntryTotals, Floats, check_array
+from pysparse.ops.shapley_entries import (
+    EntryDraw,
+    EntrySamples,
+    EntryTotals,
+    Floats,
+    check_array,
+    check_totals,
+)
 
 _TILE = 1 << 25  # marginals that are held at once: 128 MB
 _SUM_SCALE, _SQUARE_SCALE = 2.0**36, 2.0**40
@@ -44,8 +51,7 @@ def fm_shapley_cuda(samples: EntrySamples, draw: EntryDraw, totals: EntryTotals,
     is not finite or at least 1024, after which ``totals`` must not be used; RuntimeError where no GPU report vouches
     for the kernels and PYSPARSE_CUDA_UNVALIDATED=1 is not set.
     """
-    if totals.sums.shape != samples.table.shape:
-        raise ValueError(f"totals of shape {totals.sums.shape} for a table {samples.table.shape}")
+    check_totals(samples, draw, totals)
     _check(samples, draw)
     _check_room(samples)
     if len(samples.ids) == 0:
@@ -67,8 +73,7 @@ def add_entries(
     marginals: Callable[[int, int], Tensor],
 ) -> None:  # fmt: skip
     """Add ``marginals(begin, end)`` [end - begin, players] of all samples, ``size`` at a time, to ``totals``."""
-    if totals.sums.shape != samples.table.shape:
-        raise ValueError(f"totals of shape {totals.sums.shape} for a table {samples.table.shape}")
+    check_totals(samples, draw, totals)
     _check(samples, draw)
     if len(samples.ids) == 0:
         return
@@ -188,6 +193,10 @@ def _target(tensor: Tensor) -> tuple[int | None, int]:
 
 def _check_draw(draw: EntryDraw, rows: int) -> None:
     draw.arguments()  # refuses negative numbers and seeds out of range
+    if draw.players != "entry" or draw.twice:
+        raise ValueError(
+            "players 'field' and draws made twice (standard errors 'permutation') are for the CPU"
+        )
     if draw.first + rows > _SAMPLES or draw.visit >= _VISITS:
         raise ValueError(
             f"samples {draw.first} + {rows} or visit {draw.visit} are beyond {_SAMPLES} and {_VISITS}"

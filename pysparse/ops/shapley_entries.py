@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +12,7 @@ from pysparse import backend
 from pysparse.ops.shapley import SEEDS
 
 Floats = NDArray[np.float32]
+Players = Literal["entry", "field"]
 _LOW_BITS = 48
 _SUM_SCALE, _SQUARE_SCALE = 2.0**36, 2.0**40
 _EXACT = 2.0**62
@@ -61,17 +62,31 @@ class EntryDraw:
     first: int = 0
     visit: int = 0  # passes over the data so far
     antithetic: bool = True  # the mean of an order and its reverse, in one walk
+    players: Players = "entry"  # "field": a field's whole row goes at once, and totals are [rows, 1]
+    twice: bool = False  # visit and visit + 1 together, and the totals square their differences
 
-    def arguments(self, orders: NDArray[np.int32] | None = None) -> tuple[int, int, int, bool, int]:
+    def __post_init__(self) -> None:
+        check_players(self.players)
+
+    def per_field(self, cols: int) -> int:
+        """Return the players of a field whose rows have ``cols`` entries: the columns of the totals."""
+        return 1 if self.players == "field" else cols
+
+    def arguments(
+        self, orders: NDArray[np.int32] | None = None
+    ) -> tuple[int, int, int, bool, bool, bool, int]:
         """Return the values as the compiled functions take them. Raises ValueError for those out of range."""
         if not 0 <= self.seed < SEEDS or self.first < 0 or self.visit < 0:
             raise ValueError(f"seed is in [0, 2^64), first and visit are not negative, got {self}")
         address = 0 if orders is None else orders.ctypes.data
-        return self.seed, self.first, self.visit, self.antithetic, address
+        rows = self.players == "field"
+        return self.seed, self.first, self.visit, self.antithetic, rows, self.twice, address
 
 
 class EntryTotals:
-    """Sums of marginals and of their squares, exact: the order of additions and of merges changes no bit.
+    """Sums of marginals and of squares, exact: the order of additions and of merges changes no bit.
+
+    The squares are those of the marginals, or of a draw that is made twice those of the two marginals' differences.
 
     A marginal is rounded to 2^-36 once, its square to 2^-40, and then only whole numbers are added: int64 [rows,
     cols], with upper halves in int32 that are filled before the lower ones could overflow. 24 bytes an entry.
@@ -163,21 +178,36 @@ def fm_shapley(samples: EntrySamples, draw: EntryDraw, totals: EntryTotals) -> N
     Raises ValueError for ids, labels or counters out of range, before anything is added; for a marginal that is not
     finite or at least 1024, after which ``totals`` must not be used.
     """
-    if totals.sums.shape != samples.table.shape:
-        raise ValueError(f"totals of shape {totals.sums.shape} for a table {samples.table.shape}")
+    check_totals(samples, draw, totals)
     backend.core().shapley_fm(*samples.arguments(), draw.arguments(), totals.arguments())
 
 
 def fm_marginals(samples: EntrySamples, draw: EntryDraw, orders: NDArray[np.int32] | None = None) -> Floats:
     """Return each sample's marginals by player, float32 [samples, fields * cols]; player f * cols + k is entry k of
-    field f. ``orders``, int32 of that shape, are the removals to make instead of drawn ones.
+    field f, or with players "field" float32 [samples, fields]. Of ``draw.visit`` alone. ``orders``, int32 of that
+    shape, are the removals to make instead of drawn ones.
     """
-    players = samples.base.size
+    players = len(samples.base) * draw.per_field(samples.base.shape[1])
     if orders is not None:
         check_array("orders", orders, np.int32, (len(samples.ids), players))
     marginals = np.empty((len(samples.ids), players), np.float32)
     backend.core().shapley_fm_marginals(*samples.arguments(), draw.arguments(orders), marginals.ctypes.data)
     return marginals
+
+
+def check_players(players: str) -> None:
+    """Raise ValueError for an unknown kind of players."""
+    if players not in ("entry", "field"):
+        raise ValueError(f"players is 'entry' or 'field', got {players!r}")
+
+
+def check_totals(samples: EntrySamples, draw: EntryDraw, totals: EntryTotals) -> None:
+    """Raise ValueError for totals of another shape than this draw's marginals go to."""
+    rows, cols = samples.table.shape
+    if totals.sums.shape != (rows, draw.per_field(cols)):
+        raise ValueError(
+            f"totals of shape {totals.sums.shape} for a table {samples.table.shape} and players {draw.players!r}"
+        )
 
 
 def check_array(name: str, array: NDArray[Any], dtype: Any, shape: tuple[int, ...]) -> None:

@@ -9,7 +9,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pysparse import backend
-from pysparse.ops.shapley_entries import EntryDraw, EntrySamples, EntryTotals, Floats, check_array
+from pysparse.ops.shapley_entries import (
+    EntryDraw,
+    EntrySamples,
+    EntryTotals,
+    Floats,
+    check_array,
+    check_totals,
+)
 
 _KINDS = {"full": 1, "mixture": 2}
 
@@ -115,8 +122,7 @@ def head_shapley(samples: EntrySamples, draw: EntryDraw, head: DeepHead, totals:
     The first layer moves by one column of its weight a removal; the other layers multiply 60 coalitions at a time.
     Raises ValueError for shapes that do not fit and numbers that are not finite, too.
     """
-    if totals.sums.shape != samples.table.shape:
-        raise ValueError(f"totals of shape {totals.sums.shape} for a table {samples.table.shape}")
+    check_totals(samples, draw, totals)
     arguments = head.arguments(samples.base.size)
     backend.core().shapley_head(*samples.arguments(), draw.arguments(), *arguments.all(), totals.arguments())
 
@@ -125,10 +131,13 @@ def head_marginals(
     samples: EntrySamples, draw: EntryDraw, head: DeepHead, orders: NDArray[np.int32] | None = None
 ) -> Floats:
     """Return each sample's marginals under ``head``, as :func:`pysparse.ops.fm_marginals`."""
-    players = samples.base.size
+    players = len(samples.base) * draw.per_field(samples.base.shape[1])
     if orders is not None:
         check_array("orders", orders, np.int32, (len(samples.ids), players))
-    marginals, arguments = np.empty((len(samples.ids), players), np.float32), head.arguments(players)
+    marginals, arguments = (
+        np.empty((len(samples.ids), players), np.float32),
+        head.arguments(samples.base.size),
+    )
     backend.core().shapley_head_marginals(
         *samples.arguments(), draw.arguments(orders), *arguments.all(), marginals.ctypes.data
     )

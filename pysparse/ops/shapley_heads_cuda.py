@@ -58,7 +58,8 @@ def head_marginals_torch(
         marginals_of(samples, draw, head, (begin, min(begin + size, len(samples.ids))), device, orders).cpu()
         for begin in range(0, len(samples.ids), size)
     ]
-    result: Floats = torch.cat(parts).numpy() if parts else np.zeros((0, samples.base.size), np.float32)
+    players = len(samples.base) * draw.per_field(samples.base.shape[1])
+    result: Floats = torch.cat(parts).numpy() if parts else np.zeros((0, players), np.float32)
     return result
 
 
@@ -70,7 +71,7 @@ def marginals_of(
     """Return the marginals [end - begin, players] of samples ``span``."""
     begin, end = span
     where = torch.device("cpu") if device is None else torch.device("cuda", device)
-    players = samples.base.size
+    players = len(samples.base) * draw.per_field(samples.base.shape[1])
     drawn = (draw.seed, draw.first + begin, end - begin, players)
     if orders is not None:
         order = torch.from_numpy(orders[begin:end]).to(where)
@@ -80,7 +81,7 @@ def marginals_of(
         order = shapley_cuda.draw_permutations_cuda(*drawn, visit=draw.visit, device=device)
     order = order.long()
     part = samples.part(begin, end)
-    entries = torch.from_numpy(part.table[part.ids].reshape(end - begin, players)).to(where)
+    entries = torch.from_numpy(part.table[part.ids].reshape(end - begin, -1)).to(where)
     walk = _Walk(part, head, entries, torch.from_numpy(part.base.ravel()).to(where))
     if draw.antithetic:
         return 0.5 * walk.marginals(order) + 0.5 * walk.marginals(order.flip(1))
@@ -101,13 +102,14 @@ class _Walk:
     def marginals(self, order: Tensor) -> Tensor:
         """Return what the loss grows by at each removal of ``order`` [samples, players], by player."""
         count, players = order.shape
+        entries = self.entries.shape[1]  # one player's, or a field's
         steps = torch.arange(players + 1, device=order.device)
         rank = torch.empty_like(order).scatter_(1, order, steps[:-1].expand_as(order))
-        gone = rank[:, None, :] < steps[:, None]
-        inputs = torch.where(gone, self.base, self.entries[:, None, :]).view(-1, players)
+        gone = (rank[:, None, :] < steps[:, None]).repeat_interleave(entries // players, dim=2)
+        inputs = torch.where(gone, self.base, self.entries[:, None, :]).view(-1, entries)
         logits = self._logits(inputs).double().view(count, -1) + self.offset
         loss = logits.clamp(min=0) - self.labels * logits + (-logits.abs()).exp().log1p()
-        return torch.empty_like(self.entries).scatter_(1, order, loss.diff(dim=1).float())
+        return torch.empty_like(order, dtype=torch.float32).scatter_(1, order, loss.diff(dim=1).float())
 
     def _logits(self, x0: Tensor) -> Tensor:
         head, result = self.head, x0.new_zeros(len(x0))

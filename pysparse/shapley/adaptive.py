@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pysparse import ops
 from pysparse.shapley.game import Game, check_players, ends, evaluate
-from pysparse.shapley.sampling import DEFAULTS, Options
-from pysparse.shapley.values import Array, Moments, ShapleyValues
+from pysparse.shapley.sampling import CHECK_UNITS, DEFAULTS, Options
+from pysparse.shapley.state import Journal
+from pysparse.shapley.values import Array, Moments, ShapleyValues, error_ratio
 
 Orders = NDArray[np.int32]
 
 
-def _refuse(options: Options, what: str) -> None:
-    if options.state is not None or options.control is not None:
-        raise ValueError(f"{what} keeps no state and takes no control variate")
+def _refuse_control(options: Options, what: str) -> None:
+    if options.control is not None:
+        raise ValueError(f"{what} takes no control variate")
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,25 +43,34 @@ class Truncated:
         return budget
 
     def estimate(self, game: Game, budget: int, seed: int = 0, options: Options = DEFAULTS) -> ShapleyValues:
-        """Start walks for as long as a whole one fits into what is left of ``budget``."""
-        _refuse(options, "a truncated estimation")
-        if options.stop is not None:
-            raise ValueError("a truncated estimation stops by its budget alone")
+        """Start walks for as long as a whole one fits into what is left of ``budget``, or until the error is small.
+
+        Raises ValueError for a budget below one walk and a state that is damaged or of another estimation.
+        """
+        _refuse_control(options, "a truncated estimation")
         self.plan(game.n_players, budget)
         n = game.n_players
-        empty, full = ends(game)
-        moments, used, longest = Moments.zero(n), 2, n - 1
+        empty, full = known = ends(game)
         if n == 1 or abs(empty - full) < self.tolerance:  # every walk is the same and costs nothing
             mean = np.full(n, full - empty if n == 1 and abs(empty - full) >= self.tolerance else 0.0)
-            return ShapleyValues(mean, np.zeros(n), used, 0, seed, empty, full, str(self))
-        while budget - used >= longest:
-            count = min(options.batch_size, (budget - used) // longest)
+            return ShapleyValues(mean, np.zeros(n), 2, 0, seed, empty, full, str(self))
+        journal = Journal(options.state, {"estimator": str(self), "players": n, "seed": seed})
+        moments, used, longest = Moments.zero(n), 2, n - 1
+        kept = journal.load(_arrays(moments, used), known)
+        if kept is not None:
+            moments = Moments(kept["mean"], kept["squares"], int(kept["count"][0]))
+            used = int(kept["used"][0])
+        while budget - used >= longest and not _precise(moments, options):
+            to_check = CHECK_UNITS - moments.count % CHECK_UNITS
+            count = min(options.batch_size, (budget - used) // longest, to_check)
             orders = ops.draw_permutations(seed, moments.count, count, n)
             samples, evaluations = self._walk(game, orders, empty, full)
             moments.add(samples)
             used += evaluations
             if options.progress is not None:
                 options.progress("evaluations", used, budget)
+            journal.save(_arrays(moments, used), known)
+        journal.save(_arrays(moments, used), known, force=True)
         return ShapleyValues(
             moments.mean, moments.stderr(), used, moments.count, seed, empty, full, str(self)
         )
@@ -114,18 +125,28 @@ class TopK:
     def find(self, game: Game, budget: int, seed: int = 0, options: Options = DEFAULTS) -> TopPlayers:
         """Sample until all players are decided or the next round does not fit into ``budget``.
 
-        Raises ValueError for a budget below one round, and for k not below the number of players.
+        Raises ValueError for a budget below one round, for k not below the number of players, and for a state that is
+        damaged or of another search.
         """
-        _refuse(options, "a search for the best players")
+        _refuse_control(options, "a search for the best players")
+        if options.stop is not None:
+            raise ValueError("a search for the best players stops when all are decided, by its width")
         n = check_players(game.n_players)
         if self.k >= n:
             raise ValueError(f"k={self.k} is not below the number of players, {n}")
         round_cost = 2 * (n - 1) * self.round_size
         if budget < 2 + round_cost:
             raise ValueError(f"{self} of {n} players needs a budget of {2 + round_cost}, got {budget}")
-        empty, full = ends(game)
+        empty, full = known = ends(game)
+        journal = Journal(options.state, {"estimator": str(self), "players": n, "seed": seed})
         tally, used, first = _Tally.zero(n), 2, 0
         active = np.ones(n, dtype=np.bool_)
+        kept = journal.load(
+            {**tally.arrays(), "active": active, "used": _one(used), "first": _one(first)}, known
+        )
+        if kept is not None:
+            tally = _Tally(kept["mean"], kept["squares"], kept["count"])
+            active, used, first = kept["active"], int(kept["used"][0]), int(kept["first"][0])
         while active.any() and budget - used >= _round_cost(active, self.round_size):
             orders = ops.draw_permutations(seed, first, self.round_size, n)
             first += self.round_size
@@ -135,6 +156,11 @@ class TopK:
             active &= ~self._decided(tally)
             if options.progress is not None:
                 options.progress("evaluations", used, budget)
+            journal.save(
+                {**tally.arrays(), "active": active, "used": _one(used), "first": _one(first)},
+                known,
+                force=True,
+            )
         mean, error = tally.mean, tally.stderr()
         best = np.argsort(-mean, kind="stable")[: self.k]
         values = ShapleyValues(mean, error, used, first, seed, empty, full, str(self))
@@ -155,6 +181,9 @@ class _Tally:
     squares: Array
     count: NDArray[np.int64]
 
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        return {"mean": self.mean, "squares": self.squares, "count": self.count}
+
     @classmethod
     def zero(cls, players: int) -> _Tally:
         return cls(np.zeros(players), np.zeros(players), np.zeros(players, dtype=np.int64))
@@ -168,6 +197,23 @@ class _Tally:
 
     def stderr(self) -> Array:
         return np.sqrt(self.squares / np.maximum(1, self.count - 1) / np.maximum(1, self.count))
+
+
+def _one(number: int) -> NDArray[np.int64]:
+    return np.array([number], np.int64)
+
+
+def _arrays(moments: Moments, used: int) -> dict[str, NDArray[Any]]:
+    return {
+        "mean": moments.mean, "squares": moments.squares, "count": _one(moments.count), "used": _one(used)
+    }  # fmt: skip
+
+
+def _precise(moments: Moments, options: Options) -> bool:
+    """Tell whether the error is as small as wished; looked at after each CHECK_UNITS walks."""
+    if options.stop is None or moments.count == 0 or moments.count % CHECK_UNITS:
+        return False
+    return error_ratio(moments.mean, moments.stderr()) < options.stop
 
 
 def _round_cost(active: NDArray[np.bool_], pairs: int) -> int:

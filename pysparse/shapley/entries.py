@@ -2,7 +2,8 @@
 
 A sample reads one row a field; only these entries are its players, so one random order of them costs fields * cols
 evaluations of the head, and all other entries of the table add nothing. The data set's game is the mean of the
-samples' games. Removals go from all entries present to none.
+samples' games. Removals go from all entries present to none. With players "field" a field's row goes as a whole:
+fields evaluations an order, one value a row.
 """
 
 from __future__ import annotations
@@ -11,9 +12,9 @@ import hashlib
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,10 +29,12 @@ from pysparse.ops import (
     head_shapley,
     head_shapley_cuda,
 )
+from pysparse.ops.shapley_entries import Players, check_players
 from pysparse.shapley.sampling import Progress
 from pysparse.shapley.state import read_state, write_state
 
 Array = NDArray[np.float64]
+ErrorKind = Literal["population", "permutation"]
 _SAVE_SECONDS = 30.0
 
 
@@ -93,10 +96,10 @@ class DeepModel:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class EntryShapley:
-    """Values of all entries of a table."""
+    """Values of all entries of a table, or of its rows: [rows, cols], or [rows, 1] of players "field"."""
 
-    mean: Array  # float64 [rows, cols]: what the mean log loss grows by without the entry, on average over orders
-    stderr: Array  # float64 [rows, cols], of a mean over independent samples ("population")
+    mean: Array  # float64: what the mean log loss grows by without the player, on average over orders
+    stderr: Array  # float64, as the run's ``se`` says
     samples: int  # (sample, order or pair of orders) drawn
     evaluations: int  # of the head
     passes: int  # whole passes over the data
@@ -115,53 +118,86 @@ class EntryRun:
     batch_size: int = 1 << 16  # samples between two looks at progress and state
     state: str | Path | None = None
     progress: Progress | None = None
+    players: Players = "entry"  # "field": a field's row goes as a whole, and its value is one number
+    # "population": the error of a mean over independent samples, which counts how samples differ, too (the paper's
+    # code). "permutation": of the orders alone, for these samples: each visit draws twice, and an entry's error is
+    # the root of the sum over visits of the squared differences of both marginals, over the number of draws.
+    se: ErrorKind = "population"
 
     def __post_init__(self) -> None:
+        check_players(self.players)
+        if self.se not in ("population", "permutation"):
+            raise ValueError(f"se is 'population' or 'permutation', got {self.se!r}")
         if self.budget < 1 or self.batch_size < 1:
             raise ValueError(f"budget and batch_size are at least 1, got {self.budget} and {self.batch_size}")
         if self.stop is not None and not self.stop > 0.0:
             raise ValueError(f"stop is a positive ratio, got {self.stop}")
 
+    @property
+    def draws(self) -> int:
+        """Draws of a visit to a sample: two where their difference is the error."""
+        return 2 if self.se == "permutation" else 1
 
-def cost_of_a_sample(samples: EntrySamples, antithetic: bool) -> int:
-    """Return the evaluations of one draw: all present, and after each removal; twice for a pair, but for both ends."""
-    players = samples.base.size
+    def draw(self, first: int, visit: int) -> EntryDraw:
+        """Return the draws of the ``visit``-th visit to samples from ``first`` on."""
+        return EntryDraw(
+            self.seed, first, self.draws * visit, self.antithetic, self.players, twice=self.draws == 2
+        )
+
+    def totals(self, samples: EntrySamples) -> EntryTotals:
+        """Return totals of nothing yet."""
+        rows, cols = samples.table.shape
+        return EntryTotals(rows, self.draw(0, 0).per_field(cols))
+
+
+def cost_of_a_draw(players: int, antithetic: bool) -> int:
+    """Return the evaluations of a draw: all present, and after each removal; twice for a pair, but for both ends."""
     return 2 * players if antithetic else players + 1
 
 
+def players_of_a_sample(samples: EntrySamples, run: EntryRun) -> int:
+    """Return the number of entries that a sample reads, or of its rows."""
+    return len(samples.base) * run.draw(0, 0).per_field(samples.base.shape[1])
+
+
+def cost_of_a_visit(samples: EntrySamples, run: EntryRun) -> int:
+    """Return the evaluations of one visit to a sample."""
+    return run.draws * cost_of_a_draw(players_of_a_sample(samples, run), run.antithetic)
+
+
 def plan_entries(samples: EntrySamples, run: EntryRun) -> int:
-    """Return how many draws the budget allows; ValueError when it does not allow one for each sample."""
-    cost, count = cost_of_a_sample(samples, run.antithetic), len(samples.ids)
+    """Return how many visits the budget allows; ValueError when it does not allow one to each sample."""
+    cost, count = cost_of_a_visit(samples, run), len(samples.ids)
     if count == 0:
         raise ValueError("there are no samples")
     if run.budget < cost * count:
         raise ValueError(
-            f"one pass over {count} samples of {samples.base.size} players takes {cost * count} evaluations, "
-            f"the budget is {run.budget}"
+            f"one pass over {count} samples of {players_of_a_sample(samples, run)} players takes {cost * count} "
+            f"evaluations, the budget is {run.budget}"
         )
     return run.budget // cost
 
 
 def entry_shapley(walker: Walker, samples: EntrySamples, run: EntryRun) -> EntryShapley:
-    """Estimate the values of all entries of the table.
+    """Estimate the values of all entries of the table, or of all rows.
 
-    Draw i visits sample i mod N for the (i div N)-th time, with the random order of that sample and visit. The
+    Visit i goes to sample i mod N for the (i div N)-th time, with the random order of that sample and visit (two
+    orders, or pairs, with the standard errors "permutation"). The
     result does not depend on ``batch_size``, threads or interruptions. Memory: the table and 24 bytes an entry.
     Raises ValueError for bad samples (ids, labels, values), a budget below one pass, and a state that is damaged
     or belongs to another run.
     """
     total = plan_entries(samples, run)
-    totals = EntryTotals(*samples.table.shape)
+    totals = run.totals(samples)
     journal = _Journal(walker, samples, run)
     done = journal.load(totals)
     count = len(samples.ids)
     while done < total:
         visit, first = divmod(done, count)
-        if first == 0 and visit > 0 and run.stop is not None and _summary(totals, done)[2] < run.stop:
+        if first == 0 and visit > 0 and run.stop is not None and _summary(totals, done, run)[2] < run.stop:
             break
         size = min(run.batch_size, count - first, total - done)
-        draw = EntryDraw(run.seed, first, visit, run.antithetic)
-        walker(samples.part(first, first + size), draw, totals)
+        walker(samples.part(first, first + size), run.draw(first, visit), totals)
         done += size
         journal.save(totals, done, force=done == total)
         if run.progress is not None:
@@ -170,10 +206,11 @@ def entry_shapley(walker: Walker, samples: EntrySamples, run: EntryRun) -> Entry
 
 
 def entry_values(totals: EntryTotals, done: int, samples: EntrySamples, run: EntryRun) -> EntryShapley:
-    """Return what ``totals`` of the first ``done`` draws of ``run`` say, however these were shared out."""
-    mean, stderr, ratio = _summary(totals, done)
-    evaluations = done * cost_of_a_sample(samples, run.antithetic)
-    return EntryShapley(mean, stderr, done, evaluations, done // len(samples.ids), run.seed, ratio)
+    """Return what ``totals`` of the first ``done`` visits of ``run`` say, however these were shared out."""
+    mean, stderr, ratio = _summary(totals, done, run)
+    evaluations = done * cost_of_a_visit(samples, run)
+    passes = done // len(samples.ids) * run.draws
+    return EntryShapley(mean, stderr, done * run.draws, evaluations, passes, run.seed, ratio)
 
 
 def score_shard(walker: Walker, samples: EntrySamples, draw: EntryDraw, rows: tuple[int, int]) -> EntryTotals:
@@ -185,16 +222,20 @@ def score_shard(walker: Walker, samples: EntrySamples, draw: EntryDraw, rows: tu
     begin, end = rows
     if not 0 <= begin <= end <= len(samples.ids):
         raise ValueError(f"rows {begin} to {end} are not within 0 to {len(samples.ids)}")
-    totals = EntryTotals(*samples.table.shape)
-    moved = EntryDraw(draw.seed, draw.first + begin, draw.visit, draw.antithetic)
-    walker(samples.part(begin, end), moved, totals)
+    totals = EntryTotals(len(samples.table), draw.per_field(samples.table.shape[1]))
+    walker(samples.part(begin, end), replace(draw, first=draw.first + begin), totals)
     return totals
 
 
-def _summary(totals: EntryTotals, count: int) -> tuple[Array, Array, float]:
-    mean = totals.mean(count)
-    variance = np.maximum(0.0, totals.mean_square(count) - mean**2)
-    stderr = np.sqrt(variance / max(1, count - 1))
+def _summary(totals: EntryTotals, visits: int, run: EntryRun) -> tuple[Array, Array, float]:
+    count = visits * run.draws
+    mean, square = totals.mean(count), totals.mean_square(count)
+    if (
+        run.se == "permutation"
+    ):  # a difference has twice the variance of a draw: its square, halved, is one of two
+        stderr = np.sqrt(square / count)
+    else:
+        stderr = np.sqrt(np.maximum(0.0, square - mean**2) / max(1, count - 1))
     spread = float(mean.max() - mean.min())
     worst = float(stderr.max())
     return mean, stderr, worst / spread if spread > 0.0 else (0.0 if worst == 0.0 else math.inf)
@@ -237,6 +278,8 @@ def identity_of(walker: Walker, samples: EntrySamples, run: EntryRun) -> dict[st
         "samples": _digest(samples),
         "seed": run.seed,
         "antithetic": run.antithetic,
+        "players": run.players,
+        "se": run.se,
     }
 
 

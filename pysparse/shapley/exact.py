@@ -8,6 +8,7 @@ import numpy as np
 
 from pysparse.shapley.game import Coalitions, Game, check_players, evaluate
 from pysparse.shapley.sampling import DEFAULTS, Options
+from pysparse.shapley.state import Journal
 from pysparse.shapley.values import Array, ShapleyValues
 
 MAX_EXACT = 24
@@ -42,17 +43,27 @@ class Exact:
     def estimate(self, game: Game, budget: int, seed: int = 0, options: Options = DEFAULTS) -> ShapleyValues:
         """Return exact values; ``budget`` must allow 2^n evaluations. ``seed`` plays no part.
 
-        ``options.state`` and ``options.control`` are refused: there is nothing to resume and no error to reduce.
+        With ``options.state`` an interrupted enumeration goes on; it evaluates nobody once more, to see that the game
+        is the same. ``options.control`` is refused: there is no error to reduce.
         """
-        if options.state is not None or options.control is not None:
-            raise ValueError("exact values have no state and need no control variate")
+        if options.control is not None:
+            raise ValueError("exact values need no control variate")
         players, total = game.n_players, self.plan(game.n_players, budget)
-        values = np.empty(total)
-        for start in range(0, total, options.batch_size):
+        values, done = np.zeros(total), np.zeros(1, np.int64)
+        journal = Journal(options.state, {"estimator": str(self), "players": players})
+        nobody = evaluate(game, gray_coalitions(0, 1, players))[0]
+        kept = journal.load({"values": values, "done": done}, [nobody])
+        if kept is not None:
+            values, done = kept["values"], kept["done"]
+        if not 0 <= int(done[0]) <= total:
+            raise ValueError(f"{options.state} is damaged: {int(done[0])} of {total} values")
+        values[0], first = nobody, max(1, int(done[0]))
+        for start in range(first, total, options.batch_size):
             stop = min(start + options.batch_size, total)
             values[start:stop] = evaluate(game, gray_coalitions(start, stop, players))
             if options.progress is not None:
                 options.progress("evaluations", stop, total)
+            journal.save({"values": values, "done": np.array([stop])}, [nobody], force=stop == total)
         full = int(np.flatnonzero(_gray(0, total) == total - 1)[0])
         return ShapleyValues(
             self._weigh(values, players), np.zeros(players), total, 0, seed, float(values[0]), float(values[full]),

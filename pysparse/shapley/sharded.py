@@ -52,16 +52,14 @@ def entry_shapley_on_ray(
     if not ray.is_initialized():
         ray.init(log_to_driver=False, include_dashboard=False)
     shared = (ray.put(walker), ray.put(samples))
-    totals, journal = EntryTotals(*samples.table.shape), _Journal(walker, samples, run, shards)
+    totals, journal = run.totals(samples), _Journal(walker, samples, run, shards)
     finished, draws = journal.load(totals, -(-total // size)), 0
     while draws < total:
         visit = draws // size
         in_pass = min(size, total - draws)
         pieces = [piece for piece in _pieces(in_pass, shards.count) if not finished[visit, piece[0]]]
-        for piece, arrays in _results(
-            ray, shared, EntryDraw(run.seed, 0, visit, run.antithetic), pieces, shards
-        ):
-            part = EntryTotals(*samples.table.shape)
+        for piece, arrays in _results(ray, shared, run.draw(0, visit), pieces, shards):
+            part = run.totals(samples)
             part.load(arrays)
             totals.merge(part)
             finished[visit, piece] = 1

@@ -6,7 +6,8 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from safetensors.numpy import load, save
 
 Arrays = Mapping[str, NDArray[Any]]
 _VERSION = 1
+SAVE_SECONDS = 5.0
 
 
 def write_state(path: str | Path, identity: Mapping[str, Any], arrays: Arrays) -> None:
@@ -67,6 +69,41 @@ def read_state(path: str | Path, identity: Mapping[str, Any]) -> dict[str, NDArr
         )
         raise ValueError(f"{path} belongs to another estimation: {shown}")
     return arrays
+
+
+class Journal:
+    """Where the progress of one estimation is kept, if anywhere; ``identity`` says what it belongs to."""
+
+    def __init__(self, path: str | Path | None, identity: Mapping[str, Any]) -> None:
+        self._path, self._identity = path, identity
+        self._saved = time.monotonic()
+
+    def load(self, like: Arrays, ends: Sequence[float]) -> dict[str, NDArray[Any]] | None:
+        """Return what was kept, arrays of the names, shapes and types of ``like``; None when nothing was.
+
+        Raises ValueError for a state that is damaged, or of a game whose ``ends`` (known values) were others.
+        """
+        if self._path is None or not Path(self._path).exists():
+            return None
+        found = read_state(self._path, self._identity)
+        known = found.pop("ends", np.zeros(0))
+        shapes = {name: (array.shape, array.dtype) for name, array in found.items()}
+        wanted = {name: (array.shape, array.dtype) for name, array in like.items()}
+        if shapes != wanted or known.shape != (len(ends),):
+            raise ValueError(f"{self._path} is damaged: it holds {shapes}, expected {wanted}")
+        if not np.allclose(known, ends, rtol=1e-6, atol=1e-12):
+            raise ValueError(
+                f"{self._path} belongs to another game: its known values were {known.tolist()}, "
+                f"this game's are {list(ends)}"
+            )
+        return found
+
+    def save(self, arrays: Arrays, ends: Sequence[float], force: bool = False) -> None:
+        """Write ``arrays`` when it is time, or at once."""
+        if self._path is None or not (force or time.monotonic() - self._saved >= SAVE_SECONDS):
+            return
+        write_state(self._path, self._identity, {**arrays, "ends": np.array(ends, np.float64)})
+        self._saved = time.monotonic()
 
 
 def _plain(identity: Mapping[str, Any]) -> dict[str, Any]:

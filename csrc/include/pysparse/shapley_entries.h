@@ -1,6 +1,7 @@
 #pragma once
 // Shapley values of embedding entries: a sample's players are the entries of its rows, one row a
-// field; a removed entry takes its base value; what a removal costs is the growth of the log loss.
+// field, or these rows as wholes; what is removed takes its base value; what a removal costs is the
+// growth of the log loss.
 #include "pysparse/kernel_table.h"
 #include "pysparse/shapley_units.h"
 
@@ -20,21 +21,29 @@ struct EntryDraw {
   uint64_t seed, first;
   uint32_t visit;
   bool antithetic;        // the mean of an order and its reverse
-  const int32_t* orders;  // [samples][fields * cols], removals instead of drawn ones; may be null
+  bool whole_rows;        // a row goes at once: a player a field
+  bool twice;             // visit and visit + 1, whose difference is squared
+  const int32_t* orders;  // [samples][players], removals instead of drawn ones; may be null
 };
+
+// Players of a field, and columns of the totals.
+inline int players_per_field(const EntrySamples& samples, const EntryDraw& draw) {
+  return draw.whole_rows ? 1 : samples.cols;
+}
 
 // Exact sums over samples: value = (high * 2^kLowBits + low) / scale.
 struct EntryTotals {
-  int64_t *sums, *squares;            // [rows][cols]
-  int32_t *sums_high, *squares_high;  // [rows][cols]
+  int64_t *sums, *squares;            // [rows][players_per_field]
+  int32_t *sums_high, *squares_high;  // [rows][players_per_field]
   double* bound;                      // [2], largest |sums| and squares there can be
 };
 
 struct MarginalTile {
   const float* marginals;  // [samples][fields][padded_width(cols)]
+  const float* again;      // of another draw; null for one draw
   const int32_t* ids;      // [samples][fields]
   int64_t samples;
-  int fields, cols;
+  int fields, cols;  // players of a field
 };
 
 // Of sizes that may be NaN, which is above infinity.
@@ -44,9 +53,10 @@ struct ShapleyFm {
   static constexpr const char* op = "shapley";
   static constexpr const char* format = "fm";
   struct Kernel {
-    // Marginals of samples [begin, end) into a tile; returns a bound of their sizes (NaN when one
-    // is). The logit is offset + the pairs' products. `scratch` holds scratch_bytes(...), aligned
-    // to 64. `soon`, if not null, are the totals that the marginals go to next.
+    // Marginals of samples [begin, end), of `draw.visit` alone, into a tile; returns a bound of
+    // their sizes (NaN when one is). The logit is offset + the pairs' products. `scratch` holds
+    // scratch_bytes(...), aligned to 64. `soon`, if not null, are the totals that the marginals go
+    // to next.
     float (*run)(const EntrySamples& samples, const EntryDraw& draw, int64_t begin, int64_t end,
                  const EntryTotals* soon, void* scratch, float* tile);
   };
@@ -65,7 +75,8 @@ struct ShapleyAdd {
   static constexpr const char* op = "shapley";
   static constexpr const char* format = "totals";
   struct Kernel {
-    // Adds the marginals of the rows in `mine`.
+    // Adds the marginals of the rows in `mine` and their squares; of two draws, both and the
+    // squares of their differences.
     void (*run)(const MarginalTile& tile, const EntryTotals& totals, RowRange mine);
   };
 };
@@ -75,7 +86,7 @@ struct ShapleyAdd {
 // once those of earlier samples may have been added.
 void fm_shapley(const EntrySamples& samples, const EntryDraw& draw, const EntryTotals& totals);
 
-// One sample's marginals by player, float [samples][fields * cols], without totals.
+// One sample's marginals by player, float [samples][players], without totals and of one visit.
 void fm_marginals(const EntrySamples& samples, const EntryDraw& draw, float* marginals);
 
 }  // namespace pysparse
