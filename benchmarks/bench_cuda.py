@@ -26,6 +26,7 @@ from pysparse import backend, ops
 from pysparse.formats import PACKINGS, BitmapTensor
 from pysparse.measure.machine import machine_card
 from pysparse.models.cuda_engines import random_keep
+from pysparse.nn.device_costs import Gpu
 from pysparse.ops.cuda import Packing, arrays, largest_block
 
 SHAPES = [(1024, 4096), (4096, 4096), (11008, 4096), (4096, 11008), (14336, 4096), (8192, 28672)]
@@ -336,9 +337,11 @@ def clocks() -> str:
 
 def card() -> dict[str, Any]:
     """Return the machine card with what belongs to the GPU."""
-    properties = torch.cuda.get_device_properties(0)
+    properties, gpu = torch.cuda.get_device_properties(0), Gpu.of(torch.device("cuda", 0))
     return machine_card() | {
         "gpu": properties.name,
+        "gigabytes_per_second": round(gpu.gigabytes_per_second, 1),
+        "multiprocessor_gigahertz": round(gpu.multiprocessor_gigahertz, 1),
         "multiprocessors": properties.multi_processor_count,
         "l2_bytes": properties.L2_cache_size,
         "capability": list(torch.cuda.get_device_capability()),

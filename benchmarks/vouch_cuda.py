@@ -68,6 +68,9 @@ def vouch(report: Path, test_log: Path, *others: Path) -> dict[str, object]:
         "date": run["machine"]["date"],
         "tests": last.strip("= "),
         "report": report.name,
+        "rates": {
+            name: run["machine"][name] for name in ("gigabytes_per_second", "multiprocessor_gigahertz")
+        },
         "source_hashes": run["source_hashes"] | more,
         "costs": costs(run["rows"]),
     }

@@ -13,7 +13,7 @@ from torch.nn import functional
 from pysparse import backend, ops
 from pysparse.formats import PACKINGS, BitmapTensor, DeltaRows, FragmentBitmap, PairBlocks
 from pysparse.formats.device import PACKED_DTYPES, keeps_pairs
-from pysparse.nn.device_costs import bytes_per_entry, device_costs
+from pysparse.nn.device_costs import Gpu, bytes_per_entry, device_costs
 from pysparse.nn.dispatch import Dispatch
 
 TOKENS_VARIABLE = (
@@ -60,7 +60,7 @@ class DeviceWeight:
             return None, ()
         packed = PACKINGS[found.packing].from_bitmap(bitmap)
         largest = packed.largest_block if isinstance(packed, FragmentBitmap) else 0
-        limit = ops.max_tokens(found.packing, bitmap.shape[1])
+        limit = ops.max_tokens(found.packing, bitmap.shape[1], bitmap.device.index)
         weight = cls(found.packing, bitmap.nnz, largest, limit, min(limit, found.pays_to), found.why)
         return weight, tuple(getattr(packed, field) for field in _FIELDS[found.packing])
 
@@ -145,9 +145,13 @@ def expected_tokens() -> int:
 
 
 def predict(bitmap: BitmapTensor, tokens: int = 1) -> Prediction:
-    """Return the packing that is expected to be fastest at ``tokens``, by measured costs; dense without a gain."""
-    costs, p, shape = device_costs(), bitmap.density, bitmap.shape
-    names = [name for name in PACKINGS if tokens <= ops.max_tokens(name, shape[1])]
+    """Return the packing that is expected to be fastest at ``tokens``, by measured costs; dense without a gain.
+
+    The costs are those of ``bitmap``'s device; of the reported GPU for one on the CPU.
+    """
+    device, p, shape = bitmap.values.device, bitmap.density, bitmap.shape
+    costs = device_costs(Gpu.of(device) if device.type == "cuda" else None)
+    names = [name for name in PACKINGS if tokens <= ops.max_tokens(name, shape[1], device.index)]
     if "pair" in names and (p > 0.5 or not keeps_pairs(bitmap)):
         names.remove("pair")
     # A packing that saves no memory is none, however few microseconds a tiny layer takes.

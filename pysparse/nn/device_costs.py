@@ -1,11 +1,17 @@
-"""What a call on a CUDA device is expected to take: lines fitted to the report of a GPU run."""
+"""What a call on a CUDA device is expected to take: lines fitted to the report of a GPU run.
+
+A GPU that no report has measured is expected to move bytes at its own memory's rate and to decode at that of its own
+multiprocessors. On a card with slow memory for its cores a byte saved is then worth more, as it is there.
+"""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
+
+import torch
 
 from pysparse import backend
 
@@ -26,10 +32,27 @@ def bytes_per_entry(kernel: str, density: float) -> float:
 
 
 @dataclass(frozen=True, slots=True)
+class Gpu:
+    """What decides how fast a GPU is here; two of one class have the same ratio of both rates."""
+
+    name: str
+    gigabytes_per_second: float  # of its memory, by the data sheet
+    multiprocessor_gigahertz: float  # clock times multiprocessors
+
+    @classmethod
+    def of(cls, device: torch.device) -> Gpu:
+        """Return what the driver says of a CUDA device."""
+        found = torch.cuda.get_device_properties(device)
+        # Both edges of the memory clock (kHz) move a bit on each line of the bus.
+        memory = 2 * found.memory_clock_rate * found.memory_bus_width / 8e6
+        return cls(found.name, memory, found.multi_processor_count * found.clock_rate / 1e6)
+
+
+@dataclass(frozen=True, slots=True)
 class DeviceCosts:
     """Microseconds of a call = c0 + c1 * megabytes + c2 * million entries, for each kernel and number of tokens."""
 
-    gpu: str  # where they were measured
+    gpu: str  # where they were measured, and for which other GPU they are scaled
     lines: dict[str, dict[int, tuple[float, float, float]]]  # kernel -> tokens -> (c0, c1, c2)
 
     def microseconds(self, kernel: str, tokens: int, shape: tuple[int, int], density: float) -> float:
@@ -42,8 +65,10 @@ class DeviceCosts:
         if not measured:
             return float("inf")
         call, megabyte, mega = lines[measured]
-        entries = shape[0] * shape[1] / 1e6
-        return call + entries * (megabyte * bytes_per_entry(kernel, density) + mega)
+        size = bytes_per_entry(kernel, density)
+        # Nothing reads its bytes faster than the dense product, whatever the sum says for a GPU not measured.
+        bound = self.lines["cublas"][measured][1] * size if measured in self.lines["cublas"] else 0.0
+        return call + shape[0] * shape[1] / 1e6 * max(megabyte * size + mega, bound)
 
     def pays_to(self, kernel: str, shape: tuple[int, int], density: float, gain: float) -> int:
         """Return up to how many tokens ``kernel`` is expected to be ``gain`` times as fast as the dense product."""
@@ -55,13 +80,26 @@ class DeviceCosts:
             last = tokens
         return last
 
+    def scaled(self, measured: Gpu, wanted: Gpu) -> DeviceCosts:
+        """Return what ``wanted`` is expected to take, by its rates over those of ``measured``; launches as there."""
+        memory = measured.gigabytes_per_second / wanted.gigabytes_per_second
+        cores = measured.multiprocessor_gigahertz / wanted.multiprocessor_gigahertz
+        lines = {
+            kernel: {
+                tokens: (call, mb * memory, mega * cores) for tokens, (call, mb, mega) in by_tokens.items()
+            }
+            for kernel, by_tokens in self.lines.items()
+        }
+        return replace(self, gpu=f"{self.gpu}, scaled to {wanted.name}", lines=lines)
+
 
 @cache
-def device_costs() -> DeviceCosts:
-    """Return the costs that the committed report of a GPU run holds."""
+def device_costs(gpu: Gpu | None = None) -> DeviceCosts:
+    """Return the costs of the committed report of a GPU run; scaled to ``gpu`` where that is another one."""
     report = json.loads(backend.CUDA_REPORT.read_text())
     lines = {
         kernel: {int(tokens): (line[0], line[1], line[2]) for tokens, line in by_tokens.items()}
         for kernel, by_tokens in report["costs"].items()
     }
-    return DeviceCosts(report["gpu"], lines)
+    measured, costs = Gpu(report["gpu"], **report["rates"]), DeviceCosts(report["gpu"], lines)
+    return costs if gpu is None or gpu.name == measured.name else costs.scaled(measured, gpu)

@@ -7,7 +7,7 @@ current stream, nothing waits, and workspace comes from torch's allocator.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
@@ -54,10 +54,12 @@ def packed_linear(x: Tensor, weight: Packing, bias: Tensor | None = None) -> Ten
 
     ``x`` is [..., K], ``bias`` [N]; sums are float32. More tokens than the kernel takes are multiplied by torch
     with rows that are unpacked a few at a time. For a delta or pair packing, Inf in a token makes the whole
-    token NaN (a dense product meets 0 * Inf). Raises ValueError for other shapes, dtypes or devices.
+    token NaN (a dense product meets 0 * Inf). Raises ValueError for other shapes, dtypes or devices, and
+    torch.OutOfMemoryError where the device has no room for the result or the workspace.
     """
     if x.shape[-1:] != weight.shape[1:]:
         raise ValueError(f"x has {x.shape[-1]} features, the weight takes {weight.shape[1]}")
+    _on_cuda(arrays(weight))
     return call_packed_linear(x, weight, bias)
 
 
@@ -96,14 +98,15 @@ def call_arrays(
 def packed_unpack(weight: Packing, first_row: int = 0, rows: int | None = None) -> Tensor:
     """Return rows [first_row, first_row + rows) of a packed weight densely, on its device.
 
-    ``first_row`` is a multiple of 16 for blocks of 16 rows (fragment, pair); ValueError otherwise.
+    ``first_row`` is a multiple of 16 for blocks of 16 rows (fragment, pair); ValueError otherwise, for rows outside the
+    weight, and for arrays that are not on one CUDA device.
     """
     rows = weight.shape[0] - first_row if rows is None else rows
+    _on_cuda(arrays(weight))
     ops = torch.ops.pysparse
     result: Tensor
     if isinstance(weight, DeltaRows):
-        arrays = (weight.values, weight.deltas, weight.row_groups, weight.chunk_cols)
-        result = ops.delta_unpack.default(*arrays, weight.shape[1], first_row, rows)
+        result = ops.delta_unpack.default(*arrays(weight), weight.shape[1], first_row, rows)
     elif isinstance(weight, FragmentBitmap):
         result = ops.fragment_unpack.default(weight.stream, weight.offsets, *weight.shape, first_row, rows)
     else:
@@ -111,17 +114,29 @@ def packed_unpack(weight: Packing, first_row: int = 0, rows: int | None = None) 
     return result
 
 
-def max_tokens(packing: str, cols: int) -> int:
-    """Return the most tokens that the kernel of ``packing`` takes at once for ``cols`` input features."""
+def max_tokens(packing: str, cols: int, device: int | None = None) -> int:
+    """Return the most tokens that the kernel of ``packing`` takes at once for ``cols`` input features.
+
+    ``device`` is the index of a CUDA device, by default the current one.
+    """
     if packing != DeltaRows.name:
         return STRIP_TOKENS
-    room = _shared_bytes()
+    room = _shared_bytes(torch.cuda.current_device() if device is None else device)
     return max((t for t, size in _COLUMN_BYTES.items() if (cols + 16) * size + 2048 <= room), default=0)
 
 
-@lru_cache(maxsize=1)
-def _shared_bytes() -> int:
-    return int(backend.cuda().shared_bytes(torch.cuda.current_device()))
+@cache
+def _shared_bytes(device: int) -> int:
+    return int(backend.cuda().shared_bytes(device))
+
+
+def _on_cuda(weights: tuple[Tensor, ...]) -> None:
+    """Raise ValueError unless all arrays of a packing are on one CUDA device."""
+    devices = sorted({str(array.device) for array in weights})
+    if len(devices) > 1:
+        raise ValueError(f"the arrays of a packing must be on one device, got {devices}")
+    if not weights[0].is_cuda:
+        raise ValueError(f"the packed weight is on {devices[0]}, its kernels run on CUDA devices only")
 
 
 def _check(x: Tensor, bias: Tensor | None, *weights: Tensor) -> int:
@@ -137,9 +152,18 @@ def _check(x: Tensor, bias: Tensor | None, *weights: Tensor) -> int:
     others = [x.device, *(w.device for w in weights), *([] if bias is None else [bias.device])]
     if any(device != values.device for device in others):
         raise ValueError(f"all tensors must be on one device, got {sorted({str(d) for d in others})}")
-    if any(w.data_ptr() % 16 for w in weights[:2]):
-        raise ValueError("packed arrays must start at multiples of 16 bytes")
+    _check_addresses(weights[:2])
     return code
+
+
+def _check_addresses(weights: tuple[Tensor, ...]) -> None:
+    """Raise ValueError unless arrays that vectors are loaded from are aligned and without gaps."""
+    for array in weights:
+        if array.data_ptr() % 16 or not array.is_contiguous():
+            raise ValueError(
+                "packed arrays must be contiguous and start at multiples of 16 bytes; this one's strides are "
+                f"{array.stride()}, its address is {array.data_ptr() % 16} above a multiple"
+            )
 
 
 def _aligned(x: Tensor) -> Tensor:
@@ -161,7 +185,7 @@ def _delta_linear(
 ) -> Tensor:
     code = _check(x, bias, values, deltas, row_groups, chunk_cols)
     rows, cols, tokens = row_groups.numel() - 1, x.shape[-1], _tokens(x)
-    if tokens > max_tokens(DeltaRows.name, cols):
+    if tokens > max_tokens(DeltaRows.name, cols, x.device.index):
         return _many(x, bias, DeltaRows(values, deltas, row_groups, chunk_cols, (rows, cols)))
     x = _aligned(x)
     y = x.new_empty((*x.shape[:-1], rows))
@@ -182,6 +206,7 @@ def _delta_unpack(
     first_row: int,
     rows: int,
 ) -> Tensor:
+    _check_addresses((values, deltas))
     dense = values.new_empty((rows, cols))
     backend.cuda().delta_unpack(
         values.data_ptr(), deltas.data_ptr(), row_groups.data_ptr(), chunk_cols.data_ptr(), dense.data_ptr(),
@@ -248,6 +273,7 @@ def _strip_unpack(
     first_row: int,
     rows: int,
 ) -> Tensor:
+    _check_addresses((stream,))
     dense = stream.new_empty((rows, cols))
     backend.cuda().strip_unpack(
         packing, stream.data_ptr(), 0 if offsets is None else offsets.data_ptr(), dense.data_ptr(), first_row, rows,

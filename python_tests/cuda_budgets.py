@@ -1,0 +1,35 @@
+"""What the compiler may spend on a CUDA kernel, and how its log says what it spent."""
+
+import re
+
+# Registers at which the wanted number of threads still fits on a multiprocessor with 65536.
+BUDGETS = [
+    (r"delta_linear_kernel.*Li[124]E", 64),  # 1024 threads
+    (r"delta_linear_kernel.*Li8E", 128),  # 512
+    (r"strip_linear_kernel.*Li[12]ELi3ELi2E", 64),  # two blocks of 512
+    (r"strip_linear_kernel.*Li4ELi4ELi1E", 128),  # one block of 512
+    (r"attention_kernel", 255),  # two blocks of 128
+    (r"find_stripes_kernel", 128),  # four of 128
+    (r"unpack_kernel|add_parts_kernel|count_stripes_kernel|list_stripes_kernel", 64),
+    (r"fm_walk_kernel", 128),  # 512: more do not fit into shared memory
+    (r"embedding_\w+_kernel|words_kernel|swap_kernel|add_kernel", 64),  # 1024 threads
+    (r"select_\w+_kernel|sweep_kernel", 64),
+    (r"update_kernel", 128),  # 512
+]
+
+_SPENT = re.compile(
+    r"Function properties for (\S+)\n(?:ptxas)?[\s.]+(\d+) bytes stack frame, (\d+) bytes spill stores, "
+    r"(\d+) .*\n.*Used (\d+) registers"
+)
+
+
+def check_log(log):
+    """Return the names of the kernels of ``log`` (``-Xptxas -v``); none spills, and all keep to their registers."""
+    found = _SPENT.findall(log)
+    assert found, log[:2000]
+    for function, *numbers in found:
+        stack, stores, loads, registers = map(int, numbers)
+        assert stack == stores == loads == 0, function
+        budget = next(limit for name, limit in BUDGETS if re.search(name, function))
+        assert registers <= budget, (function, registers)
+    return {function for function, *_ in found}

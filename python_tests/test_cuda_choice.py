@@ -1,0 +1,221 @@
+"""Which CUDA kernel a layer takes, from what costs, and which reports open their gate: none of it needs a GPU."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import reference
+import torch
+from cuda_weights import pairs_only
+
+from pysparse import backend
+from pysparse.formats import PACKINGS, BitmapTensor
+from pysparse.nn import SparseLinear
+from pysparse.nn.device import TOKENS_VARIABLE, DeviceWeight, expected_tokens, predict
+from pysparse.nn.device_costs import DeviceCosts, Gpu, device_costs
+
+pytestmark = pytest.mark.skipif(
+    not backend.available(), reason=f"no compiled core: {backend.missing_reason()}"
+)
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def roomy(monkeypatch):
+    """A device that takes every kernel, and costs like a fast GPU's: delta by the weight, fragment by the entry."""
+    monkeypatch.setattr(
+        "pysparse.ops.max_tokens", lambda packing, cols, device: 8 if packing == "delta" else 32
+    )
+    counts = (1, 2, 4, 8, 16, 32)
+    costs = DeviceCosts(
+        "a GPU",
+        {
+            "cublas": {n: (5.0, 0.24, 0.0) for n in counts},
+            "delta": {n: (2.5, 0.27 + 0.04 * n, 0.015 * n) for n in counts[:4]},
+            "fragment": {n: (4.0, 0.1, 0.3 + 0.01 * n) for n in counts},
+            "pair": {n: (2.5, 0.28 + 0.01 * n, 0.0) for n in counts},
+        },
+    )
+    monkeypatch.setattr("pysparse.nn.device.device_costs", lambda gpu: costs)
+    return costs
+
+
+def test_the_packing_follows_density_and_pattern(roomy):
+    def packing(sparsity, tokens, rows=4096, cols=4096):
+        bitmap = BitmapTensor.from_dense(reference.sparse_matrix(rows, cols, sparsity, torch.bfloat16))
+        return predict(bitmap, tokens).packing
+
+    assert [packing(s, 1) for s in (0.9, 0.7, 0.5, 0.1, 0.0)] == ["delta", "delta", "delta", "dense", "dense"]
+    assert [packing(s, 8) for s in (0.9, 0.5)] == ["delta", "fragment"]
+    assert packing(0.9, 64) == "dense"
+    assert packing(0.0, 1, 16, 64) == "dense"  # saves no memory, whatever the microseconds of a tiny layer
+    pairs = BitmapTensor.from_dense(pairs_only(torch.randn(1024, 1024).bfloat16()))
+    assert predict(pairs, 8).packing == "pair"
+
+
+def test_a_prediction_says_where_it_loses(roomy):
+    bitmap = BitmapTensor.from_dense(reference.sparse_matrix(4096, 4096, 0.5, torch.bfloat16))
+    found = predict(bitmap)
+    dense, delta = (roomy.microseconds(k, 1, bitmap.shape, bitmap.density) for k in ("cublas", "delta"))
+    assert found.why == f"50% sparse, {dense / delta:.2g}x dense expected at 1 token (figures of a GPU)"
+    assert found.pays_to == 2
+    weight = DeviceWeight("delta", bitmap.nnz, 0, 8, found.pays_to, "why")
+    assert weight.describe(torch.bfloat16, "auto") == (
+        "linear-delta-bfloat16-cuda up to 8 tokens (expected no faster than dense from 3 on), "
+        "unpack + torch beyond: why"
+    )
+    assert weight.describe(torch.bfloat16, "packed") == (
+        "linear-delta-bfloat16-cuda up to 2 tokens, a dense copy beyond: why"
+    )
+
+
+def test_costs_between_and_beyond_what_was_measured(roomy):
+    assert roomy.microseconds("delta", 3, (64, 64), 0.5) == roomy.microseconds("delta", 4, (64, 64), 0.5)
+    assert roomy.microseconds("delta", 9, (64, 64), 0.5) == float("inf")
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "two", "1.5"])
+def test_expected_tokens_must_be_a_number(monkeypatch, text):
+    monkeypatch.setenv(TOKENS_VARIABLE, text)
+    with pytest.raises(ValueError, match=f"{TOKENS_VARIABLE}={text} is not a number of tokens from 1"):
+        expected_tokens()
+    monkeypatch.delenv(TOKENS_VARIABLE)
+    assert expected_tokens() == 1
+
+
+def test_the_committed_costs_cover_each_kernel():
+    costs = device_costs()
+    assert costs.lines.keys() == {"cublas", *PACKINGS}
+    for by_tokens in costs.lines.values():
+        assert 1 in by_tokens
+        assert all(c >= 0 for line in by_tokens.values() for c in line)
+    assert costs.microseconds("delta", 1, (4096, 4096), 0.3) < costs.microseconds(
+        "cublas", 1, (4096, 4096), 0.3
+    )
+
+
+# Data sheets; the boost clock times the multiprocessors.
+H200 = Gpu("NVIDIA H200", 4916.7, 261.4)
+RTX_4090 = Gpu("NVIDIA GeForce RTX 4090", 1008.0, 322.6)
+
+
+def test_another_gpu_is_expected_to_have_its_own_rates():
+    measured = device_costs()
+    assert device_costs(H200) is not None
+    assert device_costs(H200).lines == measured.lines
+    slow = device_costs(RTX_4090)
+    assert slow.gpu == "NVIDIA H200, scaled to NVIDIA GeForce RTX 4090"
+    call, megabyte, mega = measured.lines["delta"][1]
+    assert slow.lines["delta"][1] == pytest.approx((call, megabyte * 4916.7 / 1008, mega * 261.4 / 322.6))
+
+    # Where memory is slow for the cores, decoding no longer hides what the bitmap saves: its bytes are the fewest at
+    # half density, and no gain exceeds what they save.
+    def gain(gpu, kernel):
+        times = [device_costs(gpu).microseconds(name, 1, (8192, 8192), 0.5) for name in ("cublas", kernel)]
+        return times[0] / times[1]
+
+    assert gain(H200, "delta") > gain(H200, "fragment")
+    assert gain(RTX_4090, "fragment") > gain(RTX_4090, "delta")
+    assert 2 / (2 * 0.5 + 0.141) > gain(RTX_4090, "fragment") > 1.5 > gain(H200, "fragment")
+
+
+def test_a_fit_finds_the_line_behind_its_figures(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import vouch_cuda
+
+    rows = [
+        {
+            "microseconds": 3 + 0.25 * mb + 0.1 * rows * 4096 / 1e6,
+            "bytes": mb * 1e6,
+            "rows": rows,
+            "cols": 4096,
+            "sparsity": mb,
+        }
+        for rows in (1024, 4096, 11008)
+        for mb in (5, 20)
+    ]
+    line, worst = vouch_cuda.fit(rows)
+    assert line == pytest.approx([3, 0.25, 0.1], abs=1e-3)
+    assert worst < 1e-9
+
+
+def test_each_report_vouches_for_what_it_ran(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import vouch_cuda
+
+    row = {
+        "kernel": "delta",
+        "tokens": 1,
+        "microseconds": 4,
+        "bytes": 4e6,
+        "rows": 64,
+        "cols": 64,
+        "sparsity": 0.5,
+    }
+    machine = {
+        "gpu": "a GPU",
+        "date": "today",
+        "gigabytes_per_second": 1000.0,
+        "multiprocessor_gigahertz": 100.0,
+    }
+
+    def report(name, hashes, wrong=()):
+        text = {"machine": machine, "source_hashes": hashes, "rows": [row], "wrong": list(wrong)}
+        path = tmp_path / name
+        path.write_text(json.dumps(text))
+        return path
+
+    log = tmp_path / "test.log"
+    log.write_text("== 3 passed in 1.00s ==\n")
+    first, second = report("a.json", {"delta": "d"}), report("b.json", {"pruning": "p", "shapley": "s"})
+    assert vouch_cuda.vouch(first, log, second)["source_hashes"] == {
+        "delta": "d",
+        "pruning": "p",
+        "shapley": "s",
+    }
+    with pytest.raises(ValueError, match="wrong: \\['sweep'\\]"):
+        vouch_cuda.vouch(first, log, report("c.json", {}, ["sweep"]))
+    log.write_text("1 failed, 3 passed")
+    with pytest.raises(ValueError, match="ends with: 1 failed"):
+        vouch_cuda.vouch(first, log)
+
+
+def test_without_a_device_the_gate_says_why_and_import_works():
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a CUDA device")
+    assert backend.cuda_missing_reason()
+    assert backend.cuda_gate("delta") == backend.cuda_missing_reason()
+    assert not any(key.supported for key in backend.cuda_kernels())
+
+
+@pytest.mark.skipif(backend._cuda is None, reason="built without CUDA")
+@pytest.mark.parametrize("vouched", [True, False])
+def test_the_gate_opens_for_the_sources_of_a_report_only(tmp_path, vouched, monkeypatch):
+    monkeypatch.delenv(backend.UNVALIDATED_VARIABLE, raising=False)
+    hashes = backend.cuda().SOURCE_HASHES if vouched else {"delta": "0" * 64}
+    (tmp_path / "report.json").write_text(json.dumps({"source_hashes": hashes}))
+    code = (
+        "from pathlib import Path\nfrom pysparse import backend\n"
+        f"backend.CUDA_REPORT = Path({str(tmp_path / 'report.json')!r})\n"
+        "backend.cuda_missing_reason = lambda: ''\nprint(repr(backend.cuda_gate('delta')))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert (done.stdout.strip() == "''") is vouched, done.stdout
+    asked = {**os.environ, backend.UNVALIDATED_VARIABLE: "1"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=asked)
+    assert done.stdout.strip() == "''"
+
+
+def test_a_layer_moves_between_dtypes_and_devices_of_one_kind():
+    linear = torch.nn.Linear(70, 30).bfloat16()
+    linear.weight.data[torch.rand(30, 70) < 0.6] = 0
+    layer = SparseLinear.from_dense(linear)
+    before = {k: v.clone() for k, v in layer.state_dict().items()}
+    layer = layer.to("cpu").half().bfloat16()
+    after = layer.state_dict()
+    assert before.keys() == after.keys()
+    assert torch.equal(after["bitmask"], before["bitmask"])
