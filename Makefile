@@ -63,8 +63,8 @@ wheel: $(BIN)/python ## build a wheel and try it in a clean environment
 	cd dist && ../$(VENV)-wheel/bin/pysparse doctor
 	cd dist && ../$(VENV)-wheel/bin/pysparse demo --no-speed --windows 2 --output demo_output
 
-cuda-check: $(VENV)/dev ## compile the CUDA sources for sm_80 and sm_90 (no spills, expected instructions)
-	$(BIN)/python -m pytest --slow python_tests/test_cuda_host.py
+cuda-check: $(VENV)/dev ## compile the CUDA sources for sm_80 and sm_90, and by NVRTC where it is installed
+	$(BIN)/python -m pytest --slow $(addprefix python_tests/test_cuda_,code.py build.py nvrtc.py)
 
 # A second environment over the first one's packages, so that the instrumented module shadows the plain one.
 # $(1): suffix of the environment, $(2): value of PYSPARSE_SANITIZE
@@ -98,8 +98,8 @@ sanitize-thread: $(VENV)/dev ## every kernel on several threads under the thread
 	$(call UNDER_TSAN) $(addprefix python_tests/test_,$(addsuffix .py,attention_kernels embedding fused_ops lowrank ridge \
 		select shapley_entries shapley_rows sparsegpt sparsegpt_factor sparsegpt_int8)) -k thread
 
-gpu-report: ## on a machine with a GPU and nvcc: build, test, measure; writes gpu_report/gpu_report.json
-	GPU_OUT=gpu_report benchmarks/gpu_check.sh
+gpu-report: ## on a machine with a GPU and nvcc: build, test, measure (STEPS=...); writes gpu_report/gpu_report.json
+	GPU_OUT=gpu_report benchmarks/gpu_check.sh $(STEPS)
 
 clean: ## remove everything that was built
 	rm -rf $(VENV) $(VENV)-wheel $(VENV)-sanitize $(VENV)-sanitize-thread build dist demo_output

@@ -1,5 +1,8 @@
 """What the build of the CUDA kernels refuses, and what it asks nvcc for."""
 
+import json
+import os
+import re
 import shutil
 import subprocess
 import sys
@@ -40,6 +43,13 @@ def test_gpus_before_ampere_are_refused(tmp_path):
 
 
 @needs_nvcc
+def test_gpus_that_nvcc_does_not_know_are_refused(tmp_path):
+    code, message = configure(tmp_path, "-DPYSPARSE_CUDA=ON", "-DPYSPARSE_CUDA_ARCHS=90;999")
+    assert code
+    assert re.search(r"nvcc [\d.]+ does not know 999; it knows [\d;]*90", message)
+
+
+@needs_nvcc
 def test_code_for_the_listed_gpus_and_ptx_for_later_ones(tmp_path):
     code, message = configure(tmp_path, "-DPYSPARSE_CUDA=AUTO", "-DPYSPARSE_WERROR=ON")
     assert code == 0, message
@@ -47,6 +57,7 @@ def test_code_for_the_listed_gpus_and_ptx_for_later_ones(tmp_path):
     for arch in (80, 86, 89, 90, 100, 120):
         assert f"arch=compute_{arch},code=[sm_{arch}]" in commands
     assert "arch=compute_80,code=[compute_80]" in commands
+    assert "arch=compute_90,code=[compute_90]" in commands  # from 90 on, launches start early and must wait
     assert "-Werror=all-warnings" in commands
     assert "-fvisibility=hidden" in commands
 
@@ -55,3 +66,18 @@ def test_without_a_compiler_auto_leaves_the_cuda_half_out(tmp_path):
     code, message = configure(tmp_path, "-DPYSPARSE_CUDA=AUTO", "-DCMAKE_CUDA_COMPILER=NOTFOUND")
     assert code == 0, message
     assert not list((tmp_path / "csrc").rglob("*cuda*"))
+
+
+def test_a_gpu_run_without_time_leaves_a_whole_report(tmp_path):
+    environment = {**os.environ, "GPU_OUT": str(tmp_path), "GPU_SECONDS": "1"}
+    script = ROOT / "benchmarks/gpu_check.sh"
+    done = subprocess.run(
+        [str(script), "build", "end"], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert "failed: build end" in done.stdout
+    report = json.loads((tmp_path / "gpu_report.json").read_text())
+    assert list(report["steps"]) == ["build", "end"]
+    for step in report["steps"].values():
+        assert step["exit_code"] == 124
+        assert "of 1 s are left" in step["last_line"]
