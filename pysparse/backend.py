@@ -23,11 +23,15 @@ from typing import Any
 
 import torch
 
+from pysparse import nvrtc
+
 logger = logging.getLogger("pysparse")
 
 DISABLE_VARIABLE = "PYSPARSE_DISABLE_EXT"
 ISA_VARIABLE = "PYSPARSE_ISA"
 UNVALIDATED_VARIABLE = "PYSPARSE_CUDA_UNVALIDATED"
+NVRTC_VARIABLE = "PYSPARSE_CUDA_NVRTC"
+CACHE_VARIABLE = "PYSPARSE_CACHE_DIR"
 # Written by the run on a GPU that checked and timed the kernels: the hash of each one's sources, and where.
 CUDA_REPORT = Path(__file__).parent / "data" / "cuda_report.json"
 
@@ -76,6 +80,13 @@ def warn_once(key: str, message: str) -> None:
     if key not in _warned:
         _warned.add(key)
         warnings.warn(message, RuntimeWarning, stacklevel=3)
+
+
+def cache_directory() -> Path:
+    """Return PYSPARSE_CACHE_DIR, or ``pysparse`` under the user's cache directory (XDG)."""
+    if os.environ.get(CACHE_VARIABLE):
+        return Path(os.environ[CACHE_VARIABLE])
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pysparse"
 
 
 def core() -> Any:
@@ -196,9 +207,19 @@ def cuda_missing_reason() -> str:
     """Return why no CUDA kernel can run here, or an empty string."""
     if _cuda is None:
         return _cuda_missing_reason
-    if not torch.cuda.is_available():
-        return "torch sees no CUDA device"
-    return "" if _cuda.device_count() else "the driver is missing or older than the kernels' CUDA runtime"
+    if not _cuda.device_count():
+        return driver_problem(*_cuda.versions())
+    return "" if torch.cuda.is_available() else "torch sees no CUDA device"
+
+
+def driver_problem(driver: int, runtime: int) -> str:
+    """Return why the CUDA kernels see no device, from both versions (13000 is CUDA 13.0; 0: no driver)."""
+    if not driver:
+        return "no CUDA driver is installed"
+    if driver // 1000 < runtime // 1000:  # within a major version any driver serves
+        have, need = (f"{version // 1000}.{version % 1000 // 10}" for version in (driver, runtime))
+        return f"the driver supports CUDA {have}, the kernels need the one of CUDA {need} or later"
+    return "the driver shows no CUDA device"
 
 
 def cuda_kernels() -> list[KernelKey]:
@@ -234,11 +255,35 @@ def cuda_gate(format: str) -> str:
     missing = cuda_missing_reason()
     if missing:
         return missing
-    if os.environ.get(UNVALIDATED_VARIABLE, "0") not in ("", "0"):
-        return ""
-    if _reported_hashes().get(format) == cuda().SOURCE_HASHES[format]:
-        return ""
-    return (
-        f"the {format} kernel's sources differ from those that a GPU report vouches for; "
-        f"set {UNVALIDATED_VARIABLE}=1 to use it all the same"
-    )
+    asked = os.environ.get(UNVALIDATED_VARIABLE, "0") not in ("", "0")
+    if not asked and _reported_hashes().get(format) != cuda().SOURCE_HASHES[format]:
+        return (
+            f"the {format} kernel's sources differ from those that a GPU report vouches for; "
+            f"set {UNVALIDATED_VARIABLE}=1 to use it all the same"
+        )
+    _prepare(format)
+    return ""
+
+
+@cache
+def _prepare(format: str) -> None:
+    """Have kernels of ``format`` compiled for GPUs that this build has no machine code for.
+
+    PYSPARSE_CUDA_NVRTC=0 leaves them to the driver, which makes code from PTX; 1 compiles for every GPU, and raises
+    :class:`~pysparse.nvrtc.NvrtcError` where that cannot be. By default the driver's code serves then, with a warning.
+    """
+    wanted = os.environ.get(NVRTC_VARIABLE) or "auto"
+    if wanted not in ("0", "1", "auto"):
+        raise ValueError(f"{NVRTC_VARIABLE}={wanted}: choose 0, 1 or auto")
+    if wanted == "0":
+        return
+    devices = [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
+    try:
+        nvrtc.load(cuda(), format, devices, cache_directory() / "cuda", always=wanted == "1")
+    except nvrtc.NvrtcError as error:
+        if wanted == "1":
+            raise
+        warn_once(
+            "nvrtc",
+            f"{error}. The driver's code for the {format} kernels is used; {NVRTC_VARIABLE}=0 chooses it",
+        )

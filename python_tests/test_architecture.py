@@ -23,6 +23,7 @@ FLOORS = {
     "ops": 3,
     "formats": 2,
     "backend": 1,
+    "nvrtc": 0,  # compiles texts; knows nothing of the package
     "_core": 0,
     "_cuda": 0,
     "data": 0,  # texts and a model on disk; knows nothing

@@ -40,7 +40,7 @@ MADE_UP = made_up(bitmap=3.0, unpack=2.5, pairs=2.0, kernel=2.0, torch=1.0)
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv(cost_cache.CACHE_VARIABLE, str(tmp_path))
+    monkeypatch.setenv(backend.CACHE_VARIABLE, str(tmp_path))
     monkeypatch.setattr(cost_cache, "measure", lambda dtype: MADE_UP)
     monkeypatch.setattr(backend, "_warned", set())
     cost_cache.forget()
@@ -85,7 +85,7 @@ def test_an_unusable_file_is_replaced_with_one_warning(cache, damage):
 
 def test_a_directory_that_cannot_be_written_costs_a_warning_only(cache, monkeypatch):
     (cache / "file").write_text("")
-    monkeypatch.setenv(cost_cache.CACHE_VARIABLE, str(cache / "file"))
+    monkeypatch.setenv(backend.CACHE_VARIABLE, str(cache / "file"))
     with pytest.warns(RuntimeWarning, match="not kept"):
         cost_cache.tune(torch.float32)
 
@@ -277,7 +277,7 @@ def test_tune_command_writes_the_file_and_shows_decisions(tmp_path):
         "m.SHAPES = ((64, 96), (128, 256)); m._SECONDS, m._LEAST_ROUNDS = 0.1, 1\n"
         "from pysparse.cli import app; app(['tune', '--dtype', 'fp32', '--json', '-'])"
     )
-    done = forked.run(code, **{cost_cache.CACHE_VARIABLE: str(tmp_path)})
+    done = forked.run(code, **{backend.CACHE_VARIABLE: str(tmp_path)})
     assert done.returncode == 0, done.stderr
     answer = json.loads(done.stdout)
     assert {row["dtype"] for row in answer["choices"]} == {"float32"}

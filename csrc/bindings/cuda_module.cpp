@@ -2,7 +2,11 @@
 // pysparse/_cuda.pyi.
 #include <pybind11/stl.h>
 
+#include <utility>
+
 #include "cuda_bind.h"
+#include "machine_code.h"
+#include "versions.h"
 
 namespace py = pybind11;
 
@@ -44,6 +48,15 @@ PYBIND11_MODULE(_cuda, module) {
   module.attr("ARCHITECTURES") = PYSPARSE_CUDA_ARCH_LIST;
   module.def("device_count", device_count);
   module.def("shared_bytes", shared_bytes);
+  module.def("versions", [] {
+    const Versions found = versions();
+    return std::make_pair(found.driver, found.runtime);
+  });
+  module.def("load_code", [](const py::bytes& image, int device) {
+    int kernels = 0;
+    check(load_code(PyBytes_AS_STRING(image.ptr()), device, &kernels), "load_code");
+    return kernels;
+  });
   module.def(
       "delta_linear", [](int dtype, uintptr_t x, int64_t tokens, int64_t cols, uintptr_t values,
                          uintptr_t deltas, uintptr_t row_groups, uintptr_t chunk_cols,

@@ -17,7 +17,8 @@ import torch
 from pysparse import backend
 from pysparse.attention.plan import AttentionInput, Fused, Planner, attend, dense
 from pysparse.attention.synthetic import Synthetic
-from pysparse.ops.cost_cache import CACHE_VARIABLE, cache_directory, setting_key
+from pysparse.backend import CACHE_VARIABLE, cache_directory
+from pysparse.ops.cost_cache import setting_key
 
 LENGTHS = (1024, 2048, 3072, 4096, 6144, 8192)
 _GAIN = 1.03  # times faster than exact attention: less is within what a timing can tell

@@ -14,20 +14,13 @@ from typing import Any
 import torch
 
 from pysparse import backend
+from pysparse.backend import CACHE_VARIABLE, cache_directory
 from pysparse.ops.cost_measure import measure
 from pysparse.ops.costs import SHAPES, Costs, Table
 from pysparse.ops.ways import WAYS
 
-CACHE_VARIABLE = "PYSPARSE_CACHE_DIR"
 _SCHEMA = 3
 _known: dict[tuple[torch.dtype, int, str], Costs] = {}
-
-
-def cache_directory() -> Path:
-    """Return PYSPARSE_CACHE_DIR, or ``pysparse`` under the user's cache directory (XDG)."""
-    if os.environ.get(CACHE_VARIABLE):
-        return Path(os.environ[CACHE_VARIABLE])
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pysparse"
 
 
 def costs_for(dtype: torch.dtype) -> Costs:

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from pysparse.ops.cost_cache import cache_directory
+from pysparse.backend import cache_directory
 from pysparse.suite.vision.training import Training
 
 _LOGGER = logging.getLogger("pysparse")
