@@ -3,7 +3,6 @@
 from pysparse.ops import embedding_cuda  # noqa: F401  it registers torch.ops.pysparse.*
 from pysparse.ops.attention import (
     AnchorRegion,
-    AttentionState,
     ProxyGrid,
     StripeRule,
     anchor_attention,
@@ -17,6 +16,7 @@ from pysparse.ops.attention import (
     proxy_scores,
     stripe_attention,
 )
+from pysparse.ops.attention_state import AttentionState
 from pysparse.ops.compact import (
     Compact,
     compact_linear_chunks,
@@ -72,7 +72,6 @@ from pysparse.ops.nm import (
     nm_unpack,
 )
 from pysparse.ops.obs import (
-    SweepPattern,
     add_product,
     can_factor,
     can_sweep,
@@ -87,6 +86,7 @@ from pysparse.ops.shapley_cuda import draw_permutations_cuda, fm_marginals_cuda,
 from pysparse.ops.shapley_entries import EntryDraw, EntrySamples, EntryTotals, fm_marginals, fm_shapley
 from pysparse.ops.shapley_heads import Crosses, DeepHead, Mlp, head_marginals, head_shapley
 from pysparse.ops.shapley_heads_cuda import head_marginals_torch, head_shapley_cuda
+from pysparse.ops.sweep_pattern import SweepPattern
 
 __all__ = [
     "ACTIVATIONS",

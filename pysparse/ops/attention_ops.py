@@ -12,6 +12,7 @@ from pysparse.formats.stripe import BlockIndex, StripeIndex
 from pysparse.ops import attention_cpu as compiled
 from pysparse.ops import attention_reference as reference
 from pysparse.ops import selection_reference as selection
+from pysparse.ops.attention_state import AttentionState
 
 Bounds = list[tuple[int, int]]
 Parts = tuple[Tensor, Tensor, Tensor]
@@ -120,8 +121,6 @@ def _stripe_attention(
     check_stripes(index, bounds)
     parts = reference.attend(q, k, v, scale, reference.stripe_selection(index, q.shape[1], q_offset, bounds))
     if out is not None and max is not None and denominator is not None:
-        from pysparse.ops.attention import AttentionState  # the front imports this module
-
         merged = AttentionState(out, max, denominator).merge(AttentionState(*_state(parts)))
         parts = (merged.out, merged.max, merged.denominator)
     return _rounded(parts, q)

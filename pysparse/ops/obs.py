@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,17 +10,7 @@ from torch import Tensor
 from pysparse import backend
 from pysparse.formats import Int8Grid
 from pysparse.ops import pruning_cuda
-
-
-@dataclass(frozen=True, slots=True)
-class SweepPattern:
-    """Which weights compete: those of a block of columns, in a row or in all rows, or n of every m."""
-
-    block: int  # columns; for n:m a multiple of m
-    counts: tuple[int, ...] = ()  # unstructured: how many weights go in each block, of a row or of all rows
-    joint: bool = False  # unstructured: all rows compete
-    n: int = 0  # n:m: kept
-    m: int = 0
+from pysparse.ops.sweep_pattern import SweepPattern
 
 
 def can_sweep(weight: Tensor) -> bool:

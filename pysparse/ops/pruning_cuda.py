@@ -6,15 +6,11 @@ sweep's updates are a dense product too, but cuBLAS sums in an order of its own;
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
 from pysparse import backend
-
-if TYPE_CHECKING:
-    from pysparse.ops.obs import SweepPattern
+from pysparse.ops.sweep_pattern import SweepPattern
 
 _ENTRIES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
