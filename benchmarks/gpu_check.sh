@@ -2,7 +2,8 @@
 # Builds the CUDA kernels, tests and measures them on a machine with a GPU and without a network.
 #   GPU_OUT=/tmp/report GPU_ARCHS=90 benchmarks/gpu_check.sh [build test nvrtc bench attention tables end sanitize]
 # Takes at most GPU_SECONDS (540): a step gets what is left, and is noted as left out when that is too little. So, in
-# halves: `build test nvrtc sanitize bench`, then `build attention tables end` with the same GPU_OUT.
+# halves: `build test nvrtc sanitize bench`, then `build attention tables end` with the same GPU_OUT. `peers` is a step
+# for itself: others' kernels, with PEERS="--flash-llm LIBRARY --spinfer LIBRARY" where these have been built.
 # Needs nvcc, cmake, ninja, python3 with torch, transformers, pybind11, pytest and hypothesis. Each step has its own
 # time limit and log, a failed step does not stop the next, and the report is whole after each.
 set -u -o pipefail
@@ -58,6 +59,8 @@ step nvrtc 60 env PYSPARSE_CUDA_NVRTC=1 "PYSPARSE_CACHE_DIR=$out/cache" python3 
 TAIL=60 step bench 230 python3 -W default benchmarks/bench_cuda.py --out "$out/cuda.json" --seconds 150
 TAIL=40 step attention 120 python3 -W default benchmarks/bench_cuda_attention.py --out "$out/cuda_attention.json"
 TAIL=60 step tables 100 python3 -W default benchmarks/bench_cuda_tables.py --out "$out/cuda_tables.json"
+# shellcheck disable=SC2086  # several words
+TAIL=40 step peers 240 python3 -W default benchmarks/bench_cuda_peers.py --out "$out/cuda_peers.json" ${PEERS:-}
 TAIL=40 step end 280 python3 -W default benchmarks/bench_cuda_end_to_end.py --out "$out/cuda_end_to_end.json"
 # Without compute-sanitizer these two fail, and the report says so.
 step sanitize-memory 60 compute-sanitizer --tool memcheck --error-exitcode 9 python3 -W ignore python_tests/cuda_sample.py

@@ -19,7 +19,7 @@ from typing import Any
 
 FIGURES = {
     "kernels": "cuda.json", "end_to_end": "cuda_end_to_end.json", "attention": "cuda_attention.json",
-    "tables": "cuda_tables.json",
+    "tables": "cuda_tables.json", "peers": "cuda_peers.json",
 }  # fmt: skip
 
 
