@@ -23,7 +23,7 @@ SPLITS = (1, 2, 4, 8)  # parts of the columns; the fastest is each peer's figure
 _FLASH_PACK = "_Z31InitSparseMatrixA_API_NoReorderP6__halfiiiPPjPPi"
 _FLASH_RUN = "_Z15SpMM_SplitK_APIP11CUstream_stPK6__halfPK5uint4PKiS3_PS1_iiiS9_i"
 _SPINFER_PACK = "_Z24InitSparseMatrixA_bitmapP6__halfiiiiiiiiPS0_PPiS3_S3_PPmRi"
-_SPINFER_RUN = "_Z24SpMM_SplitK_API_bitmap_v3P11CUstream_stPK6__halfS3_PKiS5_PKmS5_S3_PS1_iiiS8_i"
+_SPINFER_RUN = "_Z25SpMM_SplitK_API_bitmap_v3P11CUstream_stPK6__halfS3_PKiS5_PKmS5_S3_PS1_iiiS8_i"
 
 
 class Missing(Exception):
