@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import threading
+import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -12,10 +13,18 @@ import torch
 from harness import Call, Run, command_line, show, time_calls
 from rich.table import Table
 from rivals.peak_probe import peak_gigaflops
-from shapley_peers import TorchTotals, captum_calls, peak_bytes, torch_sampler, variance_ratio
+from shapley_peers import (
+    TorchTotals,
+    captum_calls,
+    orders_of,
+    peak_bytes,
+    torch_keys,
+    torch_sampler,
+    variance_ratio,
+)
 
 from pysparse.measure.results import to_jsonable
-from pysparse.measure.rounds import torch_threads
+from pysparse.measure.rounds import Spread, torch_threads
 from pysparse.ops import (
     DeepHead,
     EntryDraw,
@@ -72,18 +81,18 @@ def walking(
 def torch_rival(source: EntrySamples, pair: bool) -> Callable[[], None]:
     """Return torch's sampler over all samples, 256 at a time (its best), with the sums that ours makes."""
     table, ids, labels = map(torch.from_numpy, (source.table, source.ids.astype(np.int64), source.labels))
-    keys = torch.rand(min(TORCH_BATCH, len(ids)), FIELDS * COLS)
-    part, orders = source.part(0, len(keys)), keys.argsort(dim=1).numpy().astype(np.int32)
-    ours = fm_marginals(part, EntryDraw(0, antithetic=pair), orders)
-    theirs = torch_sampler(table, ids[: len(keys)], labels[: len(keys)], keys, pair)
-    torch.testing.assert_close(theirs, torch.from_numpy(ours), atol=1e-5, rtol=0)
+    keys = torch_keys(min(TORCH_BATCH, len(ids)), FIELDS, COLS)
+    part = source.part(0, len(keys))
+    ours = fm_marginals(part, EntryDraw(0, antithetic=pair), orders_of(keys))
+    theirs = torch_sampler(table, ids[: len(keys)], labels[: len(keys)], keys, pair).transpose(1, 2)
+    torch.testing.assert_close(theirs.flatten(1), torch.from_numpy(ours), atol=1e-5, rtol=0)
     totals = TorchTotals(table)
 
     def run() -> None:
         with torch_threads(1):
             for start in range(0, len(ids), TORCH_BATCH):
                 some = slice(start, start + TORCH_BATCH)
-                keys = torch.rand(len(ids[some]), FIELDS * COLS)
+                keys = torch_keys(len(ids[some]), FIELDS, COLS)
                 totals.add(ids[some], torch_sampler(table, ids[some], labels[some], keys, pair))
 
     return run
@@ -109,49 +118,73 @@ def factorisation_machine(options: argparse.Namespace, rows_of_field: int, sampl
 def limits(options: argparse.Namespace) -> list[Row]:
     """Take memory, then walks, then sharing away: what of a permutation's time is left, and what two cores give.
 
-    "one row a field" has all samples read the same 39 rows, so that table and totals stay in the first cache.
-    "orders alone" draws and shuffles and does nothing with it. "apart" are two threads of one walk each, on samples
-    and totals of their own, with no meeting: what two cores of this machine give at most. "in registers" is the
-    same for a loop that touches no memory (a Philox word stream), with its one thread before.
+    "one row a field" has all samples read the same 39 rows, so that table and totals stay in the first caches.
+    "orders alone" draws and shuffles and does nothing with it. "two apart" are two threads with samples and totals of
+    their own that never meet, "words" the same of Philox words that no memory is needed for; what these two lose to
+    one thread alone is the machine's.
     """
     samples = 256 if options.quick else 4096
     source, near = data(1000, samples), data(1, samples)
     one = EntryDraw(1, antithetic=False)
 
-    def totals(of: EntrySamples) -> EntryTotals:
-        return EntryTotals(*of.table.shape)
-
-    def alone(call: Callable[[], Any]) -> Callable[[], None]:
-        def run() -> None:
-            with torch_threads(1):
-                call()
-
-        return run
-
-    def apart(calls: list[Callable[[], Any]]) -> Callable[[], None]:
-        return lambda: [None for _ in pool.map(lambda call: call(), calls)] and None
+    def orders() -> None:
+        with torch_threads(1):
+            draw_permutations(1, 0, samples, FIELDS * COLS)
 
     def words() -> None:
         for _ in range(WORD_CALLS):
-            draw_words(1, 0, 16, 4096)
+            draw_words(1, 0, 4, 4096)
 
-    with ThreadPoolExecutor(2) as pool:
-        mine = [walking(source.part(0, samples), totals(source), one) for _ in range(2)]
-        calls = {
-            "one": walking(source, totals(source), one),
-            "one, one row a field": walking(near, totals(near), one),
-            "orders alone": alone(lambda: draw_permutations(1, 0, samples, FIELDS * COLS)),
-            "one, 2 threads": walking(source, totals(source), one, 2),
-            "one, one row a field, 2 threads": walking(near, totals(near), one, 2),
-            "two apart": apart(mine),
-            "words in cache": alone(words),
-            "words in cache, two apart": apart([alone(words)] * 2),
-        }
-        found = rates(calls, samples, options.rounds, "limits")
-    for row in found:
-        if row["call"].endswith("apart") and row["samples_per_second"] is not None:
-            row["samples_per_second"] *= 2
+    def totals(of: EntrySamples) -> EntryTotals:
+        return EntryTotals(*of.table.shape)
+
+    calls = {
+        "one": walking(source, totals(source), one),
+        "one, one row a field": walking(near, totals(near), one),
+        "orders alone": orders,
+        "one, 2 threads": walking(source, totals(source), one, 2),
+        "one, one row a field, 2 threads": walking(near, totals(near), one, 2),
+    }
+    found = rates(calls, samples, options.rounds, "limits")
+    apart: dict[str, list[Callable[[], None]]] = {
+        "one": [walking(source.part(0, samples), totals(source), one) for _ in range(2)],
+        "one row a field": [walking(near.part(0, samples), totals(near), one) for _ in range(2)],
+        "words": [words, words],
+    }
+    with torch_threads(1):
+        for name, both in apart.items():
+            gains = [
+                own_rate(both, 0.02 if options.quick else 0.2)
+                / own_rate(both[:1], 0.02 if options.quick else 0.2)
+                for _ in range(options.rounds)
+            ]
+            spread = Spread.of(gains)
+            found.append({"what": "limits", "call": f"{name}, two apart over one", "samples": samples,
+                          "two_over_one": to_jsonable(spread)})  # fmt: skip
     return found
+
+
+def own_rate(calls: list[Callable[[], None]], seconds: float) -> float:
+    """Calls a second of threads that run at once, by the clocks of their own: waits for a core do not count."""
+    found = [0.0] * len(calls)
+    start = threading.Barrier(len(calls))
+
+    def work(index: int) -> None:
+        torch.set_num_threads(1)  # of this thread
+        calls[index]()
+        start.wait()
+        begin, until, count = time.thread_time(), time.perf_counter() + seconds, 0
+        while time.perf_counter() < until:
+            calls[index]()
+            count += 1
+        found[index] = count / (time.thread_time() - begin)
+
+    workers = [threading.Thread(target=work, args=(index,)) for index in range(len(calls))]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    return sum(found)
 
 
 def beside_captum(options: argparse.Namespace) -> list[Row]:
@@ -250,13 +283,21 @@ def main(arguments: list[str] | None = None) -> None:
     }  # fmt: skip
     rows = [row for part in PARTS if part in options.only for row in parts[part]()]
     table = Table(
-        "what", "call", "samples/s", "GFLOP/s", "x at equal error", "x memory", title="Shapley walks"
+        "what",
+        "call",
+        "samples/s",
+        "GFLOP/s",
+        "x at equal error",
+        "x memory",
+        "2 over 1",
+        title="Shapley walks",
     )
     for row in rows:
         keys = ("samples_per_second", "gflops", "at_equal_error")
         shown = [None if row.get(key) is None else f"{row[key]:,.0f}" for key in keys]
         shown.append(f"{row['more_bytes']:.3f}" if "more_bytes" in row else None)
-        table.add_row(row["what"], row["call"], *shown)
+        gain = row.get("two_over_one")
+        table.add_row(row["what"], row["call"], *shown, None if gain is None else f"{gain['median']:.2f}")
     protocol = {
         "players": FIELDS * COLS,
         "rounds": options.rounds,
