@@ -78,7 +78,7 @@ def taking_turns(module: nn.Module, batches: list[Tensor]) -> Callable[[], Tenso
 def run(options: Any) -> Iterator[dict[str, Any]]:
     rows, count = (20_000, 4) if options.quick else (ROWS, BATCHES)
     for dtype_name, dtype in DTYPES.items():
-        for sparsity in SPARSITIES:
+        for sparsity in options.sparsity:
             dense, sparse = make_tables(rows, dtype, sparsity)
             modules = {
                 "nn.Embedding": dense,
@@ -131,6 +131,7 @@ def table(rows: list[dict[str, Any]]) -> Table:
 def main(arguments: list[str] | None = None) -> None:
     parser = command_line("embedding", __doc__ or "")
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--sparsity", nargs="+", type=float, default=SPARSITIES)
     parser.add_argument("--sample-seconds", type=float, default=0.02)
     options = parser.parse_args(arguments)
     if options.quick:
