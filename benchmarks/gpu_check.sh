@@ -1,6 +1,6 @@
 #!/bin/bash
 # Builds the CUDA kernels, tests and measures them on a machine with a GPU and without a network.
-#   GPU_OUT=/tmp/report GPU_ARCHS=90 benchmarks/gpu_check.sh [build test nvrtc bench attention tables end sanitize]
+#   GPU_OUT=/tmp/report GPU_ARCHS=90 benchmarks/gpu_check.sh [build test nvrtc sanitize bench attention tables end]
 # Takes at most GPU_SECONDS (540): a step gets what is left, and is noted as left out when that is too little. So, in
 # halves: `build test nvrtc sanitize bench`, then `build attention tables end` with the same GPU_OUT. `peers` is a step
 # for itself: others' kernels, with PEERS="--flash-llm LIBRARY --spinfer LIBRARY" where these have been built.
@@ -10,7 +10,7 @@ set -u -o pipefail
 cd "$(dirname "$0")/.." || exit 1
 out=${GPU_OUT:?set GPU_OUT to the folder that takes logs and reports}
 archs=${GPU_ARCHS:-90}
-steps=${*:-build test nvrtc bench attention tables end sanitize}
+steps=${*:-build test nvrtc sanitize bench attention tables end}
 seconds=${GPU_SECONDS:-540}
 least=20  # no step is worth starting for less
 mkdir -p "$out"
@@ -56,14 +56,14 @@ step test 150 python3 -W default -m pytest -q --maxfail=12 --tb=short -rf -p no:
 # For the GPU that is here, as if the build had no code for it.
 step nvrtc 60 env PYSPARSE_CUDA_NVRTC=1 "PYSPARSE_CACHE_DIR=$out/cache" python3 -W default -m pytest -q --tb=short -rfs \
   -p no:cacheprovider -W default -m gpu python_tests/test_cuda_nvrtc_gpu.py
+# Without compute-sanitizer these two fail, and the report says so.
+step sanitize-memory 60 compute-sanitizer --tool memcheck --error-exitcode 9 python3 -W ignore python_tests/cuda_sample.py
+step sanitize-races 60 compute-sanitizer --tool racecheck --error-exitcode 9 python3 -W ignore python_tests/cuda_sample.py
 TAIL=60 step bench 230 python3 -W default benchmarks/bench_cuda.py --out "$out/cuda.json" --seconds 150
 TAIL=40 step attention 120 python3 -W default benchmarks/bench_cuda_attention.py --out "$out/cuda_attention.json"
 TAIL=60 step tables 100 python3 -W default benchmarks/bench_cuda_tables.py --out "$out/cuda_tables.json"
 # shellcheck disable=SC2086  # several words
 TAIL=40 step peers 240 python3 -W default benchmarks/bench_cuda_peers.py --out "$out/cuda_peers.json" ${PEERS:-}
 TAIL=40 step end 280 python3 -W default benchmarks/bench_cuda_end_to_end.py --out "$out/cuda_end_to_end.json"
-# Without compute-sanitizer these two fail, and the report says so.
-step sanitize-memory 60 compute-sanitizer --tool memcheck --error-exitcode 9 python3 -W ignore python_tests/cuda_sample.py
-step sanitize-races 60 compute-sanitizer --tool racecheck --error-exitcode 9 python3 -W ignore python_tests/cuda_sample.py
 echo "failed:${failed:- none}"
 [ -z "$failed" ]

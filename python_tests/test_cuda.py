@@ -257,6 +257,26 @@ def test_bad_arguments_are_named():
         )
 
 
+def test_no_room_for_the_workspace_is_torchs_own_error(monkeypatch):
+    packed = pack("fragment", matrix("fragment", 40, 96, 0.5, torch.bfloat16))
+    monkeypatch.setattr("pysparse.ops.cuda._workspace", lambda *_: 1 << 44)
+    with pytest.raises(torch.OutOfMemoryError):
+        ops.packed_linear(torch.zeros(1, 96, device="cuda").bfloat16(), packed)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one CUDA device only")
+def test_a_stream_of_another_device_does_not_reach_the_kernel():
+    """Inside a block on another device's stream, a call still runs on its own tensors' device and stream."""
+    weight = matrix("delta", 40, 96, 0.5, torch.bfloat16)
+    packed, x = pack("delta", weight), torch.randn(2, 96, device="cuda:0").bfloat16()
+    with torch.cuda.stream(torch.cuda.Stream("cuda:1")):
+        y = ops.packed_linear(x, packed)
+    assert y.device == x.device
+    check(y, x, weight)
+    with pytest.raises(ValueError, match=r"must be on one device, got \['cuda:0', 'cuda:1'\]"):
+        ops.packed_linear(x.to("cuda:1"), packed)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_gradients_of_input_and_bias(name):
     weight = matrix(name, 40, 96, 0.5, torch.bfloat16)
