@@ -11,7 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from cuda_budgets import check_log
+from cuda_budgets import BLACKWELL_STACKS, check_log
 
 from pysparse import backend, nvrtc
 
@@ -192,7 +192,7 @@ def test_no_spills_and_registers_within_budget(source, capability):
     options = dataclasses.replace(options, ptxas_options="-v")
     text = (ROOT / "csrc/cuda" / source).read_text()
     nvrtc._compile(core, text, options, log)
-    check_log(log.getvalue())
+    check_log(log.getvalue(), BLACKWELL_STACKS if capability > (9, 0) else ())
 
 
 @needs_nvrtc
