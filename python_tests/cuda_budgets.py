@@ -29,6 +29,7 @@ BLACKWELL_STACKS = [
     (r"attention_kernel.*Li(128|256)E", 144),
     (r"delta_linear_kernel.*Li[14]E", 24),
     (r"strip_linear_kernel.*FragmentTile.*Li2ELi3E", 8),
+    (r"embedding_bag_kernel", 32),
 ]
 
 
