@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -64,10 +65,11 @@ def _load_cuda() -> tuple[ModuleType | None, str]:
     if os.environ.get(DISABLE_VARIABLE, "0") not in ("", "0"):
         return None, f"disabled by {DISABLE_VARIABLE}={os.environ[DISABLE_VARIABLE]}"
     try:
-        from pysparse import _cuda  # type: ignore[attr-defined,unused-ignore]
-    except ImportError as error:  # built without CUDA, or for another platform: the CPU half works alone
+        return import_module("pysparse._cuda"), ""
+    except ModuleNotFoundError as error:
+        return None, "this build has none" if error.name == "pysparse._cuda" else str(error)
+    except ImportError as error:  # for another platform: the CPU half works alone
         return None, str(error)
-    return _cuda, ""
 
 
 _core, _missing_reason = _load_core()

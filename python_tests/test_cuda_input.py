@@ -75,6 +75,11 @@ def test_the_missing_half_is_said_once(recwarn):
     if not backend.cuda_missing_reason():
         pytest.skip("this machine runs the CUDA kernels")
     assert not any(key.supported for key in backend.cuda_kernels())
+    if backend._cuda is None:
+        with pytest.raises(
+            RuntimeError, match=r"CUDA kernels of pysparse are not available \(.+\); build from source"
+        ):
+            backend.cuda()
     for _ in range(3):
         backend.warn_once("cuda-input-test", f"no kernels: {backend.cuda_missing_reason()}")
     assert [str(w.message) for w in recwarn] == [f"no kernels: {backend.cuda_missing_reason()}"]
