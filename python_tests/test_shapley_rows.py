@@ -44,7 +44,7 @@ def both_orders(samples, orders, logit_of, antithetic):
 
 
 @pytest.mark.parametrize("isa", LEVELS)
-@pytest.mark.parametrize(("fields", "cols"), [(1, 1), (5, 3), (39, 16), (17, 17), (3, 64)])
+@pytest.mark.parametrize(("fields", "cols"), [(1, 1), (5, 3), (39, 16), (17, 17), (3, 64), (4, 40)])
 @pytest.mark.parametrize("antithetic", [False, True])
 def test_rows_of_a_factorisation_machine(isa, fields, cols, antithetic):
     samples = data(6, fields, 7, cols, seed=cols, scale=0.3)
@@ -56,6 +56,19 @@ def test_rows_of_a_factorisation_machine(isa, fields, cols, antithetic):
     expected = both_orders(samples, orders, fm_logit, antithetic)
     assert found.shape == expected.shape
     assert np.abs(found - expected).max() < 1e-5 * max(1, np.abs(expected).max())
+
+
+@pytest.mark.parametrize("isa", LEVELS)
+def test_what_walks_of_other_shapes_leave_in_memory_is_not_read(isa):
+    draw = EntryDraw(2, players="field")
+    for fields, cols in ((39, 64), (39, 16), (4, 40), (3, 17), (3, 3)):
+        samples = data(30, fields, 7, cols, scale=0.3)
+        totals, expected = EntryTotals(7 * fields, 1), np.zeros((7 * fields, 1), np.int64)
+        with backend.force_isa(isa):
+            ops.fm_shapley(samples, draw, totals)
+            marginals = ops.fm_marginals(samples, draw).astype(float)
+        np.add.at(expected, samples.ids, np.rint(marginals * 2.0**36).astype(np.int64)[:, :, None])
+        assert np.array_equal(totals.sums, expected), (fields, cols)
 
 
 @pytest.mark.parametrize("kind", KINDS)

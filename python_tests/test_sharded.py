@@ -46,6 +46,7 @@ class DiesOnce:
 
 @pytest.fixture(scope="module")
 def ray():
+    os.environ.setdefault("RAY_raylet_start_wait_time_s", "300")  # on a busy machine its 30 s are too few
     found = pytest.importorskip("ray", reason="needs the package ray (the extra pysparse[ray])")
     found.init(num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=100_000_000)
     found.cloudpickle.register_pickle_by_value(sys.modules[__name__])

@@ -85,17 +85,17 @@ inline void remove_all(const Walk& w, int players, int column_mask) {
   }
 }
 
-// The same for rows that go as wholes; `width` columns, the padded ones zero.
+// The same for rows that go as wholes, `cols` entries `width` apart; nothing was put behind them.
 template <bool kAntithetic>
-inline void remove_rows(const Walk& w, int rows, int width) {
+inline void remove_rows(const Walk& w, int rows, int cols, int width) {
   for (int i = 0; i < rows; ++i) {
     const uint32_t j = w.partner[i], row = w.left[j];
     w.left[j] = w.left[i];
     w.order[i] = static_cast<uint16_t>(row);
     const float *deltas = w.delta + row * width, *biases = w.bias + row * width;
     __m512 forward = _mm512_setzero_ps(), backward = forward;
-    for (int k = 0; k < width; k += 16) {
-      const auto live = static_cast<__mmask16>((1u << std::min(16, width - k)) - 1);
+    for (int k = 0; k < cols; k += 16) {
+      const auto live = static_cast<__mmask16>((1u << std::min(16, cols - k)) - 1);
       const __m512 delta = _mm512_maskz_loadu_ps(live, deltas + k);
       const __m512 bias = _mm512_maskz_loadu_ps(live, biases + k);
       const __m512 before = _mm512_maskz_loadu_ps(live, w.sum + k);
@@ -175,7 +175,7 @@ float run_samples(const EntrySamples& v, const EntryDraw& draw, int64_t begin, i
                     w.partner);
     }
     if constexpr (kRows)
-      remove_rows<kAntithetic>(w, players, width);
+      remove_rows<kAntithetic>(w, players, v.cols, width);
     else
       remove_all<kAntithetic>(w, players, width - 1);
     const LinesAhead ahead(v, s + 1, (players + 15) / 16, soon);
