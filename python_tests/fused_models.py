@@ -1,10 +1,11 @@
-"""Small modules as fuse_ meets them: attention with projections of one input, gated MLPs."""
+"""Small modules as fuse_ meets them: attention with projections of one input, gated MLPs; and their tolerance."""
 
 import reference
 import torch
 from torch import nn
 from torch.nn import functional
 
+from pysparse import ops
 from pysparse.nn import sparsify_
 
 
@@ -41,7 +42,24 @@ class FunctionalMLP(MLP):
         return self.down(self.up(states) * functional.gelu(self.gate(states), approximate="tanh"))
 
 
-def packed(module):
+def packed(module, **options):
     """A module with sparse layers, each computed by a call of its own."""
-    sparsify_(module.eval(), fuse=False)
+    sparsify_(module.eval(), fuse=False, **options)
     return module
+
+
+def assert_gated_close(actual, gate, up, activation):
+    """Compare with ``activation(gate) * up`` of separate products, and allow what the docstring does.
+
+    The activation may differ by a few float32 units of its argument and one rounding of its result; products with
+    it are rounded once more.
+    """
+    active = ops.ACTIVATIONS[activation](gate)
+    expected = active * up
+    step = 2 * reference.EPSILON[actual.dtype]
+    off_activation = step * active.double().abs() + 2.0**-21 * gate.double().abs()
+    bound = off_activation * up.double().abs() * (1 + step) + step * expected.double().abs() + 1e-37
+    excess = (actual.double() - expected.double()).abs() - bound
+    assert actual.dtype == expected.dtype
+    assert actual.shape == expected.shape
+    assert not (excess > 0).any(), f"{activation}: off by {excess.max().item():.3e} beyond the bound"

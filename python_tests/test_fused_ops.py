@@ -5,6 +5,7 @@ import itertools
 import pytest
 import reference
 import torch
+from fused_models import assert_gated_close
 from torch.nn import functional
 
 from pysparse import backend, ops
@@ -60,27 +61,6 @@ def test_a_group_is_shared_out_over_threads(threads):
     assert torch.equal(gated, ops.gated_linear(x, parts[0], parts[0], "silu"))
 
 
-def separate(x, gate, up, activation, gate_bias=None, up_bias=None):
-    active = ops.ACTIVATIONS[activation](ops.bitmap_linear(x, gate, gate_bias))
-    return active, active * ops.bitmap_linear(x, up, up_bias)
-
-
-def assert_gated_close(actual, x, gate, up, activation, biases=(None, None)):
-    """Allow what the docstring does: the activation may differ by a few float32 units of its argument and one
-    rounding of its result; products with it are rounded once more."""
-    active, expected = separate(x, gate, up, activation, *biases)
-    argument, factor = (
-        ops.bitmap_linear(x, w, b).double().abs() for w, b in zip((gate, up), biases, strict=True)
-    )
-    step = 2 * reference.EPSILON[actual.dtype]
-    off_activation = step * active.double().abs() + 2.0**-21 * argument
-    bound = off_activation * factor * (1 + step) + step * expected.double().abs() + 1e-37
-    excess = (actual.double() - expected.double()).abs() - bound
-    assert actual.dtype == expected.dtype
-    assert actual.shape == expected.shape
-    assert not (excess > 0).any(), f"{activation}: off by {excess.max().item():.3e} beyond the bound"
-
-
 @pytest.mark.parametrize("activation", list(ops.ACTIVATIONS))
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("isa", LEVELS)
@@ -92,7 +72,8 @@ def test_gated_linear_matches_separate_operations(dtype, isa, activation):
             x = 2 * torch.randn(tokens, cols).to(dtype)
             for pair in ((None, None), biases, (biases[0], None)):
                 actual = ops.gated_linear(x, gate, up, activation, *pair)
-                assert_gated_close(actual, x, gate, up, activation, pair)
+                parts = [ops.bitmap_linear(x, w, b) for w, b in zip((gate, up), pair, strict=True)]
+                assert_gated_close(actual, *parts, activation)
 
 
 def every_number(dtype):
@@ -196,6 +177,3 @@ def test_operator_contract_and_gradients():
     torch.testing.assert_close(bias.grad, z.grad, rtol=1e-4, atol=1e-4)
     both = ops.bitmap_linear_group(x, [gate, up], [bias, None])
     assert all(part.requires_grad for part in both)
-
-
-# --- layers

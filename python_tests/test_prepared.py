@@ -125,4 +125,4 @@ def test_the_core_refuses_the_wrong_number_of_weights():
     with pytest.raises(ValueError, match="a gate and an up weight, got 1 weights"):
         ops.Prepared((operand,), 24).gated(x, "silu")
     with pytest.raises(ValueError, match="kernels take float32 and bfloat16 values, not torch.float16"):
-        ops.Prepared((tuple([operand[0].half(), *operand[1:]]),), 24)
+        ops.Prepared((operand._replace(values=operand.values.half()),), 24)

@@ -1,9 +1,12 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <tuple>
 #include <utility>
+#include <vector>
 
 #include "bind.h"
+#include "pysparse/fused.h"
 #include "pysparse/int8.h"
 
 namespace pysparse {
@@ -44,6 +47,55 @@ void call_int8_linear(int dtype, uintptr_t x, int64_t tokens, int64_t cols, int 
               {pointer<void>(y), pointer<const void>(bias), rows, dtype_of(dtype)});
 }
 
+// values, masks, tile_offsets, scales, row_sums; columns of a group; bias; rows.
+using Operand = std::tuple<Array, Array, Array, Array, Array, int64_t, uintptr_t, int64_t>;
+
+// Int8 weights that are multiplied by the same input again and again: PreparedWeights' twin.
+class PreparedInt8 {
+ public:
+  PreparedInt8(int dtype, int64_t cols, int parts, const std::vector<Operand>& operands)
+      : dtype_(dtype_of(dtype)), parts_(parts) {
+    for (const Operand& operand : operands) {
+      const auto& [values, masks, offsets, scales, sums, group_cols, bias, rows] = operand;
+      const Int8Arrays weight =
+          arrays(values, masks, offsets, scales, sums, group_cols, rows, cols);
+      weights_.push_back({weight.view, weight.sizes, pointer<const void>(bias)});
+    }
+  }
+
+  void linear(uintptr_t x, int64_t tokens, uintptr_t y) const {
+    check(weights_.size() == 1, "1 output for ", weights_.size(), " weights");
+    const Int8Operand& one = weights_[0];
+    int8_linear(one.weight, one.sizes, pointer<const void>(x), tokens, parts_,
+                {pointer<void>(y), one.bias, one.weight.rows, dtype_});
+  }
+
+  void group(uintptr_t x, int64_t tokens, const std::vector<uintptr_t>& outputs) const {
+    check(weights_.size() == outputs.size(), outputs.size(), " outputs for ", weights_.size(),
+          " weights");
+    std::vector<void*> targets;
+    for (const uintptr_t address : outputs) targets.push_back(pointer<void>(address));
+    int8_linear_group(weights_.data(), static_cast<int>(weights_.size()), call(x, tokens),
+                      targets.data());
+  }
+
+  void gated(uintptr_t x, int64_t tokens, int activation, uintptr_t y) const {
+    check(weights_.size() == 2, "a gate and an up weight, got ", weights_.size(), " weights");
+    check(activation >= 0 && activation < kActivations, "unknown activation code ", activation);
+    int8_gated_linear(weights_[0], weights_[1], static_cast<Activation>(activation),
+                      call(x, tokens), pointer<void>(y));
+  }
+
+ private:
+  QuantizedCall call(uintptr_t x, int64_t tokens) const {
+    return {pointer<const void>(x), tokens, parts_, dtype_};
+  }
+
+  DType dtype_;
+  int parts_;
+  std::vector<Int8Operand> weights_;
+};
+
 void call_int8_unpack(int dtype, const Array& values, const Array& masks, const Array& tile_offsets,
                       const Array& scales, const Array& row_sums, int64_t group_cols,
                       int64_t all_rows, int64_t cols, int64_t first_tile, int64_t rows,
@@ -60,6 +112,11 @@ BitmapView map(int64_t rows, int64_t cols, uintptr_t bitmask, uintptr_t row_offs
 }  // namespace
 
 void bind_int8(pybind11::module_& module) {
+  pybind11::class_<PreparedInt8>(module, "PreparedInt8")
+      .def(pybind11::init<int, int64_t, int, const std::vector<Operand>&>())
+      .def("linear", &PreparedInt8::linear, ReleaseGil())
+      .def("group", &PreparedInt8::group, ReleaseGil())
+      .def("gated", &PreparedInt8::gated, ReleaseGil());
   module.def("int8_linear", &call_int8_linear, ReleaseGil());
   module.def("int8_unpack", &call_int8_unpack, ReleaseGil());
   module.def(

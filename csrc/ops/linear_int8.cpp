@@ -2,26 +2,9 @@
 #include "pysparse/error.h"
 #include "pysparse/share.h"
 #include "quantized_input.h"
+#include "tiled_int8.h"
 
 namespace pysparse {
-namespace {
-
-void check_sizes(const TiledInt8View& weight, const Int8Sizes& sizes) {
-  check(weight.rows >= 0 && weight.cols >= 0, "negative shape ", weight.rows, " x ", weight.cols);
-  check(sizes.masks == weight.tiles() * weight.quads(), "masks hold ", sizes.masks, " words, a ",
-        weight.rows, " x ", weight.cols, " weight has ", weight.tiles() * weight.quads());
-  check(sizes.tile_offsets == weight.tiles() + 1, "tile_offsets hold ", sizes.tile_offsets,
-        " entries, expected ", weight.tiles() + 1);
-  const int64_t total = weight.tile_offsets[weight.tiles()];
-  check(total >= 0 && total + kBytePadding <= sizes.values, "tile_offsets end at ", total,
-        ", but only ", sizes.values, " values are there, ", kBytePadding, " of them padding");
-  check_scales(weight.scales, weight.cols, weight.tiles(), sizes.scales, sizes.row_sums);
-  check(weight.scales.groups == 1 || weight.scales.group_cols % kQuadCols == 0, "group of ",
-        weight.scales.group_cols, " columns: it must be a multiple of ", kQuadCols);
-}
-
-}  // namespace
-
 void check_scales(const RowScales& scales, int64_t cols, int64_t tiles, int64_t scale_count,
                   int64_t sum_count) {
   check(cols <= kMaxInt8Cols, cols, " columns: beyond ", kMaxInt8Cols,
@@ -42,12 +25,10 @@ void int8_linear(const TiledInt8View& weight, const Int8Sizes& sizes, const void
   const BlockLayout layout{weight.cols, weight.cols, kQuadCols, weight.quads(), kQuadCols, 0};
   const QuantizedInput input(x, output.dtype, tokens, parts, layout, kernel.quantize,
                              kernel.max_vectors);
-  const auto bytes_before = [&](int64_t tile) {
-    return weight.tile_offsets[tile] + tile * weight.quads() * 8;
-  };
-  const int64_t bytes = bytes_before(weight.tiles()) * input.chunks();
+  const auto before_tile = [&](int64_t tile) { return bytes_before(weight, tile); };
+  const int64_t bytes = before_tile(weight.tiles()) * input.chunks();
   with_prepared(input, threads_for(bytes), [&](int thread, int threads) {
-    const Range tiles = share_by_bytes(weight.tiles(), bytes_before, thread, threads);
+    const Range tiles = share_by_bytes(weight.tiles(), before_tile, thread, threads);
     for (int64_t tile = tiles.begin; tile < tiles.end; ++tile)
       for (int64_t c = 0; c < input.chunks(); ++c)  // the tile's weights stay in cache
         kernel.run(weight, tile, input.chunk(c), output, input.first_token(c));

@@ -58,6 +58,7 @@ struct Input {
   int64_t blocks() const { return (cols + layout.lanes - 1) / layout.lanes; }
   int64_t chunks() const { return (tokens + chunk - 1) / chunk; }
   int64_t chunk_bytes() const { return blocks() * layout.lanes * chunk * size_of(layout.dtype); }
+  int64_t first_token(int64_t c) const { return c * chunk; }
   int tokens_in(int64_t c) const {
     return static_cast<int>(std::min<int64_t>(chunk, tokens - c * chunk));
   }

@@ -15,15 +15,15 @@ class QuantizedInput {
 
   int64_t chunks() const { return (tokens_ + chunk_ - 1) / chunk_; }
   int64_t first_token(int64_t c) const { return c * chunk_; }
+  int tokens_in(int64_t c) const {
+    return static_cast<int>(std::min(chunk_, tokens_ - c * chunk_));
+  }
   QuantizedTokens chunk(int64_t c) const;
   // Quantises this thread's share of the tokens.
   void prepare(int thread, int threads) const;
 
  private:
   uint8_t* bytes_of(int64_t c) const { return bytes_ + c * chunk_ * parts_ * layout_.size(); }
-  int tokens_in(int64_t c) const {
-    return static_cast<int>(std::min(chunk_, tokens_ - c * chunk_));
-  }
   void prepare_token(int64_t token) const;
 
   const void* x_;

@@ -13,6 +13,7 @@ from pysparse import backend, ops
 from pysparse.formats import BitmapTensor, Int8Bitmap, NMInt8, NMTensor, TiledInt8
 from pysparse.nn.dispatch import Dispatch
 from pysparse.nn.packing import Packing, RowMajor, grid_of, row_major
+from pysparse.nn.shared_input import InputGroup
 from pysparse.ops import Compact
 from pysparse.ops.costs import Choice
 
@@ -43,6 +44,10 @@ class CompactLinear(nn.Module):
     """
 
     bias: nn.Parameter | None
+    # As in SparseLinear, for int8 values under a bitmap:
+    _prepared: ops.PreparedInt8 | None = None
+    _gated: ops.Prepared | None = None
+    _seat: tuple[InputGroup, int] | None = None
 
     def __init__(
         self, weight: Compact, bias: nn.Parameter | None = None, activation_bits: int = 8,
@@ -95,6 +100,18 @@ class CompactLinear(nn.Module):
         for name, array in arrays.items():
             self.register_buffer(name, array, persistent=False)
         self.prefill = self._prefill
+        self._drop_prepared()
+
+    def _drop_prepared(self) -> None:
+        """Let go of the weight's arrays where a call keeps them."""
+        self._prepared = self._gated = None
+        if self._seat is not None:
+            self._seat[0].forget()
+
+    @property
+    def has_bitmap(self) -> bool:
+        """Tell whether the places are kept in a mask, as those of a :class:`SparseLinear` are."""
+        return self._kind is TiledInt8
 
     @property
     def prefill(self) -> str:
@@ -106,7 +123,7 @@ class CompactLinear(nn.Module):
         bits = None if self._kind is NMTensor else self.activation_bits
         vectorised = self.pattern is None or backend.core().nm_has_vector_kernel(*self.pattern)
         self._dispatch = Dispatch(mode, _PACKINGS[self._kind], bits, vectorised)
-        self._prefill = mode
+        self._prefill, self._prepared = mode, None
 
     def packed(self) -> Compact:
         """Return the weight as a container over the layer's buffers."""
@@ -122,11 +139,26 @@ class CompactLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return [..., out_features] for ``x`` [..., in_features]."""
+        seat = self._seat
+        if seat is not None and not torch.compiler.is_dynamo_compiling():
+            return seat[0].linear(seat[1], self, x)
+        return self.multiply(x)
+
+    def multiply(self, x: Tensor) -> Tensor:
+        """Compute :meth:`forward` by this layer alone."""
+        bias, compiling = self._parameters["bias"], torch.compiler.is_dynamo_compiling()
+        prepared = None if compiling else self._prepared  # addresses are nothing for a graph
+        if (
+            prepared is not None
+            and prepared.takes(x)
+            and prepared.is_current(0, self._buffers, bias)
+            and not (torch.is_grad_enabled() and ops.needs_dispatcher(x, bias))
+        ):
+            return prepared.linear(x)
         if x.size(-1) != self.in_features:
             raise ValueError(f"x has {x.size(-1)} features, the layer takes {self.in_features}")
         if x.dtype is not self._dtype and torch.is_autocast_enabled("cpu"):
             x = x.to(self._dtype)  # packed weights keep their dtype: autocast moves the input instead
-        bias = self._parameters["bias"]
         if self._dtype not in ops.KERNEL_DTYPES:
             return self._forward_slow(x)
         dispatch = self._dispatch
@@ -135,7 +167,33 @@ class CompactLinear(nn.Module):
             way = (dispatch.decided(tokens) or self._decide(tokens)) if x.dtype is self._dtype else ""
             if way and (way != dispatch.kernel or tokens > ops.DECODE_TOKENS):
                 return dispatch.run(way, x, self.packed(), bias)
+        elif dispatch.unasked and self.has_bitmap and not compiling:
+            self._prepare(x.dtype, bias)
         return self._multiply(x)
+
+    def _prepare(self, dtype: torch.dtype, bias: Tensor | None) -> None:
+        """Keep what one token needs, for the calls that follow; not where the kernels refuse the dtypes."""
+        if self.in_features and dtype in ops.KERNEL_DTYPES and (bias is None or bias.dtype is dtype):
+            self._prepared = ops.PreparedInt8((self._operand(),), self.in_features, dtype)
+
+    def _operand(self) -> ops.Int8Operand:
+        b: Any = self._buffers
+        arrays = (b["values"], b["masks"], b["tile_offsets"], b["scales"], b["row_sums"])
+        bias, group_size = self._parameters["bias"], self.group_size or 1
+        return ops.Int8Operand(*arrays, bias, self.out_features, group_size, self.activation_bits)
+
+    def operand(self, x: Tensor) -> ops.Int8Operand | None:
+        """Return what a call shared with other layers needs of this one; None unless it would decode ``x`` itself."""
+        if not self.has_bitmap or x.dtype is not self._dtype or self._dtype not in ops.KERNEL_DTYPES:
+            return None
+        if x.size(-1) != self.in_features or torch.compiler.is_dynamo_compiling():
+            return None
+        if x.numel() > self._dispatch.unasked * self.in_features:
+            tokens = x.numel() // self.in_features
+            way = self._dispatch.decided(tokens) or self._decide(tokens)
+            if tokens > ops.DECODE_TOKENS or way != self._dispatch.kernel:
+                return None
+        return self._operand()
 
     def _multiply(self, x: Tensor) -> Tensor:
         """Run the kernel, or with more than 64 tokens the unpacking: what autograd and torch.compile may see."""
@@ -206,6 +264,7 @@ class CompactLinear(nn.Module):
             self._buffers["scales"] = scales
         self._dtype = moved.dtype
         self._dispatch.clear()
+        self._drop_prepared()
         return self
 
     @property
@@ -267,7 +326,10 @@ class CompactLinear(nn.Module):
             parts.append(f"values=int8, activation_bits={self.activation_bits}")
         if self.pattern:
             parts.append(f"pattern={self.pattern[0]}:{self.pattern[1]}")
-        return ", ".join([*parts, f"sparsity={self.sparsity:.3f}", str(self._dispatch)])
+        calls = self._seat[0].describe(self._seat[1]) if self._seat is not None else ""
+        return ", ".join(
+            [*parts, f"sparsity={self.sparsity:.3f}", str(self._dispatch), *([calls] if calls else [])]
+        )
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         for name, tensor in state_of(row_major(self.packed())).items():

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass, field
+from typing import Any
 
-import torch
 from torch import nn
 
-from pysparse.nn.gated import GatedMLP, GatedPlan
+from pysparse.nn.compact import CompactLinear
+from pysparse.nn.gated import GatedMLP, GatedPlan, can_share
 from pysparse.nn.linear import SparseLinear
-from pysparse.nn.shared_input import InputGroup
+from pysparse.nn.shared_input import InputGroup, kin
 
 
 @dataclass(slots=True)
@@ -32,12 +33,12 @@ def fuse_(model: nn.Module) -> FusionReport:
 
     Not the default: each layer still makes a module call and an output tensor of its own, so what one call of the core
     saves is about what noticing the common input costs. Layers of some hundred inputs gain nothing and may lose a few
-    microseconds; large ones gain the threads' waiting for each other (``benchmarks/bench_fused.py``). Int8 and n:m
-    layers are not fused.
+    microseconds; large ones gain the threads' waiting for each other (``benchmarks/bench_fused.py``). Int8 values
+    under a bitmap are fused likewise; n:m layers are not.
     """
     report = FusionReport()
     for path, module in list(model.named_modules()):
-        children = {n: m for n, m in module.named_children() if type(m) is SparseLinear and m._seat is None}
+        children = {n: m for n, m in module.named_children() if can_share(m) and m._seat is None}
         if isinstance(module, GatedMLP) or len(children) < 2:
             continue
         plan = GatedPlan.of(module)
@@ -54,11 +55,11 @@ def fuse_(model: nn.Module) -> FusionReport:
     return report
 
 
-def _candidates(children: dict[str, SparseLinear]) -> list[tuple[str, ...]]:
-    """Return the names of layers that could be called with one input: those of one size and dtype."""
-    alike: dict[tuple[int, torch.dtype], list[str]] = defaultdict(list)
+def _candidates(children: dict[str, SparseLinear | CompactLinear]) -> list[tuple[str, ...]]:
+    """Return the names of layers that could be called with one input: those of one kind, size and dtype."""
+    alike: dict[tuple[Any, ...], list[str]] = defaultdict(list)
     for name, layer in children.items():
-        alike[layer.in_features, layer.dtype].append(name)
+        alike[kin(layer)].append(name)
     return [tuple(names) for names in alike.values() if len(names) > 1]
 
 
@@ -67,6 +68,6 @@ def unfuse_(model: nn.Module) -> nn.Module:
     for module in model.modules():
         if isinstance(module, GatedMLP):
             GatedMLP.unfuse(module)
-        if isinstance(module, SparseLinear):
+        if isinstance(module, SparseLinear | CompactLinear):
             module._seat = None
     return model

@@ -10,15 +10,16 @@ import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules import module as torch_module
 
 from pysparse import ops
+from pysparse.nn.compact import CompactLinear
 from pysparse.nn.linear import SparseLinear
-from pysparse.nn.shared_input import is_ready, prepare, shared_operands
+from pysparse.nn.shared_input import call_gated, is_ready, kin, prepare, shared_operands
 
 _TRACED_NODES = 7  # input, gate, activation, up, product, down, output
 
@@ -42,14 +43,10 @@ class GatedPlan:
             return None
         gate, up, down, activation = parts
         layers = [module._modules.get(str(node.target)) for node in (gate, up)]
-        first, second = layers
-        if not (type(first) is SparseLinear and type(second) is SparseLinear) or first is second:
+        first, second = (layer if can_share(layer) else None for layer in layers)
+        if first is None or second is None or first is second:
             return None
-        if (first.in_features, first.out_features, first.dtype) != (
-            second.in_features,
-            second.out_features,
-            second.dtype,
-        ):
+        if kin(first) != kin(second) or first.out_features != second.out_features:
             return None
         child = module.get_submodule(str(activation.target)) if activation.op == "call_module" else None
         name = _activation_name(_callable(activation, child), first.dtype)
@@ -65,7 +62,7 @@ class GatedPlan:
         would miss the calls of the parts: they have hooks, were replaced, or have a forward of their own.
         """
         gate, up = modules[self.gate], modules[self.up]
-        if type(gate) is not SparseLinear or type(up) is not SparseLinear or not isinstance(x, Tensor):
+        if not (can_share(gate) and can_share(up) and isinstance(x, Tensor)):
             return None
         if self.activation_child and modules[self.activation_child] is not self.activation_module:
             return None
@@ -76,14 +73,21 @@ class GatedPlan:
         if prepared is not None and is_ready(prepared, (gate, up), x):
             return prepared.gated(x, self.activation)
         operands = shared_operands((gate, up), x)
-        if operands is None or gate.out_features != up.out_features:
+        if operands is None or gate.out_features != up.out_features or kin(gate) != kin(up):
             return None
         if not compiling:
             gate._gated = prepare((gate, up), operands, x)
-        return ops.call_gated_linear(x, operands[0], operands[1], self.activation)
+        return call_gated(x, operands, self.activation)
 
     def __str__(self) -> str:
         return f"one call for {self.activation}({self.gate}) * {self.up}"
+
+
+def can_share(module: nn.Module | None) -> TypeGuard[SparseLinear | CompactLinear]:
+    """Tell whether a layer's products can be part of a call shared with others: a bitmap's, whatever its values."""
+    if type(module) is CompactLinear:
+        return module.has_bitmap
+    return type(module) is SparseLinear
 
 
 class GatedMLP(nn.Module):

@@ -243,13 +243,13 @@ class SparseLinear(nn.Module):
             if way != "bitmap" or tokens > ops.DECODE_TOKENS:
                 return dispatch.run(way, x, self._tiled(), bias)
         elif dispatch.unasked and x.dtype is values.dtype and not compiling:
-            self._prepare((values, masks, tile_offsets, bias, self.out_features))
+            self._prepare(ops.Operand(values, masks, tile_offsets, bias, self.out_features))
         return ops.call_bitmap_linear(x, values, masks, tile_offsets, bias, self.out_features)
 
     def _prepare(self, operand: ops.Operand) -> None:
         """Keep what one token needs, for the calls that follow; not where the kernels refuse the bias's dtype."""
-        bias = operand[3]
-        if self.in_features and (bias is None or bias.dtype is operand[0].dtype):
+        bias = operand.bias
+        if self.in_features and (bias is None or bias.dtype is operand.values.dtype):
             self._prepared = ops.Prepared((operand,), self.in_features)
 
     def _decide(self, tokens: int) -> str:
@@ -273,7 +273,7 @@ class SparseLinear(nn.Module):
             way = self._dispatch.decided(tokens) or self._decide(tokens)
             if tokens > ops.DECODE_TOKENS or way != "bitmap":
                 return None
-        return values, masks, tile_offsets, self._parameters["bias"], self.out_features
+        return ops.Operand(values, masks, tile_offsets, self._parameters["bias"], self.out_features)
 
     def _tiled(self) -> TiledBitmap:
         buffers = self._buffers

@@ -11,7 +11,7 @@ import threading
 import weakref
 from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -19,7 +19,11 @@ from torch import Tensor
 from pysparse import ops
 
 if TYPE_CHECKING:
+    from pysparse.nn.compact import CompactLinear
     from pysparse.nn.linear import SparseLinear
+
+    Shareable: TypeAlias = SparseLinear | CompactLinear
+Operand: TypeAlias = ops.Operand | ops.Int8Operand
 
 ALONE_CALLS = 2  # with an input of its own, after which a layer is watched no longer
 PATIENCE = 16  # results that nobody fetched, after which a group is given up
@@ -30,8 +34,8 @@ class Result(NamedTuple):
     """A sibling's output, and what it was computed from beside the input."""
 
     output: Tensor
-    operand: ops.Operand
-    versions: tuple[int, int]  # of the values and the bias
+    operand: Operand
+    versions: tuple[tuple[int, int], ...]  # of the operand's content, with its addresses
 
 
 class Pending(NamedTuple):
@@ -39,6 +43,7 @@ class Pending(NamedTuple):
 
     input: weakref.ref[Tensor]
     state: int | bytes  # of the input then, see _state
+    changes: int  # of the group's weights that it was told of before
     results: dict[int, Result]  # by seat
 
 
@@ -74,10 +79,11 @@ class InputGroup:
         """Watch as many layers as there are ``names``; seats are positions in it."""
         self.names = names
         self._members: tuple[int, ...] | None = None  # seats computed together; None while they are watched
-        self._layers: dict[int, weakref.ref[SparseLinear]] = {}
+        self._layers: dict[int, weakref.ref[Shareable]] = {}
         self._moved: dict[int, tuple[InputGroup, int] | None] = {}  # seats that no longer belong here
         self._alone = dict.fromkeys(range(len(names)), 0)
         self._prepared: ops.Prepared | None = None  # all members' weights, for one token
+        self._changes = 0
         self._unclaimed = [0]  # shared with what is called when an input dies
         self._calls = Calls()
         self._lock = threading.Lock()
@@ -86,7 +92,7 @@ class InputGroup:
         """Copy as a group that has seen nothing: whom it belongs to is found out by calls."""
         return InputGroup, (self.names,)
 
-    def linear(self, seat: int, layer: SparseLinear, x: Tensor) -> Tensor:
+    def linear(self, seat: int, layer: Shareable, x: Tensor) -> Tensor:
         """Return ``layer(x)``, and compute the siblings' outputs along with it where that is right."""
         if seat in self._moved:
             moved = layer._seat = self._moved[seat]
@@ -95,13 +101,13 @@ class InputGroup:
             self._watch(seat, layer, x)
             return layer.multiply(x)
         pending = self._calls.pending
-        if pending is not None and pending.input() is x:
+        if pending is not None and pending.input() is x and pending.changes == self._changes:
             result = pending.results.pop(seat, None)
             if result is not None and _is_current(result, layer) and _state(x) == pending.state:
                 return result.output
         return self._compute(seat, layer, x)
 
-    def _compute(self, seat: int, layer: SparseLinear, x: Tensor) -> Tensor:
+    def _compute(self, seat: int, layer: Shareable, x: Tensor) -> Tensor:
         """Compute all members' outputs and keep the siblings'; compute one alone where not all may join."""
         members, state = self._members or (), _state(x)
         layers = [self._layers[member]() for member in members]
@@ -109,14 +115,14 @@ class InputGroup:
             return layer.multiply(x)
         prepared = self._prepared
         if prepared is not None and is_ready(prepared, layers, x):
-            operands: Sequence[ops.Operand] | None = prepared.operands
+            operands: Sequence[Operand] | None = prepared.operands
             outputs = prepared.group(x)
         else:
             operands = shared_operands(layers, x)
             if operands is None:
                 return layer.multiply(x)
             self._prepared = prepare(layers, operands, x)
-            outputs = ops.call_bitmap_linear_group(x, operands)
+            outputs = call_group(x, operands)
         results = {
             member: Result(output, operand, _versions(operand))
             for member, output, operand in zip(members, outputs, operands or (), strict=True)
@@ -132,9 +138,9 @@ class InputGroup:
         if self._unclaimed[0] > PATIENCE:
             self._disband()
         input = weakref.ref(x, partial(_drop_late, results, self._unclaimed))
-        self._calls.pending = Pending(input, state, results)
+        self._calls.pending = Pending(input, state, self._changes, results)
 
-    def _watch(self, seat: int, layer: SparseLinear, x: Tensor) -> None:
+    def _watch(self, seat: int, layer: Shareable, x: Tensor) -> None:
         """Note who is called with what; decide when a sequence with one input is over."""
         version = -1 if x.is_inference() else x._version
         with self._lock:
@@ -172,8 +178,12 @@ class InputGroup:
         self._moved |= {seat: None for seat in range(len(self.names)) if seat not in self._moved}
 
     def forget(self) -> None:
-        """Let go of the weights' arrays: one of them is about to change."""
+        """Let go of the weights' arrays and of what was computed from them: one of them is about to change."""
         self._prepared = None
+        self._changes += 1
+        for moved in self._moved.values():
+            if moved is not None:
+                moved[0].forget()
 
     def describe(self, seat: int) -> str:
         """Tell with whom the layer at ``seat`` is computed."""
@@ -185,7 +195,12 @@ class InputGroup:
         return f"{state} with {', '.join(s for s in siblings if s)}"
 
 
-def shared_operands(layers: Sequence[SparseLinear | None], x: Tensor) -> list[ops.Operand] | None:
+def kin(layer: Shareable) -> tuple[Any, ...]:
+    """Return what layers must have in common to be computed in one call, beside the input itself."""
+    return type(layer), layer.in_features, layer.dtype, getattr(layer, "activation_bits", None)
+
+
+def shared_operands(layers: Sequence[Shareable | None], x: Tensor) -> list[Operand] | None:
     """Return the weights of ``layers`` for one call on ``x``; None where one of them would not decode ``x``.
 
     That is: a layer that is gone or not packed for the CPU, another dtype or size, more tokens than the decode
@@ -193,7 +208,7 @@ def shared_operands(layers: Sequence[SparseLinear | None], x: Tensor) -> list[op
     """
     if type(x) is not Tensor or not x.is_cpu:
         return None
-    operands = []
+    operands: list[Operand] = []
     for layer in layers:
         operand = None if layer is None else layer.operand(x)
         if operand is None:
@@ -206,8 +221,11 @@ def _version(tensor: Tensor | None) -> int:
     return -1 if tensor is None or tensor.is_inference() else tensor._version
 
 
-def _versions(operand: ops.Operand) -> tuple[int, int]:
-    return _version(operand[0]), _version(operand[3])
+def _versions(operand: Operand) -> tuple[tuple[int, int], ...]:
+    """Return what tells whether a weight has changed: assigning ``tensor.data`` leaves the version as it was."""
+    return tuple(
+        (_version(tensor), 0 if tensor is None else tensor.data_ptr()) for tensor in operand.content()
+    )
 
 
 def _state(x: Tensor) -> int | bytes | None:
@@ -220,29 +238,48 @@ def _state(x: Tensor) -> int | bytes | None:
     return ctypes.string_at(x.data_ptr(), nbytes)
 
 
-def _is_current(result: Result, layer: SparseLinear) -> bool:
+def _is_current(result: Result, layer: Shareable) -> bool:
     """Tell whether no weight that ``result`` was computed from has changed."""
-    values, _, _, bias, _ = result.operand
     return (
-        layer._buffers["values"] is values
-        and layer._parameters["bias"] is bias
+        layer._buffers["values"] is result.operand.values
+        and layer._parameters["bias"] is result.operand.bias
         and _versions(result.operand) == result.versions
     )
 
 
 def prepare(
-    layers: Sequence[SparseLinear | None], operands: Sequence[ops.Operand], x: Tensor
+    layers: Sequence[Shareable | None], operands: Sequence[Operand], x: Tensor
 ) -> ops.Prepared | None:
     """Return the operands of ``layers`` prepared for one token, if ``x`` is one that nobody has to decide about."""
     cols = x.size(-1)
     if cols == 0 or x.numel() != cols or not all(layer and layer._dispatch.unasked for layer in layers):
         return None
-    if any(bias is not None and bias.dtype is not values.dtype for values, _, _, bias, _ in operands):
+    if any(one.bias is not None and one.bias.dtype is not x.dtype for one in operands):
         return None
-    return ops.Prepared(operands, cols)
+    int8, plain = _by_kind(operands)
+    return ops.PreparedInt8(int8, cols, x.dtype) if int8 else ops.Prepared(plain, cols)
 
 
-def is_ready(prepared: ops.Prepared, layers: Sequence[SparseLinear | None], x: Tensor) -> bool:
+def call_group(x: Tensor, operands: Sequence[Operand]) -> list[Tensor]:
+    """Multiply ``x`` by all weights in one call of the core; they are of one kind."""
+    int8, plain = _by_kind(operands)
+    return ops.call_int8_linear_group(x, int8) if int8 else ops.call_bitmap_linear_group(x, plain)
+
+
+def call_gated(x: Tensor, operands: Sequence[Operand], activation: str) -> Tensor:
+    """Multiply ``x`` by a gate and an up weight and join them in one call of the core; they are of one kind."""
+    int8, plain = _by_kind(operands)
+    if int8:
+        return ops.call_int8_gated_linear(x, int8[0], int8[1], activation)
+    return ops.call_gated_linear(x, plain[0], plain[1], activation)
+
+
+def _by_kind(operands: Sequence[Operand]) -> tuple[list[ops.Int8Operand], list[ops.Operand]]:
+    int8 = [one for one in operands if isinstance(one, ops.Int8Operand)]
+    return int8, [one for one in operands if isinstance(one, ops.Operand)]
+
+
+def is_ready(prepared: ops.Prepared, layers: Sequence[Shareable | None], x: Tensor) -> bool:
     """Tell whether ``prepared`` holds the present weights of ``layers``, and may take ``x`` without a gradient."""
     if not prepared.takes(x) or torch.is_grad_enabled():
         return False

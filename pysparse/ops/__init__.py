@@ -42,6 +42,14 @@ from pysparse.ops.fused import (
     gated_linear,
     needs_gradient,
 )
+from pysparse.ops.fused_int8 import (
+    Int8Operand,
+    PreparedInt8,
+    call_int8_gated_linear,
+    call_int8_linear_group,
+    int8_gated_linear,
+    int8_linear_group,
+)
 from pysparse.ops.int8 import ACTIVATION_BITS, call_int8_linear, int8_linear, int8_unpack
 from pysparse.ops.linear import (
     DECODE_TOKENS,
@@ -104,10 +112,12 @@ __all__ = [
     "EntryDraw",
     "EntrySamples",
     "EntryTotals",
+    "Int8Operand",
     "LowRankTerm",
     "Mlp",
     "Operand",
     "Prepared",
+    "PreparedInt8",
     "ProxyGrid",
     "StripeRule",
     "SweepPattern",
@@ -125,7 +135,9 @@ __all__ = [
     "call_bitmap_linear",
     "call_bitmap_linear_group",
     "call_gated_linear",
+    "call_int8_gated_linear",
     "call_int8_linear",
+    "call_int8_linear_group",
     "call_nm_int8_linear",
     "call_nm_linear",
     "can_factor",
@@ -153,7 +165,9 @@ __all__ = [
     "head_shapley",
     "head_shapley_cuda",
     "identify_stripes",
+    "int8_gated_linear",
     "int8_linear",
+    "int8_linear_group",
     "int8_unpack",
     "inverse_cholesky_leaf",
     "is_kernel_dtype",

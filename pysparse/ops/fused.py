@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -26,8 +26,20 @@ from pysparse.ops.linear import (
     needs_dispatcher,
 )
 
-# values, masks, tile_offsets, bias, out_features of one weight
-Operand = tuple[Tensor, Tensor, Tensor, Tensor | None, int]
+
+class Operand(NamedTuple):
+    """The arrays of one :class:`TiledBitmap`, with its bias and its number of rows."""
+
+    values: Tensor
+    masks: Tensor
+    tile_offsets: Tensor
+    bias: Tensor | None
+    rows: int
+
+    def content(self) -> tuple[Tensor | None, ...]:
+        """Return the tensors whose numbers a product depends on."""
+        return self.values, self.bias
+
 
 # Named as in transformers' ACT2FN; the position is the code that the core knows.
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -36,7 +48,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_pytorch_tanh": partial(functional.gelu, approximate="tanh"),
     "relu": functional.relu,
 }
-_ACTIVATION_CODES = {name: code for code, name in enumerate(ACTIVATIONS)}
+ACTIVATION_CODES = {name: code for code, name in enumerate(ACTIVATIONS)}
 
 _library = torch.library.Library("pysparse", "FRAGMENT")
 _library.define(
@@ -131,11 +143,16 @@ class Prepared:
     place (:meth:`is_current`). A copy, and what is unpickled, is None: addresses hold in one process only.
     """
 
-    __slots__ = ("_addresses", "_core", "cols", "dtype", "operands")
+    __slots__ = ("_addresses", "_core", "cols", "dtype", "operands", "rows")
+
+    operands: tuple[Any, ...]
+    _addresses: tuple[Any, ...]
+    _core: Any  # the core's object, which holds the addresses
 
     def __init__(self, operands: Sequence[Operand], cols: int) -> None:
         """Take operands of weights (N_i, ``cols``) of one dtype; ValueError for a dtype without a kernel."""
-        self.operands, self.cols, self.dtype = tuple(operands), cols, operands[0][0].dtype
+        self.operands, self.cols, self.dtype = tuple(operands), cols, operands[0].values.dtype
+        self.rows = tuple(one.rows for one in operands)
         self._addresses = tuple(_addresses(self.dtype, one[0], one) for one in operands)
         self._core = backend.core().PreparedWeights(_DTYPE_CODES[self.dtype], cols, list(self._addresses))
 
@@ -144,7 +161,8 @@ class Prepared:
 
     def is_current(self, index: int, buffers: Mapping[str, Tensor | None], bias: Tensor | None) -> bool:
         """Tell whether operand ``index`` is what a layer's ``buffers`` and ``bias`` hold now, where it was."""
-        values, masks, tile_offsets, own_bias, _ = self.operands[index]
+        operand: Operand = self.operands[index]
+        values, masks, tile_offsets, own_bias, _ = operand
         address = self._addresses[index]
         return (
             buffers["values"] is values
@@ -168,37 +186,47 @@ class Prepared:
 
     def linear(self, x: Tensor) -> Tensor:
         """Return the product with the only weight; ``x`` is one token that :meth:`takes` has allowed."""
-        y = torch.empty((*x.shape[:-1], self.operands[0][4]), dtype=self.dtype)
+        y = torch.empty((*_ones(x), self.rows[0]), dtype=self.dtype)
         self._core.linear(x.data_ptr(), 1, y.data_ptr())
         return y
 
     def group(self, x: Tensor) -> list[Tensor]:
         """Return the products with all weights; ``x`` as for :meth:`linear`."""
-        batch, dtype = x.shape[:-1], self.dtype
-        outputs = [torch.empty((*batch, operand[4]), dtype=dtype) for operand in self.operands]
+        batch, dtype = _ones(x), self.dtype
+        outputs = [torch.empty((*batch, rows), dtype=dtype) for rows in self.rows]
         self._core.group(x.data_ptr(), 1, [y.data_ptr() for y in outputs])
         return outputs
 
     def gated(self, x: Tensor, activation: str) -> Tensor:
         """Return :func:`gated_linear` of the two weights; ``x`` as for :meth:`linear`."""
-        y = torch.empty((*x.shape[:-1], self.operands[0][4]), dtype=self.dtype)
-        self._core.gated(x.data_ptr(), 1, _ACTIVATION_CODES[activation], y.data_ptr())
+        y = torch.empty((*_ones(x), self.rows[0]), dtype=self.dtype)
+        self._core.gated(x.data_ptr(), 1, ACTIVATION_CODES[activation], y.data_ptr())
         return y
+
+
+def _ones(x: Tensor) -> tuple[int, ...]:
+    """Return the shape of the one token ``x`` but for its features: ones, found sooner than a torch.Size is sliced."""
+    return (1,) * (x.dim() - 1)
 
 
 def _nothing() -> None:
     return None
 
 
-def needs_gradient(x: Tensor, operands: Sequence[Operand]) -> bool:
+class _Biased(Protocol):
+    @property
+    def bias(self) -> Tensor | None: ...
+
+
+def needs_gradient(x: Tensor, operands: Sequence[_Biased]) -> bool:
     """Tell whether autograd must see a product of ``x`` with ``operands``: packed weights are frozen, biases not."""
     if not torch.is_grad_enabled():
         return False
-    return x.requires_grad or any(bias is not None and bias.requires_grad for _, _, _, bias, _ in operands)
+    return x.requires_grad or any(one.bias is not None and one.bias.requires_grad for one in operands)
 
 
 def _operand(weight: TiledBitmap, bias: Tensor | None) -> Operand:
-    return weight.values, weight.masks, weight.tile_offsets, bias, weight.shape[0]
+    return Operand(weight.values, weight.masks, weight.tile_offsets, bias, weight.shape[0])
 
 
 def _check_features(x: Tensor, weight: TiledBitmap) -> None:
@@ -253,7 +281,7 @@ def _gated(x: Tensor, gate: Operand, up: Operand, activation: str) -> Tensor:
         tokens,
         cols,
         *arguments,
-        _ACTIVATION_CODES[activation],
+        ACTIVATION_CODES[activation],
         y.data_ptr(),
     )
     return y
@@ -267,7 +295,8 @@ def _group_cpu(
     biases: list[Tensor | None],
     out_features: list[int],
 ) -> list[Tensor]:
-    return _group(x, list(zip(values, masks, tile_offsets, biases, out_features, strict=True)))
+    columns = zip(values, masks, tile_offsets, biases, out_features, strict=True)
+    return _group(x, [Operand(*column) for column in columns])
 
 
 def _gated_cpu(
@@ -279,7 +308,8 @@ def _gated_cpu(
     out_features: int,
     activation: str,
 ) -> Tensor:
-    gate, up = zip(values, masks, tile_offsets, biases, (out_features, out_features), strict=True)
+    columns = zip(values, masks, tile_offsets, biases, (out_features, out_features), strict=True)
+    gate, up = (Operand(*column) for column in columns)
     return _gated(x, gate, up, activation)
 
 

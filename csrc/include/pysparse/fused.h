@@ -1,6 +1,7 @@
 #pragma once
-// Several tiled bitmaps that take the same activations, multiplied in one call: query, key and
-// value; and gate and up, with the activation and the product that follow them.
+// Several weights that take the same activations, multiplied in one call: query, key and value; and
+// gate and up, with the activation and the product that follow them.
+#include "pysparse/int8.h"
 #include "pysparse/linear.h"
 
 namespace pysparse {
@@ -38,5 +39,24 @@ void bitmap_linear_group(const BitmapOperand* operands, int count, const void* x
 // a tile meet in the first-level cache.
 void bitmap_gated_linear(const BitmapOperand& gate, const BitmapOperand& up, Activation activation,
                          const void* x, int64_t tokens, void* y);
+
+// The same for int8 weights; each output has the bits of int8_linear's.
+struct Int8Operand {
+  TiledInt8View weight;
+  Int8Sizes sizes;
+  const void* bias;
+};
+
+struct QuantizedCall {
+  const void* x;  // [tokens][columns]
+  int64_t tokens;
+  int parts;    // bytes of a quantised activation
+  DType dtype;  // of x, the biases and the outputs
+};
+
+void int8_linear_group(const Int8Operand* operands, int count, const QuantizedCall& call,
+                       void* const* outputs);
+void int8_gated_linear(const Int8Operand& gate, const Int8Operand& up, Activation activation,
+                       const QuantizedCall& call, void* y);
 
 }  // namespace pysparse
