@@ -15,6 +15,7 @@ from transformers import (
 )
 
 import pysparse
+from pysparse.attention.exact import one_row_attention
 from pysparse.attention.log import TOTAL
 from pysparse.huggingface.attention_mask import extent_mask, unpack_extent
 from pysparse.methods import AnchorAttention, ProxyAttention
@@ -172,6 +173,23 @@ def test_a_plan_that_keeps_everything_is_eager_attention(pairs):
         expected = eager(tokens(), attention_mask=mask).logits
         torch.testing.assert_close(got[mask.bool()], expected[mask.bool()], atol=1e-4, rtol=1e-4)
         assert log.total("sparse").density == 1.0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("heads", "shared", "keys"), [(4, 4, 1), (4, 2, 37), (6, 1, 300)])
+def test_a_decoding_step_is_the_softmax_product(dtype, heads, shared, keys):
+    query, key, value = (torch.randn(2, n, m, d).to(dtype) for n, m, d in
+                         ((heads, 1, 16), (shared, keys, 16), (shared, keys, 8)))  # fmt: skip
+    value = value.transpose(2, 3).contiguous().transpose(2, 3)  # as a cache may lie
+    groups = heads // shared
+    wide = [part.double().repeat_interleave(groups, dim=1) for part in (key, value)]
+    weights = torch.softmax(query.double() @ wide[0].transpose(2, 3) * 0.3, dim=-1)
+    expected = (weights @ wide[1]).transpose(1, 2)
+    actual = one_row_attention(query, key, value, 0.3)
+    assert actual.shape == (2, 1, heads, 8)
+    # a few roundings of logits up to 16 in size, of weights, and of the result
+    epsilon = 2.0**-8 if dtype == torch.bfloat16 else 2.0**-23
+    assert (actual.double() - expected).abs().max() <= 32 * epsilon * value.abs().max().item()
 
 
 @torch.no_grad()

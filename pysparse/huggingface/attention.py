@@ -21,7 +21,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from pysparse.attention import AttentionInput, AttentionLog, AttentionOptions, Planner, run_attention
 from pysparse.attention.dispatch import KERNEL_DTYPES
-from pysparse.attention.exact import Shape, exact_attention
+from pysparse.attention.exact import Shape, exact_attention, one_row_attention
 from pysparse.attention.log import TORCH, TOTAL, Tally
 from pysparse.huggingface.attention_mask import extent_mask, is_extent, unpack_extent
 from pysparse.huggingface.registration import PREFIX
@@ -64,6 +64,8 @@ def attention_forward(
             query, layer, "decoding step" if query.shape[2] == 1 else "mask is more than causal and padding"
         )
         if softcap is None and s_aux is None:
+            if attention_mask is None and query.shape[2] == 1 and query.is_cpu and not dropout:
+                return one_row_attention(query, key, value, scale), None
             return sdpa_attention_forward(
                 module, query, key, value, attention_mask, dropout, scaling, **kwargs
             )
