@@ -99,7 +99,7 @@ class Call:
 
     function: Callable[[], Any]
     setting: Callable[[], AbstractContextManager[Any]] = nullcontext
-    # Another process's timing of so many calls: (seconds a call, seconds that its threads waited for a core).
+    # Another process's timing of so many calls: (seconds a call, seconds that its threads waited for others).
     remote: Callable[[int], tuple[float, float]] | None = None
     own_waits: bool = False  # another library's threads sleep between its pieces: see undisturbed
 
@@ -124,9 +124,7 @@ def time_calls(
                 for (one, theirs), waited in zip(run.results[name], run.waits[name], strict=True)
             ]
         timings = {
-            name: Timing(
-                undisturbed(samples[name], own_waits=call.remote is not None or call.own_waits), counts[name]
-            )
+            name: Timing(undisturbed(samples[name], own_waits=call.own_waits), counts[name])
             for name, call in calls.items()
         }
         if all(timing.clean >= max(MIN_CLEAN, rounds / 2) for timing in timings.values()):

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -230,6 +231,16 @@ def test_a_worker_answers_samples_and_says_why_it_ended(script):
     with pytest.raises(RuntimeError, match=r"(?s)none ended with 1.*size 63 is different from 64"):  # noqa: SIM117
         with broken.start(weight, torch.randn(3, 63), 1, 0):
             pass
+
+
+def test_a_sample_is_disturbed_by_what_others_took_and_no_more(script):
+    worker = script("rivals.worker")
+    before, after = {"7": 5_000_000_000, "8": 100}, {"7": 5_300_000_000, "9": 200_000_000}
+    assert worker.disturbance(2.0, before, after) == 0.5  # thread 8 has ended, 9 is new
+    assert worker.disturbance(0.1, before, after) == 0.1
+    assert worker.disturbance(2.0, before, before) == 0.0  # its own threads waited for each other
+    assert str(os.getpid()) not in worker.run_seconds_of_others()
+    assert worker.run_seconds_of_others()
 
 
 def test_the_peak_probe_counts_what_it_does(script):

@@ -74,8 +74,10 @@ class IsolatedEngine:
             }  # fmt: skip
             count = str(threads)
             # Intel's OpenMP spins for 200 ms after its work unless told otherwise; calls of one sample follow at once.
+            # DeepSparse's, unbound, now and then share a core and take several times as long.
             environment = {
                 "KMP_BLOCKTIME": "20",
+                "NM_BIND_THREADS_TO_CORES": "1",
                 **os.environ,
                 "OMP_NUM_THREADS": count,
                 "MKL_NUM_THREADS": count,

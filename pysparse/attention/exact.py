@@ -35,8 +35,8 @@ def one_row_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -
     """Return [B, 1, Hq, Dv] for one query a sequence that sees every key: a decoding step, in two batched products.
 
     ``query`` [B, Hq, 1, D], ``key`` [B, Hk, M, D], ``value`` [B, Hk, M, Dv] of one dtype; the softmax is float32's.
-    On a CPU torch's fused attention multiplies head by head there, which takes 1.5 times as long with some 20
-    keys and 7 times with 512; keys that several heads share are not repeated either.
+    On a CPU torch's fused attention multiplies head by head there, and takes several times as long from some
+    hundred keys on; keys that several heads share are not repeated either.
     """
     batch, heads, _, width = query.shape
     rows = query.reshape(batch, key.shape[1], heads // key.shape[1], width)
