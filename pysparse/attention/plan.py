@@ -17,12 +17,12 @@ from pysparse.attention.density import Bounds, block_pairs, causal_pairs, region
 from pysparse.formats.stripe import BlockIndex, StripeIndex
 from pysparse.ops.attention import (
     AnchorRegion,
-    AttentionState,
     block_sparse_attention,
     block_sparse_state,
     flash_attention,
     stripe_attention,
 )
+from pysparse.ops.attention_state import AttentionState
 
 
 @dataclass(frozen=True, slots=True, eq=False)
