@@ -28,6 +28,7 @@ def publish(runs: list[Path], name: str, folder: Path) -> list[Path]:
     stem = f"{name}_{machine_name(records[-1]['environment'])}_{day}"
     title = f"{name}, {day}"
     lines = "".join(json.dumps(record, allow_nan=False) + "\n" for record in records)
+    folder.mkdir(parents=True, exist_ok=True)
     packed = folder / f"{stem}.jsonl.gz"
     packed.write_bytes(gzip.compress(lines.encode(), mtime=0))  # the same bytes for the same records
     texts = {
