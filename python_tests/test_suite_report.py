@@ -181,6 +181,25 @@ def test_findings_pair_by_hand():
     assert "this run does not tell" in find(made)[1].answer[0]
 
 
+def test_sentences_go_without_settings_that_tell_nothing_apart():
+    def answer(*reconstructions):
+        return find(
+            [
+                suite_records.record("language", "demo", "wanda", seed=seed, reconstruction=one)
+                | {"recipe": str(one), "id": f"{one}{seed}"}
+                for seed in range(3)
+                for one in (None, *reconstructions)
+            ]
+        )[1]
+
+    plain = answer("op:steps=50,lr=0.1", "block:steps=9")
+    assert "block 0 (" in plain.answer[0]
+    assert " op 0 (" in plain.answer[0]
+    assert "steps" not in plain.answer[0]
+    assert any(line[1] == "op:steps=50,lr=0.1 against none" for line in plain.lines)
+    assert "op:steps=50 " in answer("op:steps=50", "op:steps=60").answer[0]
+
+
 def test_recipes_that_differ_in_something_unseen_are_left_out():
     made = [
         suite_records.record("language", "demo", recipe, seed=seed)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
 from statistics import median
@@ -147,7 +149,7 @@ def paired(task: str, first: str, second: str, differences: dict[tuple[str, floa
 
 def _sentence(task: str, found: list[Paired]) -> str:
     """Say who is better, who is worse and of whom neither can be said."""
-    usual = found[0].second
+    usual, found = found[0].second, _shortened(found)
     by_verdict = {verdict: [one for one in found if one.verdict == verdict] for verdict in
                   ("better", "worse", NO_DIFFERENCE, TOO_FEW)}  # fmt: skip
     said = [
@@ -161,6 +163,15 @@ def _sentence(task: str, found: list[Paired]) -> str:
         if by_verdict[verdict]
     ]
     return f"{task}: {'; '.join(said)}."
+
+
+def _shortened(found: list[Paired]) -> list[Paired]:
+    """Return the comparisons with names without settings, "op:steps=50" as "op", where those are not the same."""
+    short = [re.sub(r":[^ ]*?(?=, |$)", "", one.first) for one in found]
+    return [
+        dataclasses.replace(one, first=name) if short.count(name) == 1 else one
+        for one, name in zip(found, short, strict=True)
+    ]
 
 
 def _other_data(choice: Choice, records: Iterable[Record]) -> bool:
