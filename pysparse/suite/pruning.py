@@ -69,7 +69,7 @@ class _Job:
         layout = _layout(self._model, self._scope)
         report = self._prune(layout)
         if isinstance(self._plan.method, StructuralMethod):
-            return Pruned(self._model, float(report.stages[0].sparsity), [])
+            return Pruned(self._model, float(report.sparsity), [])
         if self._plan.spec.recalibrate:
             with torch.no_grad(), evaluating(self._model):
                 recalibrate_(self._model, self.batches(), lambda batch: call(self._model, batch))

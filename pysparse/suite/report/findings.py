@@ -37,6 +37,15 @@ def find(records: Iterable[Record]) -> list[Finding]:
     return found + ([family] if family else [])
 
 
+def _environments(found: Iterable[tuple[int, Iterable[tuple[str, str]]]]) -> str:
+    """Name the machine once; what differed between cells with all its values."""
+    values: dict[str, dict[str, None]] = {}
+    for _, shown in found:
+        for name, value in shown:
+            values.setdefault(name, {})[value] = None
+    return "; ".join(f"{name} {' or '.join(several)}" for name, several in values.items()) + "."
+
+
 def findings_markdown(records: Iterable[Record], title: str) -> str:
     """Return the answers as a short Markdown page."""
     records = list(records)
@@ -45,10 +54,7 @@ def findings_markdown(records: Iterable[Record], title: str) -> str:
     parts = [
         f"# Findings: {escape(title)}",
         f"{run.done} finished cells ({run.failed} failed): {counts}.",
-        *(
-            escape("; ".join(f"{name} {value}" for name, value in shown)) + "."
-            for _, shown in run.environments
-        ),
+        escape(_environments(run.environments)),
         HOW_TO_READ,
     ]
     for found in find(records):
