@@ -1,6 +1,6 @@
 """CUDA kernels against cuBLAS: checked, then timed in one interleaved run, cold weights, medians; one JSON out.
 
-    PYSPARSE_CUDA_UNVALIDATED=1 python benchmarks/bench_cuda.py --out benchmarks/results/cuda_h200.json
+    PYSPARSE_EXPERIMENTAL=1 python benchmarks/bench_cuda.py --out benchmarks/results/cuda_h200.json
 
 Every figure is the median over replays of a CUDA graph that walks through so many copies of the weight that they
 are four times the second-level cache; dense and sparse graphs of one shape and token count take turns.

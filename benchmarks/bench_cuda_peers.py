@@ -1,6 +1,6 @@
 """Sparse products of others beside cuBLAS and ours on a GPU: checked, then timed on cold weights; one JSON out.
 
-    PYSPARSE_CUDA_UNVALIDATED=1 python benchmarks/bench_cuda_peers.py --out OUT/cuda_peers.json \\
+    PYSPARSE_EXPERIMENTAL=1 python benchmarks/bench_cuda_peers.py --out OUT/cuda_peers.json \\
         [--flash-llm LIBRARY] [--spinfer LIBRARY]
 
 float16, which all of them take. The libraries are those that ``nvcc -shared`` makes of each project's SpMM_API.cu;

@@ -1,6 +1,6 @@
 """Embedding, Shapley and pruning kernels on a GPU beside torch's own operations: checked, then timed; one JSON out.
 
-    PYSPARSE_CUDA_UNVALIDATED=1 python benchmarks/bench_cuda_tables.py --out OUT/cuda_tables.json [--groups pruning]
+    PYSPARSE_EXPERIMENTAL=1 python benchmarks/bench_cuda_tables.py --out OUT/cuda_tables.json [--groups pruning]
 
 Medians over interleaved rounds of CUDA graphs where nothing waits for the host, of plain calls elsewhere (said by
 "graph"). Each kernel is first checked against the CPU's; a wrong result is written down and makes the exit code 1.

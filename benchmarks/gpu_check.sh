@@ -14,7 +14,7 @@ steps=${*:-build test nvrtc sanitize bench attention tables end}
 seconds=${GPU_SECONDS:-540}
 least=20  # no step is worth starting for less
 mkdir -p "$out"
-export PATH=$PATH:/usr/local/cuda/bin PYTHONPATH=$PWD PYTHONUNBUFFERED=1 PYSPARSE_CUDA_UNVALIDATED=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+export PATH=$PATH:/usr/local/cuda/bin PYTHONPATH=$PWD PYTHONUNBUFFERED=1 PYSPARSE_EXPERIMENTAL=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 failed=""
 
 step() {  # step NAME SECONDS COMMAND...

@@ -30,7 +30,7 @@ logger = logging.getLogger("pysparse")
 
 DISABLE_VARIABLE = "PYSPARSE_DISABLE_EXT"
 ISA_VARIABLE = "PYSPARSE_ISA"
-UNVALIDATED_VARIABLE = "PYSPARSE_CUDA_UNVALIDATED"
+EXPERIMENTAL_VARIABLE = "PYSPARSE_EXPERIMENTAL"
 NVRTC_VARIABLE = "PYSPARSE_CUDA_NVRTC"
 CACHE_VARIABLE = "PYSPARSE_CACHE_DIR"
 # Written by the run on a GPU that checked and timed the kernels: the hash of each one's sources, and where.
@@ -252,16 +252,16 @@ def cuda_gate(format: str) -> str:
     """Return why kernels of ``format`` are not chosen by default, or an empty string when they are.
 
     ``format`` is a packing, "attention", "embedding", "pruning" or "shapley". Its kernels are chosen only when the
-    report of a GPU run names the hash of their present sources, or when PYSPARSE_CUDA_UNVALIDATED=1 asks for them.
+    report of a GPU run names the hash of their present sources, or when PYSPARSE_EXPERIMENTAL=1 asks for them.
     """
     missing = cuda_missing_reason()
     if missing:
         return missing
-    asked = os.environ.get(UNVALIDATED_VARIABLE, "0") not in ("", "0")
+    asked = os.environ.get(EXPERIMENTAL_VARIABLE, "0") not in ("", "0")
     if not asked and _reported_hashes().get(format) != cuda().SOURCE_HASHES[format]:
         return (
             f"the {format} kernel's sources differ from those that a GPU report vouches for; "
-            f"set {UNVALIDATED_VARIABLE}=1 to use it all the same"
+            f"set {EXPERIMENTAL_VARIABLE}=1 to use it all the same"
         )
     _prepare(format)
     return ""

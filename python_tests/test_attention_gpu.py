@@ -23,7 +23,7 @@ SHAPES = [
 
 @pytest.fixture(params=["kernel", "portable"])
 def path(request, monkeypatch):
-    monkeypatch.setenv(backend.UNVALIDATED_VARIABLE, "1")
+    monkeypatch.setenv(backend.EXPERIMENTAL_VARIABLE, "1")
     if request.param == "portable":
         monkeypatch.setattr(attention_cuda, "why_portable", lambda q, **needs: "asked for")
     return request.param
@@ -100,7 +100,7 @@ def test_two_runs_agree_bit_for_bit(path):
 
 
 def test_dense_in_a_graph(monkeypatch):
-    monkeypatch.setenv(backend.UNVALIDATED_VARIABLE, "1")
+    monkeypatch.setenv(backend.EXPERIMENTAL_VARIABLE, "1")
     case = cases.draw(6, torch.bfloat16, rows=300)
     q, k, v = on_gpu(case)
     ops.flash_attention(q, k, v)

@@ -25,7 +25,7 @@ TOKENS = [1, 2, 3, 4, 5, 8, 9, 16, 17, 32, 33, 65, 200]
 
 @pytest.fixture(autouse=True)
 def _asked_for(monkeypatch):
-    monkeypatch.setenv(backend.UNVALIDATED_VARIABLE, "1")
+    monkeypatch.setenv(backend.EXPERIMENTAL_VARIABLE, "1")
     # torch's own product may add partial sums in 16 bits unless told not to
     monkeypatch.setattr(torch.backends.cuda.matmul, "allow_bf16_reduced_precision_reduction", False)
     monkeypatch.setattr(torch.backends.cuda.matmul, "allow_fp16_reduced_precision_reduction", False)
@@ -346,7 +346,7 @@ def test_a_layer_made_on_the_device_and_changed_dtype():
 
 
 def test_without_validation_the_layer_says_so_and_stays_right(monkeypatch):
-    monkeypatch.delenv(backend.UNVALIDATED_VARIABLE)
+    monkeypatch.delenv(backend.EXPERIMENTAL_VARIABLE)
     monkeypatch.setattr(backend, "_reported_hashes", dict)
     monkeypatch.setattr(backend, "_warned", set())
     linear = pruned(100, 200, 0.8)

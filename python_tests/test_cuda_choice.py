@@ -195,7 +195,7 @@ def test_without_a_device_the_gate_says_why_and_import_works():
 @pytest.mark.skipif(backend._cuda is None, reason="built without CUDA")
 @pytest.mark.parametrize("vouched", [True, False])
 def test_the_gate_opens_for_the_sources_of_a_report_only(tmp_path, vouched, monkeypatch):
-    monkeypatch.delenv(backend.UNVALIDATED_VARIABLE, raising=False)
+    monkeypatch.delenv(backend.EXPERIMENTAL_VARIABLE, raising=False)
     hashes = backend.cuda().SOURCE_HASHES if vouched else {"delta": "0" * 64}
     (tmp_path / "report.json").write_text(json.dumps({"source_hashes": hashes}))
     code = (
@@ -205,7 +205,7 @@ def test_the_gate_opens_for_the_sources_of_a_report_only(tmp_path, vouched, monk
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert (done.stdout.strip() == "''") is vouched, done.stdout
-    asked = {**os.environ, backend.UNVALIDATED_VARIABLE: "1"}
+    asked = {**os.environ, backend.EXPERIMENTAL_VARIABLE: "1"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=asked)
     assert done.stdout.strip() == "''"
 

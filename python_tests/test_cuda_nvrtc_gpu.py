@@ -34,7 +34,7 @@ def products(seed):
 
 
 def test_loaded_code_computes_the_same_bits(tmp_path, monkeypatch):
-    monkeypatch.setenv(backend.UNVALIDATED_VARIABLE, "1")
+    monkeypatch.setenv(backend.EXPERIMENTAL_VARIABLE, "1")
     monkeypatch.setenv(backend.NVRTC_VARIABLE, "0")
     built = list(products(3))
     capability = torch.cuda.get_device_capability()
@@ -66,7 +66,7 @@ def test_code_for_another_gpu_is_refused_by_the_driver(tmp_path):
         "w = DeltaRows.from_bitmap(BitmapTensor.from_dense(torch.ones(16, 64, device='cuda').bfloat16()))\n"
         "ops.packed_linear(torch.ones(1, 64, device='cuda').bfloat16(), w)\n"
     )
-    environment = {**os.environ, backend.UNVALIDATED_VARIABLE: "1"}
+    environment = {**os.environ, backend.EXPERIMENTAL_VARIABLE: "1"}
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False
     )

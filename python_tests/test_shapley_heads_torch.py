@@ -61,7 +61,7 @@ GPU = pytest.param(
 @pytest.mark.parametrize("antithetic", [False, True])
 @pytest.mark.parametrize("name", NAMES)
 def test_torch_walks_as_the_compiled_kernels_do(name, antithetic, device, monkeypatch):
-    monkeypatch.setenv(backend.UNVALIDATED_VARIABLE, "1")
+    monkeypatch.setenv(backend.EXPERIMENTAL_VARIABLE, "1")
     random = np.random.default_rng(4)
     data, head, draw = samples(random), heads(random)[name], ops.EntryDraw(9, 100, 2, antithetic)
     found = ops.head_marginals_torch(data, draw, head, device=device)
@@ -89,7 +89,7 @@ def test_without_a_gpu_the_error_says_what_is_missing():
 @pytest.mark.gpu
 @pytest.mark.skipif(bool(reason), reason=f"no CUDA kernels: {reason}")
 def test_totals_on_a_gpu(monkeypatch):
-    monkeypatch.setenv(backend.UNVALIDATED_VARIABLE, "1")
+    monkeypatch.setenv(backend.EXPERIMENTAL_VARIABLE, "1")
     random = np.random.default_rng(7)
     data, head, draw = samples(random), heads(random)["DCN-Mix"], ops.EntryDraw(1)
     mine, theirs = ops.EntryTotals(12, COLS), ops.EntryTotals(12, COLS)

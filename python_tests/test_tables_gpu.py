@@ -19,7 +19,7 @@ pytestmark = [
 
 @pytest.fixture(autouse=True)
 def unvalidated(monkeypatch):
-    monkeypatch.setenv(backend.UNVALIDATED_VARIABLE, "1")
+    monkeypatch.setenv(backend.EXPERIMENTAL_VARIABLE, "1")
 
 
 def poison(shape=(1 << 20,)):

@@ -49,7 +49,7 @@ def fm_shapley_cuda(samples: EntrySamples, draw: EntryDraw, totals: EntryTotals,
 
     Raises ValueError for ids, labels, counters or shapes out of range before anything is added, for a marginal that
     is not finite or at least 1024, after which ``totals`` must not be used; RuntimeError where no GPU report vouches
-    for the kernels and PYSPARSE_CUDA_UNVALIDATED=1 is not set.
+    for the kernels and PYSPARSE_EXPERIMENTAL=1 is not set.
     """
     check_totals(samples, draw, totals)
     _check(samples, draw)
