@@ -98,6 +98,48 @@ def _stripes(tokens: int) -> Callable[[Row], float | None]:
     return figure
 
 
+def _equal_recall(target: float, over: str) -> Callable[[Row], float | None]:
+    """AnchorAttention's speed at 16k synthetic tokens by a setting that reaches recall ``target``."""
+
+    def figure(row: Row) -> float | None:
+        asked = ("equal recall", "anchor", "synthetic", 16384, target)
+        found = tuple(row.get(name) for name in ("what", "planner", "source", "length", "target")) == asked
+        return _median(row[over]) if found else None
+
+    return figure
+
+
+def _plugin(length: int, engine: str) -> Callable[[Row], float | None]:
+    def figure(row: Row) -> float | None:
+        found = row["what"] == "plug-in" and (row["length"], row["engine"]) == (length, engine)
+        return _median(row["faster_than_flash"]) if found else None
+
+    return figure
+
+
+def _first_token(length: int, engine: str) -> Callable[[Row], float | None]:
+    def figure(row: Row) -> float | None:
+        found = row["what"] == "first token" and (row["length"], row["engine"]) == (length, engine)
+        return row["faster_than_sdpa"] if found else None
+
+    return figure
+
+
+def _long_prompt_claims() -> Iterator[Claim]:
+    name = "attention_quality"
+    for recall in (0.95, 0.99):
+        text = f"AnchorAttention at recall {recall}, synthetic calls of 16384 tokens: speed over "
+        yield Claim(f"{text}exact attention", name, 1.0, _equal_recall(recall, "faster_than_dense"))
+        faster = _equal_recall(recall, "faster_than_flexprefill")
+        yield Claim(f"{text}the FlexPrefill-like planner", name, 1.44, faster)
+    for length in (512, 1024, 2048, 4096):
+        text = f"a prompt of {length} tokens through the plug-in: speed over its exact way"
+        yield Claim(text, name, 0.97, _plugin(length, "pysparse_anchor"))
+    for engine in ("pysparse_flash", "pysparse_anchor", "pysparse_proxy"):
+        text = f"first token of 16384, 16 Llama-shaped layers, {engine}: speed over torch SDPA"
+        yield Claim(text, name, 1.0, _first_token(16384, engine))
+
+
 def _attention_claims() -> Iterator[Claim]:
     for tokens in (2048, 4096, 8192, 16384):
         text = f"exact attention, bf16, {tokens} tokens: "
@@ -209,6 +251,9 @@ def _adaptation_claims() -> Iterator[Claim]:
     yield Claim(
         f"{text}the very same zeros after merging (1 = yes)", "losa", 1.0, _of_row("merge", "same_mask")
     )
+    for host in ("wanda", "sparsegpt"):
+        ratio = _of_row("comparison", "losa_over_masked_lora", host=host, level=0.7)
+        yield Claim(f"{host}, 70 %: perplexity of LoSA over masked LoRA", "losa", 1.0, ratio, True)
     for blocks in (6, 12, 24):
         speedup = _of_row("search", "speedup", blocks=blocks)
         yield Claim(f"2SSP's search, {blocks} blocks: speed over whole passes", "structured", 1.0, speedup)
@@ -364,6 +409,7 @@ def _lookup_claims() -> Iterator[Claim]:
 
 CLAIMS = (
     *_claims(), *_prefill_claims(), *_dispatch_claims(), *_pruning_claims(), *_quality_claims(), *_attention_claims(),
+    *_long_prompt_claims(),
     *_ebf_claims(), *_shapley_claims(), *_lookup_claims(), *_adaptation_claims(),
 )  # fmt: skip
 
