@@ -5,46 +5,16 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench_prefill import target
+from claims import Claim, Row
+from claims import median as _median
+from claims_layers import layer_claims, prefill_claims
 from harness import RESULTS, read_runs, show
-from shapes import DECODE_SHAPES, LINEAR
 
 from pysparse.measure.results import make_table
 from pysparse.measure.rounds import Spread
-
-Row = dict[str, Any]
-
-
-@dataclass(frozen=True, slots=True)
-class Claim:
-    """A figure that a benchmark must reach: at least ``bound``, or at most when ``at_most``."""
-
-    text: str
-    benchmark: str
-    bound: float
-    figure: Callable[[Row], float | None]  # of a row that is meant, else None
-    at_most: bool = False
-
-    def is_met(self, value: float) -> bool:
-        return value <= self.bound if self.at_most else value >= self.bound
-
-
-def _median(spread: Row | None) -> float | None:
-    return None if spread is None else float(spread["median"])
-
-
-def _linear(
-    shape: str, dtype: str, sparsity: float, over: str, group: str = "sparse_speedup_over"
-) -> Callable[[Row], float | None]:
-    def figure(row: Row) -> float | None:
-        key = (row["shape"], row["dtype"], row["sparsity"], row["tokens"], row["mask"])
-        return _median(row[group][over]) if key == (shape, dtype, sparsity, 1, "random") else None
-
-    return figure
 
 
 def _overhead(call: str, mode: str) -> Callable[[Row], float | None]:
@@ -260,22 +230,6 @@ def _adaptation_claims() -> Iterator[Claim]:
 
 
 def _claims() -> Iterator[Claim]:
-    for shape in ("4096x4096", "11008x4096"):
-        for dtype, sparsity, over, bound in (
-            ("bf16", 0.7, "torch", 4.0),
-            ("bf16", 0.7, "pysparse dense", 2.3),
-            ("bf16", 0.5, "torch", 2.4),
-            ("bf16", 0.5, "pysparse dense", 1.5),
-            ("fp32", 0.7, "torch", 4.0),
-        ):
-            text = f"{shape} {dtype}, 1 token, {sparsity:.0%} zeros: speed over {over}"
-            yield Claim(text, "linear", bound, _linear(shape, dtype, sparsity, over))
-        for dtype, bound in (("bf16", 1.1), ("fp32", 3.0)):
-            text = f"{shape} {dtype}, 1 token, 70% zeros, AVX2 alone for both: speed over torch"
-            yield Claim(text, "linear-avx2", bound, _linear(shape, dtype, 0.7, "torch"))
-        for dtype in ("bf16", "fp32"):
-            share = _linear(shape, dtype, 0.5, "read probe", "dense_kernel_speedup_over")
-            yield Claim(f"{shape} {dtype}: our dense kernel over the read probe", "linear", 0.85, share)
     yield Claim(
         "generate(), Llama-2-7B blocks, bf16, 70 % zeros: tokens/s over torch", "end_to_end", 3.5, _end_to_end
     )
@@ -296,26 +250,6 @@ def _claims() -> Iterator[Claim]:
     yield Claim(
         "packed against masked dense, bf16: of the largest logit", "checkpoint", 2e-2, _logits("bf16"), True
     )
-
-
-def _prefill(shape: str, dtype: str, tokens: int) -> Callable[[Row], float | None]:
-    """The layer's speed-up over torch as a part of its target: one figure for each sparsity."""
-
-    def figure(row: Row) -> float | None:
-        if (row["shape"], row["dtype"], row["tokens"]) != (shape, dtype, tokens):
-            return None
-        wanted = target(dtype, tokens, LINEAR[shape][1], row["sparsity"])
-        speedup = _median(row["speedup_over_torch"].get("chosen"))
-        return None if wanted is None or speedup is None else speedup / wanted
-
-    return figure
-
-
-def _prefill_claims() -> Iterator[Claim]:
-    for dtype, tokens in (("bf16", 16), ("bf16", 64), ("bf16", 256), ("fp32", 256)):
-        for shape in DECODE_SHAPES[: 2 if tokens == 16 else None]:
-            text = f"{shape} {dtype}, {tokens} tokens, 50 to 90 % zeros: speed over torch, of its target"
-            yield Claim(text, "prefill", 1.0, _prefill(shape, dtype, tokens))
 
 
 def _dispatched(row: Row, ours: str, others: Callable[[str], bool]) -> float | None:
@@ -408,7 +342,8 @@ def _lookup_claims() -> Iterator[Claim]:
 
 
 CLAIMS = (
-    *_claims(), *_prefill_claims(), *_dispatch_claims(), *_pruning_claims(), *_quality_claims(), *_attention_claims(),
+    *layer_claims(), *prefill_claims(), *_claims(),
+    *_dispatch_claims(), *_pruning_claims(), *_quality_claims(), *_attention_claims(),
     *_long_prompt_claims(),
     *_ebf_claims(), *_shapley_claims(), *_lookup_claims(), *_adaptation_claims(),
 )  # fmt: skip
@@ -419,7 +354,7 @@ def figures(claim: Claim, runs: list[tuple[str, Row]]) -> list[float]:
     found = (
         claim.figure(row)
         for name, run in runs
-        if name == claim.benchmark and not run["quick"] and not _is_pinned(run)
+        if name == claim.benchmark and not run["quick"] and _is_pinned(run) == claim.pinned
         for row in run["rows"]
     )
     return [value for value in found if value is not None]
