@@ -306,7 +306,13 @@ def _shapley_claims() -> Iterator[Claim]:
         ("the same, a million rows", 200e3, _shapley(large, "one", rate), False),
         ("a pair's time over one order's", 1.3, _shapley(cached, "pair", ratio), True),
         ("two threads over one", 1.9, _shapley(cached, "one, 2 threads", ratio, turned=True), False),
-        ("over a vectorised torch sampler", 20.0, _shapley(cached, "torch vectorised", ratio), False),
+        (
+            "over a vectorised torch sampler, one order",
+            20.0,
+            _shapley(cached, "torch vectorised", ratio),
+            False,
+        ),
+        ("the same, pairs: equal error", 20.0, _shapley(cached, "pair", equal), False),
         (
             "over captum, its best batch, equal error",
             200.0,
@@ -320,6 +326,7 @@ def _shapley_claims() -> Iterator[Claim]:
             False,
         ),
         ("DeepFM's share of torch's fp32 product", 0.6, _shapley("DeepFM", "DeepFM", "of_product"), False),
+        ("DeepFM's share of the fp32 peak", 0.6, _shapley("DeepFM", "DeepFM", "of_peak"), False),
         ("memory of 16 passes over that of one", 1.05, _shapley("peak memory", "", "more_bytes"), True),
     ):
         yield Claim(f"Shapley: {text}", name, bound, figure, at_most)
