@@ -6,6 +6,14 @@ import dataclasses
 import pytest
 import torch
 from torch import nn
+from transformers import (
+    PoolFormerConfig,
+    PoolFormerForImageClassification,
+    PvtV2Config,
+    PvtV2ForImageClassification,
+    SwinConfig,
+    SwinForImageClassification,
+)
 
 from pysparse.calib.batches import own_batches
 from pysparse.measure import torch_threads
@@ -336,6 +344,47 @@ def test_layer_units_end_before_the_next_weight():
         ("blocks.0.conv1", "blocks.0.norm1", "blocks.0.act"),
         ("blocks.0.conv2",),
     ]
+
+
+def pool_former():
+    config = PoolFormerConfig(
+        hidden_sizes=[8, 12], depths=[2, 2], num_encoder_blocks=2, patch_sizes=[3, 3], strides=[2, 2], padding=[1, 1],
+        num_labels=3,
+    )  # fmt: skip
+    return PoolFormerForImageClassification(config)  # its blocks are lists in a list
+
+
+def pyramid_vision():
+    config = PvtV2Config(
+        hidden_sizes=[8, 12], depths=[2, 2], num_encoder_blocks=2, patch_sizes=[3, 3], strides=[2, 2],
+        mlp_ratios=[2, 2], num_attention_heads=[1, 2], sr_ratios=[2, 1], num_labels=3,
+    )  # fmt: skip
+    return PvtV2ForImageClassification(config)  # a stage returns a tuple in a tuple
+
+
+def swin():
+    config = SwinConfig(
+        image_size=32, patch_size=4, embed_dim=8, depths=[2, 2], num_heads=[1, 2], window_size=4, num_labels=3
+    )
+    return SwinForImageClassification(config)
+
+
+@pytest.mark.parametrize("granularity", ["layer", "block"])
+@pytest.mark.parametrize("make", [pool_former, pyramid_vision, swin])
+def test_models_of_stages_are_tuned(make, granularity):
+    torch.manual_seed(0)
+    dense = make().eval()
+    model = copy.deepcopy(dense)
+    batches = [{"pixel_values": torch.rand(2, 3, 32, 32)}]
+    targets = ("Linear", "Conv2d")
+    run(discover(model, targets, (), whole=True), recipe_for("magnitude"), 0.6)
+    layout = discover(model, targets, (), whole=granularity == "layer")
+    settings = OutputMatching(granularity, steps=3, weight_lr=1e-3, bias_lr=1e-3)
+    units = match_outputs_(layout, dense, batches, settings)
+    tuned = {path for unit in units for path in unit.layers}
+    assert tuned == {layer.path for layer in layout.layers}
+    assert all(unit.after <= unit.before for unit in units)
+    assert any(unit.steps for unit in units)
 
 
 def test_tuning_a_dense_copy_changes_nothing():

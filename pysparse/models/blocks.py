@@ -36,10 +36,13 @@ def _size(module: nn.Module) -> int:
 
 
 def _alike(stack: nn.ModuleList | nn.Sequential) -> bool:
-    """Tell whether a list is a stack of blocks: several modules with prunable layers inside, of few kinds."""
+    """Tell whether a list is a stack of blocks: several modules with prunable layers inside, of few kinds.
+
+    A list of lists is none: nobody calls a list, so that it has neither inputs nor outputs.
+    """
     blocks = list(stack)
-    if len(blocks) < 2 or any(
-        is_prunable(block) or not any(map(is_prunable, block.modules())) for block in blocks
-    ):
+    if len(blocks) < 2 or any(isinstance(block, nn.ModuleList) for block in blocks):
+        return False
+    if any(is_prunable(block) or not any(map(is_prunable, block.modules())) for block in blocks):
         return False
     return min(Counter(type(block) for block in blocks).values()) >= 2 or len({type(b) for b in blocks}) == 1

@@ -113,7 +113,7 @@ def repeat_block_(model: nn.Module, blocks: int) -> nn.Module:
     if len(stack) != 1 or blocks < 1:
         raise ValueError(f"{len(stack)} blocks cannot become {blocks}: one becomes one or more")
     for index in range(1, blocks):
-        block = copy.deepcopy(stack[0])
+        block = copy.deepcopy(stack[0], {id(model.config): model.config})  # settings stay those of the model
         for module in block.modules():
             if hasattr(module, "layer_idx"):
                 module.layer_idx = index  # its place in the KV cache

@@ -95,14 +95,20 @@ def fold_batch_norm_(model: nn.Module, example: Any, forward: Forward | None = N
 
 
 def first_tensor(output: Any) -> torch.Tensor:
-    """Return the first floating-point tensor of a model's output; TypeError when there is none."""
+    """Return the first floating-point tensor of a module's output, also in a tuple of it; TypeError without one."""
+    found = _first_tensor(output)
+    if found is None:
+        raise TypeError(f"{type(output).__name__} holds no floating-point tensor")
+    return found
+
+
+def _first_tensor(output: Any) -> torch.Tensor | None:
     if isinstance(output, torch.Tensor):
-        return output
+        return output if output.is_floating_point() else None
+    if not isinstance(output, tuple | list) and not hasattr(output, "values"):
+        return None
     values = output.values() if hasattr(output, "values") else output
-    for value in values:
-        if isinstance(value, torch.Tensor) and value.is_floating_point():
-            return value
-    raise TypeError(f"{type(output).__name__} holds no floating-point tensor")
+    return next((found for value in values if (found := _first_tensor(value)) is not None), None)
 
 
 def _feeding_pairs(model: nn.Module, call: Callable[[], Any]) -> tuple[list[tuple[str, str]], torch.Tensor]:

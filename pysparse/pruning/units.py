@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -26,7 +27,8 @@ def units_of(layout: BlockLayout, call: Callable[[], Any], granularity: str) -> 
     """Return the units of "op", "layer" or "block" granularity that hold prunable weights.
 
     ``call`` runs the model once; the order is that of the calls, and a "layer" ends where an output is read
-    by no module or several, or by one with prunable weights. Raises ValueError when a weight is never used.
+    by no module or several, or by one with prunable weights or that runs more than once. Raises ValueError
+    when a weight is never used.
     """
     trace = _Trace(layout, call)
     if granularity == "block":
@@ -68,6 +70,7 @@ class _Trace:
     def __init__(self, layout: BlockLayout, call: Callable[[], Any]) -> None:
         self.order: list[str] = []
         self._readers: dict[str, list[str]] = {}
+        self._calls: Counter[str] = Counter()
         self._outputs: dict[int, tuple[str, Tensor]] = {}  # kept alive, so that ids stay their own
         leaves = {path: m for path, m in layout.model.named_modules() if not any(m.children())}
         handles = [module.register_forward_hook(self._hook(path)) for path, module in leaves.items()]
@@ -81,6 +84,7 @@ class _Trace:
 
     def _hook(self, path: str) -> Callable[..., None]:
         def hook(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+            self._calls[path] += 1
             if path not in self.order:
                 self.order.append(path)
             for tensor in inputs:
@@ -92,10 +96,14 @@ class _Trace:
         return hook
 
     def chain(self, path: str, prunable: set[str]) -> tuple[str, ...]:
-        """Return ``path`` and what follows it, up to a fork, an operation outside of modules, or a prunable layer."""
+        """Return ``path`` and what follows it, up to a fork, an operation outside of modules, or a prunable layer.
+
+        A module that runs more than once (one activation for all layers) ends it too: which call is meant is not
+        known from the module.
+        """
         paths = [path]
         while True:
             readers = self._readers.get(paths[-1], [])
-            if len(readers) != 1 or readers[0] in prunable or readers[0] in paths:
+            if len(readers) != 1 or readers[0] in prunable or self._calls[readers[0]] != 1:
                 return tuple(paths)
             paths.append(readers[0])
