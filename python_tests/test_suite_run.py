@@ -91,6 +91,18 @@ def test_a_run_records_goes_on_after_a_failure_and_resumes(tmp_path, broken_mode
     }  # only what failed ran again
 
 
+def test_a_smaller_dense_model_is_a_cell_like_any_other(tmp_path):
+    small = '[recipes.small]\nmethod = "2ssp"\nnum_samples = 2\nmax_length = 64\n'
+    path, out = tmp_path / "grid.toml", tmp_path / "out"
+    path.write_text(TINY + small + cells(recipes='"small"', sparsities="0.25"))
+    result = suite("run", path, "-o", out, "--workers", 0)
+    assert result.exit_code == 0, result.output
+    (record,) = read_records(out)
+    assert (record["status"], record["layers"]) == ("done", [])
+    assert 0.2 < record["achieved_sparsity"] < 0.3
+    assert record["file_bytes"]["sparse"] < record["file_bytes"]["dense"]
+
+
 def test_parquet_holds_the_records(tmp_path):
     parquet = pytest.importorskip("pyarrow.parquet", reason="needs pyarrow (the extra pysparse[suite])")
     results = Results(tmp_path)
