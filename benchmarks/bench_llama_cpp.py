@@ -23,7 +23,7 @@ from pysparse.measure.quality import evaluating
 from pysparse.measure.results import make_table, to_jsonable
 from pysparse.measure.rounds import Spread, percentile, ratios, round_robin, torch_threads
 from pysparse.models.named_shapes import RANDOM_WEIGHTS, SHAPES, named_shape
-from pysparse.nn import fuse_, sparsify_
+from pysparse.nn import sparsify_
 
 HERE = Path(__file__).resolve().parent
 PYTHON_VARIABLE = (
@@ -89,7 +89,7 @@ def llama_cpp(options: argparse.Namespace) -> Iterator[LlamaCpp]:
 
 
 def sparse_model(options: argparse.Namespace) -> nn.Module:
-    """All blocks with int8 values, layers of one input in one call, and our attention.
+    """All blocks with int8 values, and our attention.
 
     The head has no zeros and int8 values too: 9 bits a weight, where llama.cpp's Q6_K has 6.6.
     """
@@ -99,7 +99,6 @@ def sparse_model(options: argparse.Namespace) -> nn.Module:
         sparsify_(model, filter_fn=lambda _, path: path == "lm_head", values="int8", min_sparsity=0.0)
 
     model = packed_blocks(options, pack)
-    fuse_(model)
     use_attention(model)
     return model
 
