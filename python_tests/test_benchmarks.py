@@ -307,7 +307,7 @@ def test_attention_curves(quick, tmp_path):
     best = [row for row in run["rows"] if row["what"] == "equal recall"]
     assert all(row["recall"] >= row["target"] for row in best)
     assert {row["planner"] for row in best} >= {"anchor", "flexprefill"}
-    assert all(row["compute_ms"] > 0 and row["samples_clean"] + row["samples_dropped"] == 3 for row in best)
+    assert all(row["compute_ms"] > 0 and row["samples_clean"] + row["samples_dropped"] >= 3 for row in best)
     assert "equal recall" in printed
     assert {path.name for path in tmp_path.glob("*.png")} == {
         "recall_synthetic_1536.png",
@@ -360,12 +360,8 @@ def test_a_first_token_and_a_model_trained_for_seconds(quick, script, tmp_path):
 
 def test_run_all_knows_every_benchmark(script):
     scripts = {path.stem.removeprefix("bench_") for path in FOLDER.glob("bench_*.py")}
-    assert set(script("run_all").BENCHMARKS) == scripts - {
-        "cuda",
-        "cuda_attention",
-        "cuda_end_to_end",
-        "cuda_tables",
-    }  # run on a GPU, by hand
+    on_gpu = {name for name in scripts if name.split("_")[0] == "cuda"}  # run there, by hand
+    assert set(script("run_all").BENCHMARKS) == scripts - on_gpu
 
 
 def test_a_wrong_answer_is_never_timed(script):
