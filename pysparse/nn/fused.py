@@ -33,8 +33,8 @@ def fuse_(model: nn.Module) -> FusionReport:
 
     Not the default: each layer still makes a module call and an output tensor of its own, so what one call of the core
     saves is about what noticing the common input costs. Measured at one token and 70 % zeros, in the time of separate
-    calls over that of fused ones: gated MLPs of 512 to 1024 inputs 1.02 to 1.2, of 4096 inputs 0.91 to 1.05; query,
-    key and value 0.8 to 0.98 (``benchmarks/results/fused_*.json``). Int8 values under a bitmap are fused likewise; n:m
+    calls over that of fused ones: gated MLPs of 1024 inputs 1.02 to 1.18, of 4096 inputs 0.91 to 1.05; query, key and
+    value 0.8 to 0.98 (``benchmarks/results/fused_*.json``). Int8 values under a bitmap are fused likewise; n:m
     layers are not.
     """
     report = FusionReport()

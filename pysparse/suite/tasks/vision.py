@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Protocol
 
@@ -24,7 +25,7 @@ class OfFamily(Protocol):
         """Return "cnn", "attention", "hybrid" or "pooling"."""
 
 
-class OfPictures:
+class OfPictures(ABC):
     """A task on the models of one table. Its fields are options that count something: each is at least 1."""
 
     __slots__ = ()
@@ -42,13 +43,13 @@ class OfPictures:
             if getattr(self, field.name) < 1:
                 raise ValueError(f"{field.name}={getattr(self, field.name)} must be at least 1")
 
+    @abstractmethod
     def lesson(self, name: str) -> Lesson:
         """Return how the model of that name is trained."""
-        raise NotImplementedError
 
+    @abstractmethod
     def workload(self, name: str, count: int) -> Callable[[nn.Module], Any]:
         """Return what is timed: a call that makes or reads ``count`` images."""
-        raise NotImplementedError
 
     def models(self) -> tuple[str, ...]:
         """The names of the table."""
