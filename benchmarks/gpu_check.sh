@@ -49,7 +49,10 @@ export -f build
 export archs
 
 TAIL=6 step build 150 bash -c build
-step test 150 python3 -W default -m pytest -q --maxfail=12 --tb=short -rf -p no:cacheprovider -W default \
+# Six processes share the GPU where pytest-xdist is there: most of the time goes to CPU references.
+workers=$(python3 -c "import xdist; print('-n 6')" 2>/dev/null)
+# shellcheck disable=SC2086  # several words
+step test 240 python3 -W default -m pytest -q --maxfail=12 --tb=short -rf -p no:cacheprovider -W default $workers \
   -m gpu python_tests/test_cuda.py python_tests/test_attention_gpu.py python_tests/test_tables_gpu.py \
   python_tests/test_shapley_heads_torch.py python_tests/test_interop.py \
   python_tests/test_cuda_engines.py python_tests/test_static_decode.py

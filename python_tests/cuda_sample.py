@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from pysparse import ops
-from pysparse.formats import PACKINGS, BitmapTensor
+from pysparse.formats import PACKINGS, BitmapTensor, BlockIndex
 from pysparse.nn.embedding import SparseEmbedding
 
 for rows, cols in ((33, 200), (64, 512)):
@@ -42,5 +42,19 @@ assert (ops.select_nm(weight, scale, 2, 4)[0].view(37, 50, 4).sum(dim=2) == 2).a
 upper = torch.eye(200, device="cuda")
 swept, keep = ops.obs_sweep(weight, upper, scale, ops.SweepPattern(64, (32, 32, 32, 4)))
 assert torch.equal(swept, weight * keep)  # without correlations nothing is made good
+q = torch.randn(1, 4, 300, 64, device="cuda").bfloat16()
+k, v = (torch.randn(1, 2, 300, 64, device="cuda").bfloat16() for _ in range(2))
+exact = torch.nn.functional.scaled_dot_product_attention(
+    q.double(), k.double(), v.double(), is_causal=True, enable_gqa=True
+)
+region, rule = ops.AnchorRegion(group_size=128, init=48, local=32), ops.StripeRule(float("inf"), pools=8)
+every_block = BlockIndex.from_mask(torch.ones(1, 4, 3, 3, device="cuda").tril().bool())
+for name, out in {
+    "flash": ops.flash_attention(q, k, v)[0],
+    "stripes": ops.anchor_attention(q, k, v, region, rule)[0],  # an infinite theta keeps every key
+    "blocks": ops.block_sparse_attention(q, k, v, every_block)[0],
+}.items():
+    error = (out.double() - exact).norm() / exact.norm()
+    assert error < 1e-2, (name, float(error))
 torch.cuda.synchronize()
 print("all results right")
