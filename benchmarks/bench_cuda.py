@@ -31,7 +31,7 @@ from pysparse.ops.cuda import Packing, arrays, largest_block
 
 SHAPES = [(1024, 4096), (4096, 4096), (11008, 4096), (4096, 11008), (14336, 4096), (8192, 28672)]
 SPARSITIES = [0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9]
-TOKENS = [1, 2, 4, 8, 16, 32]
+TOKENS = [1, 2, 4, 8, 16, 32, 64]
 REPLAYS = 15
 CACHES = 4  # the copies of a weight exceed the second-level cache so many times
 SHORTEST_US = 150  # of a graph, so that the two events around it do not count

@@ -20,7 +20,7 @@ reference.EPSILON[torch.float16] = 2.0**-11
 NAMES = list(PACKINGS)
 DTYPES = [torch.bfloat16, torch.float16]
 SIZES = [(1, 1), (16, 64), (17, 65), (15, 63), (33, 129), (100, 257), (3, 1000), (48, 1024), (1024, 520)]
-TOKENS = [1, 2, 3, 4, 5, 8, 9, 16, 17, 32, 33, 65, 200]
+TOKENS = [1, 2, 3, 4, 5, 8, 9, 16, 17, 32, 33, 64, 65, 200]
 
 
 @pytest.fixture(autouse=True)
@@ -151,7 +151,7 @@ def test_non_finite_weights_reach_their_row_only(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("tokens", [1, 2, 7, 16, 32])
+@pytest.mark.parametrize("tokens", [1, 2, 7, 16, 32, 64])
 @pytest.mark.parametrize(("rows", "cols"), [(300, 1000), (512, 4096)])
 def test_two_runs_agree_bit_for_bit(name, tokens, rows, cols):
     weight = matrix(name, rows, cols, 0.6, torch.bfloat16)
@@ -162,7 +162,7 @@ def test_two_runs_agree_bit_for_bit(name, tokens, rows, cols):
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("tokens", [1, 4, 16, 32])
+@pytest.mark.parametrize("tokens", [1, 4, 16, 32, 50])
 def test_capture_in_a_graph(name, tokens):
     weight = matrix(name, 512, 4096, 0.6, torch.bfloat16)
     packed, x = pack(name, weight), torch.randn(tokens, 4096, device="cuda").bfloat16()

@@ -104,9 +104,9 @@ def run(library, name, packed, x, bias, card=H200, team=1):
 
 CASES = [
     ("fragment", 33, 130, 1), ("fragment", 40, 136, 3), ("fragment", 17, 700, 9), ("fragment", 150, 64, 20),
-    ("fragment", 16, 257, 32), ("fragment", 80, 1100, 2),
+    ("fragment", 16, 257, 32), ("fragment", 80, 1100, 2), ("fragment", 40, 200, 61),
     ("pair", 100, 2100, 3), ("pair", 33, 130, 1), ("pair", 40, 136, 5),
-    ("pair", 20, 700, 16), ("pair", 16, 72, 29),
+    ("pair", 20, 700, 16), ("pair", 16, 72, 29), ("pair", 33, 260, 64),
     ("delta", 20, 130, 1), ("delta", 13, 3000, 2), ("delta", 7, 700, 3), ("delta", 9, 1100, 8),
 ]  # fmt: skip
 
@@ -121,14 +121,14 @@ def test_kernels_on_host_threads_match_the_oracle(library, name, rows, cols, tok
     reference.assert_close(run(library, name, packed, x, bias, card, team), x, weight, bias)
 
 
-@pytest.mark.parametrize("name", PACKINGS)
-def test_inf_is_never_lost(library, name):
+@pytest.mark.parametrize(("name", "tokens"), [("delta", 3), ("fragment", 3), ("pair", 3), ("pair", 50)])
+def test_inf_is_never_lost(library, name, tokens):
     weight = matrix_for(name, 20, 100, 0.5, torch.bfloat16)
-    x = torch.randn(3, 100).bfloat16()
-    x[1, 37] = float("inf")
+    x, poisoned = torch.randn(tokens, 100).bfloat16(), tokens - 2
+    x[poisoned, 37] = float("inf")
     y = run(library, name, PACKINGS[name].from_bitmap(BitmapTensor.from_dense(weight)), x, None)
-    assert not y[1].isfinite().any()
-    assert y[[0, 2]].isfinite().all()
+    assert y.isfinite().all(dim=1).tolist() == [token != poisoned for token in range(tokens)]
+    assert not y[poisoned].isfinite().any()
 
 
 @pytest.mark.parametrize("name", PACKINGS)
@@ -160,7 +160,7 @@ def test_plans_fit_the_card(library, card):
         (11008, 4096),
         (33, 70000),
     ]:
-        for tokens in (1, 2, 3, 8, 9, 16, 17, 32):
+        for tokens in (1, 2, 3, 8, 9, 16, 17, 32, 33, 64):
             for packing, largest in [(0, 144), (0, 760), (0, 1300), (0, 2176), (1, 1152)]:
                 cut = (ctypes.c_int * 7)()
                 library[0].plan_strips((ctypes.c_int * 4)(*card), packing, largest, tokens, rows, cols, cut)

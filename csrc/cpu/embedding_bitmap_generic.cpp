@@ -1,4 +1,6 @@
 // Rows of a pruned table, entry by entry: the oracle of the other kernels.
+#include <cmath>
+
 #include "isa/generic.h"
 #include "pysparse/embedding.h"
 
@@ -27,8 +29,14 @@ template <class T>
 void add(const EmbeddingView& table, const Lookup& lookup, const BagRows& to) {
   for (int64_t i = 0; i < lookup.count; ++i) {
     float* sum = to.sums + to.bags[i] * table.dims;
-    const float weight = to.weights ? to.weights[i] : 1.0f;
-    read_row<T>(table, lookup, i, [&](T entry, int64_t d) { sum[d] += weight * to_float(entry); });
+    if (!to.weights) {
+      read_row<T>(table, lookup, i, [&](T entry, int64_t d) { sum[d] += to_float(entry); });
+      continue;
+    }
+    // Rounded once, as the other kernels round it.
+    read_row<T>(table, lookup, i, [&, weight = to.weights[i]](T entry, int64_t d) {
+      sum[d] = std::fma(weight, to_float(entry), sum[d]);
+    });
   }
 }
 

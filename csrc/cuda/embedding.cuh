@@ -9,7 +9,7 @@ namespace pysparse::cuda {
 
 constexpr int kEmbeddingThreads = 256;
 constexpr int kEmbeddingGroup = 8;  // rows that share a record
-constexpr int kAhead = 4;           // ids of a bag whose chains of loads overlap
+constexpr int kAhead = 4;           // rows of a bag whose entries are loaded before any is added
 
 struct Place {
   int64_t row;  // below 0: outside
@@ -96,41 +96,75 @@ __global__ __launch_bounds__(kEmbeddingThreads) void embedding_lookup_kernel(Emb
   }
 }
 
-// blockIdx.y counts groups of columns. The sums are those of the CPU, bit for bit: one after the
-// other, product and sum rounded each for itself.
+// What one lane finds out about an id of a bag, for all lanes of its group.
+struct alignas(16) FoundRow {
+  int64_t next;   // index of the row's first value stored at or after the group's first column
+  uint32_t bits;  // which of the group's columns are stored
+  int field;      // below 0: the id is outside
+};
+
+template <int kGroup>
+__device__ inline FoundRow find_row(const EmbeddingTable& table, const EmbeddingIds& ids, int64_t i,
+                                    int first_column) {
+  const Place place = place_of(table, ids, i);
+  if (place.row < 0) return {0, 0, -1};
+  const RowMask at = row_mask(table, place.row, first_column);
+  return {at.next, mask_bits<kGroup>(at.mask, table.dims - first_column), place.field};
+}
+
+// blockIdx.y counts groups of columns. Each lane of a group looks up another id, so that the chains
+// of loads of all of them overlap; then the lanes go through the rows together, a column each. The
+// sums are those of the CPU, bit for bit: one after the other, each rounded once.
 template <class T, int kGroup>
 __global__ __launch_bounds__(kEmbeddingThreads) void embedding_bag_kernel(EmbeddingTable table,
                                                                           EmbeddingIds ids,
                                                                           EmbeddingBags bags,
                                                                           T* out) {
   using Word = typename Numbers<T>::Word;
+  __shared__ FoundRow found[kEmbeddingThreads];
   const int lane = static_cast<int>(threadIdx.x) % kGroup;
+  const FoundRow* group = found + (threadIdx.x - lane);
   const int first_column = static_cast<int>(blockIdx.y) * kGroup, column = first_column + lane;
   const int64_t bag =
       static_cast<int64_t>(blockIdx.x) * (kEmbeddingThreads / kGroup) + threadIdx.x / kGroup;
-  if (bag >= bags.count || column >= table.dims) return;
-  const int64_t begin = __ldg(bags.offsets + bag), end = __ldg(bags.offsets + bag + 1);
+  const bool exists = bag < bags.count;
+  const int64_t begin = exists ? __ldg(bags.offsets + bag) : 0;
+  const int64_t end = exists ? __ldg(bags.offsets + bag + 1) : 0;
   bool sound = 0 <= begin && begin <= end && end <= ids.count;
-  float sum = 0.0f;
-  for (int64_t i = begin; sound && i < end; i += kAhead) {
-    float entry[kAhead];
+  const int64_t size = sound ? end - begin : 0;
+  int64_t longest = size;  // of the warp's bags: all its lanes meet at the barriers
 #pragma unroll
-    for (int a = 0; a < kAhead; ++a) {
-      if (i + a >= end) continue;
-      const Place place = place_of(table, ids, i + a);
-      sound &= place.row >= 0;
-      if (place.row < 0) continue;
-      const RowMask at = row_mask(table, place.row, first_column);
-      const uint32_t bits = mask_bits<kGroup>(at.mask, table.dims - first_column);
-      entry[a] = Numbers<T>::of(entry_of<Word>(table, place.field, column, lane, bits, at.next));
-    }
-#pragma unroll
-    for (int a = 0; a < kAhead; ++a)
-      if (sound && i + a < end) {
-        const float weight = bags.weights ? __ldg(bags.weights + i + a) : 1.0f;
-        sum = __fadd_rn(sum, __fmul_rn(weight, entry[a]));
-      }
+  for (int d = kGroup; d < kLanes; d *= 2) {
+    const int64_t other = __shfl_xor_sync(kFullWarp, longest, d);
+    longest = other > longest ? other : longest;
   }
+  float sum = 0.0f;
+  for (int64_t first = 0; first < longest; first += kGroup) {
+    __syncwarp();  // nobody reads the rows before any more
+    if (first + lane < size)
+      found[threadIdx.x] = find_row<kGroup>(table, ids, begin + first + lane, first_column);
+    __syncwarp();  // the new ones are there
+    const int count = static_cast<int>(size - first < kGroup ? size - first : kGroup);
+    for (int i = 0; i < count; i += kAhead) {
+      float entry[kAhead] = {};
+#pragma unroll
+      for (int a = 0; a < kAhead; ++a) {
+        if (i + a >= count) continue;
+        const FoundRow row = group[i + a];
+        sound &= row.field >= 0;
+        if (row.field >= 0 && column < table.dims)
+          entry[a] =
+              Numbers<T>::of(entry_of<Word>(table, row.field, column, lane, row.bits, row.next));
+      }
+#pragma unroll
+      for (int a = 0; a < kAhead; ++a)
+        if (i + a < count) {
+          const float weight = bags.weights ? __ldg(bags.weights + begin + first + i + a) : 1.0f;
+          sum = __fmaf_rn(weight, entry[a], sum);
+        }
+    }
+  }
+  if (!exists || column >= table.dims) return;
   if (bags.mean && begin < end)
     sum = __fmul_rn(sum, __fdiv_rn(1.0f, static_cast<float>(end - begin)));
   if (!sound) sum = __uint_as_float(0x7fffffffu);

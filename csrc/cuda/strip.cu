@@ -64,7 +64,7 @@ int64_t cost(const Plan& plan, const StripWeight& w, const Product& p, int multi
 
 Plan plan(const StripWeight& w, const Product& p, const Device& card) {
   Plan plan{};
-  plan.tiles = p.tokens <= 8 ? 1 : p.tokens <= 16 ? 2 : 4;
+  plan.tiles = p.tokens <= 8 ? 1 : p.tokens <= 16 ? 2 : p.tokens <= 32 ? 4 : 8;
   plan.resident = plan.tiles <= 2 ? 2 : 1;
   Cut& cut = plan.cut;
   cut.stage_bytes = static_cast<int>(ceil_div(w.largest_block, kUnitBytes)) * kUnitBytes;

@@ -1,5 +1,5 @@
 #pragma once
-// y = x W^T for weights in blocks of 16 rows x 64 columns, on the tensor cores, for 1 to 32 tokens.
+// y = x W^T for weights in blocks of 16 rows x 64 columns, on the tensor cores, for 1 to 64 tokens.
 // Thread blocks stay and take strip after strip. Each warp streams its blocks through its own ring
 // in shared memory, without a break from strip to strip; the warps of a strip share its columns and
 // add up at its end. What a block looks like is the tile object's business: FragmentTile, PairTile.
@@ -10,9 +10,8 @@
 
 namespace pysparse::cuda {
 
-constexpr int kMostWarps = 16;  // per thread block
-constexpr int kMostTokens =
-    32;  // beyond, the tensor cores set the pace: unpacking and a dense product do better
+constexpr int kMostWarps = 16;      // per thread block
+constexpr int kMostTokens = 64;     // beyond, unpacking and a dense product do better
 constexpr int kPartialStride = 20;  // floats of a warp's 16 sums per token; the 4 turn the banks
 
 // How a launch is cut: the host decides, the kernel follows.
@@ -128,7 +127,7 @@ __device__ void stage_inputs(const Product& p, const Cut& cut, int first, char* 
     if constexpr (Tile::kSkipsZeros)
       if (any_not_finite<T>(words[0]) || any_not_finite<T>(words[1]) ||
           any_not_finite<T>(words[2]) || any_not_finite<T>(words[3]))
-        atomicOr(poisoned, 1u << token);
+        atomicOr(poisoned + token / 32, 1u << token % 32);
   }
 }
 
@@ -151,7 +150,7 @@ __device__ __forceinline__ void hand_over(float* partial, int tokens,
 // workspace.
 template <class T>
 __device__ void finish_strips(const Product& p, const Cut& cut, int group, const float* partial,
-                              float* workspace, unsigned poisoned) {
+                              float* workspace, const unsigned* poisoned) {
   const int rows = cut.strips * kStripRows, first_row = group * rows;
   for (int i = threadIdx.x; i < rows * p.tokens; i += blockDim.x) {
     const int local = i % rows, token = i / rows, strip = local / kStripRows,
@@ -160,7 +159,7 @@ __device__ void finish_strips(const Product& p, const Cut& cut, int group, const
     float sum = 0.f;
     for (int warp = strip; warp < cut.warps; warp += cut.strips)
       sum += partial[(warp * p.tokens + token) * kPartialStride + r];
-    if (poisoned >> token & 1u)
+    if (poisoned[token / 32] >> token % 32 & 1u)
       sum = __uint_as_float(0x7fc00000u);  // a dense product meets 0 * Inf
     const int64_t index = static_cast<int64_t>(token) * p.rows + first_row + local;
     if (cut.splits > 1) {
@@ -177,7 +176,7 @@ __global__ __launch_bounds__(kMostWarps* kLanes,
                              kResident) void strip_linear_kernel(StripWeight w, Product p, Cut cut,
                                                                  float* workspace) {
   extern __shared__ __align__(16) char shared[];
-  __shared__ unsigned poisoned;
+  __shared__ unsigned poisoned[kMostTokens / 32];  // a bit for each token
   __shared__ Walk walks[kMostWarps];
   char* staged = shared + cut.warps * kStages * cut.stage_bytes;
   char* partial = staged + p.tokens * staged_stride(cut.staged);
@@ -186,7 +185,8 @@ __global__ __launch_bounds__(kMostWarps* kLanes,
   const int strips = (p.rows + kStripRows - 1) / kStripRows,
             columns = (p.cols + kBlockCols - 1) / kBlockCols;
   const int begin = blockIdx.y * cut.blocks, end = min(columns, begin + cut.blocks);
-  if (threadIdx.x == 0) poisoned = 0;  // the barrier before the first staging makes it visible
+  if (threadIdx.x < kMostTokens / 32)
+    poisoned[threadIdx.x] = 0;  // the barrier before the first staging makes it visible
   const int strip = blockIdx.x * cut.strips + warp % cut.strips,
             strip_step = gridDim.x * cut.strips;
   const int each = max(0, (end - begin - member + team - 1) / team);
@@ -212,7 +212,7 @@ __global__ __launch_bounds__(kMostWarps* kLanes,
     for (int first = begin; first < end; first += cut.staged) {
       if (group == static_cast<int>(blockIdx.x) || !once) {
         __syncthreads();  // nobody reads the columns before any more
-        stage_inputs<Tile, T>(p, cut, first, staged, &poisoned);
+        stage_inputs<Tile, T>(p, cut, first, staged, poisoned);
         __syncthreads();  // the new ones are complete
       }
       const int stop = min(own_end, first + cut.staged);

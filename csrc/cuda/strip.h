@@ -7,8 +7,8 @@
 namespace pysparse::cuda {
 
 // Slots of a warp's ring. With more tokens fewer thread blocks fit, so each keeps more copies under
-// way.
-constexpr int strip_stages(int tiles) { return tiles <= 2 ? 3 : 4; }
+// way; with most of them, the inputs and sums need the room.
+constexpr int strip_stages(int tiles) { return tiles == 4 ? 4 : 3; }
 
 struct StripLaunch {
   StripWeight weight;
@@ -43,8 +43,10 @@ cudaError_t launch_tiles(const StripLaunch& l) {
       return launch_instance<Tile, T, 1>(l);
     case 2:
       return launch_instance<Tile, T, 2>(l);
-    default:
+    case 4:
       return launch_instance<Tile, T, 4>(l);
+    default:
+      return launch_instance<Tile, T, 8>(l);
   }
 }
 

@@ -18,7 +18,7 @@ from pysparse import backend
 from pysparse.formats.device import DeltaRows, FragmentBitmap, PairBlocks
 
 DELTA_TOKENS = 8  # columns of this many tokens fit in shared memory beside each other
-STRIP_TOKENS = 32  # beyond, unpacking and torch's product take less time than the kernels' narrow tiles
+STRIP_TOKENS = 64  # beyond, unpacking and torch's product take less time than the kernels' narrow tiles
 # What a thread block may hold of x (227 KB on sm_90, 99 KB on sm_86): bytes per column for 1, 2, 4, 8 tokens.
 _COLUMN_BYTES = {1: 4, 2: 4, 4: 8, 8: 16}
 # Scratch for rows unpacked at a time. In cache-sized pieces (24 MB) it takes 1.4 times as long on an H200: each

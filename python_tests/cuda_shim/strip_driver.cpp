@@ -23,7 +23,8 @@ template <class Tile, class T>
 void run_tiles(const StripWeight& w, const Product& p, const Plan& plan, float* workspace) {
   if (plan.tiles == 1) run<Tile, T, 1>(w, p, plan, workspace);
   else if (plan.tiles == 2) run<Tile, T, 2>(w, p, plan, workspace);
-  else run<Tile, T, 4>(w, p, plan, workspace);
+  else if (plan.tiles == 4) run<Tile, T, 4>(w, p, plan, workspace);
+  else run<Tile, T, 8>(w, p, plan, workspace);
 }
 }  // namespace
 }  // namespace pysparse::cuda
