@@ -53,6 +53,7 @@ class Row:
     gigabytes_per_second: float
     ratio: float  # dense microseconds / these
     error: float  # norm of the difference to float64 over its norm
+    read_share: float = 0.0  # of the rate at which this GPU reads memory
 
 
 def random_weight(rows: int, cols: int, sparsity: float | None, seed: int) -> Tensor:
@@ -255,9 +256,14 @@ def plain_median(call: Callable[[], Tensor]) -> float:
 
 
 def ceilings() -> dict[str, float]:
-    """Return the copy bandwidth, the bf16 matrix rate and the cost of an empty-sized product in a graph."""
+    """Return what memory and the matrix units reach at best, and the cost of an empty-sized product in a graph.
+
+    Copies are counted read and written; the faster of the copy engine's and a kernel's counts. A weight is only read,
+    so its share is that of a plain sum's rate.
+    """
     source = torch.empty(2 << 30, dtype=torch.uint8, device="cuda").random_()
     target = torch.empty_like(source)
+    words, written = source.view(torch.int64), target.view(torch.int64)
     a, b = (torch.randn(8192, 8192, device="cuda").bfloat16() for _ in range(2))
     tiny = PACKINGS["fragment"].from_bitmap(
         BitmapTensor.from_dense(torch.ones(16, 64, device="cuda").bfloat16())
@@ -265,12 +271,16 @@ def ceilings() -> dict[str, float]:
     x = torch.ones(1, 64, device="cuda").bfloat16()
     graphs = [
         capture([lambda: target.copy_(source)]),
+        capture([lambda: torch.bitwise_not(words, out=written)]),
+        capture([words.sum]),
         capture([lambda: a @ b] * 4),
         capture([lambda: ops.packed_linear(x, tiny)] * 100),
     ]
-    copy, product, launch = (t[len(t) // 2] for t in time_interleaved(graphs, [1, 4, 100]))
+    times = time_interleaved(graphs, [1, 1, 1, 4, 100])
+    engine, kernel, read, product, launch = (t[len(t) // 2] for t in times)
     return {
-        "copy_gigabytes_per_second": round(2 * source.numel() / copy / 1000, 1),
+        "copy_gigabytes_per_second": round(2 * source.numel() / min(engine, kernel) / 1000, 1),
+        "read_gigabytes_per_second": round(source.numel() / read / 1000, 1),
         "bf16_teraflops": round(2 * 8192**3 / product / 1e6, 1),
         "smallest_call_microseconds": round(launch, 3),
     }
@@ -404,6 +414,9 @@ def main() -> int:
             for tokens in options.tokens:
                 rows = measure(shape, ready, tokens)
                 wrong.extend(f"{r.kernel} {text} {r.sparsity} {r.tokens}" for r in rows if not r.error < 4e-3)
+                for row in rows:
+                    rate = report["ceilings"]["read_gigabytes_per_second"]
+                    row.read_share = round(row.gigabytes_per_second / rate, 3)
                 report["rows"] += [asdict(r) for r in rows]
                 print_table(rows)
             return f"{packed:.1f} s to make the weights, {time.perf_counter() - begin - packed:.1f} s to time them"

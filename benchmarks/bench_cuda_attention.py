@@ -4,7 +4,9 @@
 
 32 query heads, 8 key heads, 128 dimensions, bfloat16, causal. Medians of interleaved rounds. Random stripes at the
 given share of the candidates; what choosing them takes is timed apart; every kernel is checked against torch's result
-in float32 on sampled rows first. FLOP count what a kernel computes: 4 D for each pair of query and key it meets.
+in float32 on sampled rows first. FLOP count what a kernel is asked for: 4 D for each pair of a query and a key that it
+may see; their share is that of the rate of torch's largest bf16 product. At a tenth of the stripes the same lists are
+also gathered and given to torch's fused attention, head by head: what needs no kernel of ours.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from pysparse import backend, ops
 from pysparse.formats import BlockIndex, StripeIndex
+from pysparse.ops import attention_portable
 
 HEADS, KEY_HEADS, DIM = 32, 8, 128
 ROUNDS = 7
@@ -94,6 +97,20 @@ def dense_rivals(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Call]:
     }
 
 
+def pairs_of(length: int, region: ops.AnchorRegion) -> tuple[float, float]:
+    """Return how many pairs of query and key a head's dense attention meets, and how many its anchor region."""
+    rows = torch.arange(length, dtype=torch.float64)
+    near = (rows // region.group_size * region.group_size - region.local).clamp_min(0)
+    seen = rows + 1 - near + torch.minimum(near, torch.tensor(float(region.init)))
+    return length * (length + 1) / 2, float(seen.sum())
+
+
+def matrix_rate() -> float:
+    """Return the TFLOP/s of torch's product of two 8192 x 8192 bf16 matrices of random numbers."""
+    a, b = (torch.randn(8192, 8192, device="cuda").bfloat16() for _ in range(2))
+    return 2 * 8192**3 / interleaved({"product": lambda: a @ b})["product"] / 1e9
+
+
 def stripes_and_region(
     index: StripeIndex, region: ops.AnchorRegion, length: int
 ) -> Callable[[Tensor], Tensor]:
@@ -123,7 +140,11 @@ def measure(length: int, shares: list[float], report: dict[str, Any]) -> str:
     checks = {
         "flash": error(calls["flash"](), q, k, v, lambda rows: (key <= rows[:, None]).expand(HEADS, -1, -1))
     }
-    extra: dict[str, dict[str, float]] = {}
+    every, close = pairs_of(length, region)
+    extra: dict[str, dict[str, float]] = {
+        name: {"pairs": HEADS * every} for name in (*dense_rivals(q, k, v), "flash")
+    }
+    extra["anchor region"] = {"pairs": HEADS * close}
     for share in shares:
         index, blocks = random_stripes(length, region, share), random_blocks(length, share)
         arguments = (
@@ -147,15 +168,26 @@ def measure(length: int, shares: list[float], report: dict[str, Any]) -> str:
         if length <= 16384:  # the mask of a longer prompt would be gigabytes
             seen = stripes_and_region(index, region, length)
             checks[f"stripes {share:.0%}"] = error(calls[f"stripes {share:.0%}"](), q, k, v, seen)
+        if share == 0.1:
+            parts = (state.out, state.max, state.denominator)
+            calls["gathered stripes 10%"] = lambda i=index, p=parts: attention_portable.stripe_attention(
+                q, k, v, i, p, [(0, length)], DIM**-0.5, 0
+            )[0]
         extra[f"stripes {share:.0%}"] = {
+            "pairs": index.nnz * region.group_size,
             "stripes": index.nnz,
             "density": index.nnz / (HEADS * length**2 / 2 / 2048),
         }
-        extra[f"blocks {share:.0%}"] = {"blocks": blocks.nnz}
+        # A head's last blocks are half seen.
+        pairs = (blocks.nnz - HEADS * -(-length // 128) / 2) * 128**2
+        extra[f"blocks {share:.0%}"] = {"pairs": pairs, "blocks": blocks.nnz}
     times = interleaved(calls)
     for name, milliseconds in times.items():
-        row = {"length": length, "kernel": name, "milliseconds": milliseconds}
-        report["rows"].append(row | {"over_cudnn": times["cudnn"] / milliseconds} | extra.get(name, {}))
+        row = {"length": length, "kernel": name, "milliseconds": milliseconds} | extra.get(name, {})
+        if "pairs" in row:
+            row["teraflops"] = 4 * DIM * row["pairs"] / milliseconds / 1e9
+            row["matrix_share"] = row["teraflops"] / report["bf16_teraflops"]
+        report["rows"].append(row | {"over_cudnn": times["cudnn"] / milliseconds})
     for share in shares:
         whole = times["anchor region"] + times["identify"] + times[f"stripes {share:.0%}"]
         row = {"length": length, "kernel": f"anchor attention {share:.0%}", "milliseconds": whole}
@@ -165,7 +197,8 @@ def measure(length: int, shares: list[float], report: dict[str, Any]) -> str:
     for row in report["rows"]:
         if row["length"] == length:
             print(
-                f"  {row['kernel']:24s} {row['milliseconds']:9.2f} ms, {row['over_cudnn']:5.2f} x cuDNN",
+                f"  {row['kernel']:24s} {row['milliseconds']:9.2f} ms, {row['over_cudnn']:5.2f} x cuDNN"
+                + (f", {row['teraflops']:4.0f} TFLOP/s" if "teraflops" in row else ""),
                 flush=True,
             )
     return f"{len(times)} kernels"
@@ -181,6 +214,7 @@ def main() -> int:
     hashes = {"attention": backend.cuda().SOURCE_HASHES["attention"]}
     report: dict[str, Any] = {
         "machine": card(),
+        "bf16_teraflops": matrix_rate(),
         "source_hashes": hashes,
         "rows": [],
         "errors": {},
