@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import IO, Any
@@ -23,12 +23,14 @@ from pysparse.measure.quality import evaluating
 from pysparse.measure.results import make_table, to_jsonable
 from pysparse.measure.rounds import Spread, percentile, ratios, round_robin, torch_threads
 from pysparse.models.named_shapes import RANDOM_WEIGHTS, SHAPES, named_shape
-from pysparse.nn import sparsify_
+from pysparse.nn import fuse_norms_, sparsify_
 
 HERE = Path(__file__).resolve().parent
 PYTHON_VARIABLE = (
     "LLAMA_PYTHON"  # an interpreter with llama-cpp-python and gguf; ours, unless it says another
 )
+# What of a token beside the linear layers runs on our kernels.
+PARTS: dict[str, Callable[[nn.Module], object]] = {"attention": use_attention, "norms": fuse_norms_}
 OURS, RIVAL = "pysparse {sparsity:.0%}, int8 values", "llama.cpp Q4_0"
 
 
@@ -89,7 +91,7 @@ def llama_cpp(options: argparse.Namespace) -> Iterator[LlamaCpp]:
 
 
 def sparse_model(options: argparse.Namespace) -> nn.Module:
-    """All blocks with int8 values, and our attention.
+    """All blocks with int8 values, and the parts of ``options`` on our kernels.
 
     The head has no zeros and int8 values too: 9 bits a weight, where llama.cpp's Q6_K has 6.6.
     """
@@ -99,7 +101,8 @@ def sparse_model(options: argparse.Namespace) -> nn.Module:
         sparsify_(model, filter_fn=lambda _, path: path == "lm_head", values="int8", min_sparsity=0.0)
 
     model = packed_blocks(options, pack)
-    use_attention(model)
+    for part in options.parts:
+        PARTS[part](model)
     return model
 
 
@@ -166,6 +169,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--prompt", type=int, default=16, help="tokens")
     parser.add_argument("--new-tokens", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--parts", nargs="*", choices=PARTS, default=list(PARTS), help="beside the layers")
     parser.add_argument("--gguf", type=Path, help="llama.cpp's file: written where it is missing, and kept")
     options = parser.parse_args(arguments)
     options.dtype = "bf16"
@@ -184,7 +188,7 @@ def main(arguments: list[str] | None = None) -> None:
         "what": "batch 1, greedy, KV cache: generate() of transformers, llama_decode of llama.cpp; medians of rounds",
         "shape": options.shape, "blocks": options.blocks, "weights": RANDOM_WEIGHTS, "prompt": options.prompt,
         "new_tokens": options.new_tokens, "rounds": options.rounds, "threads": threads_of(options),
-        "missing": {RIVAL: missing()} if missing() else {},
+        "parts": options.parts, "missing": {RIVAL: missing()} if missing() else {},
     }  # fmt: skip
     path = this.save(protocol, rows)
     columns = ["engine", "tokens/s", "ms", "x llama.cpp", "GB a token", "GB/s"]

@@ -155,6 +155,9 @@ def bitmap_gated_linear(
     activation: int,
     y: int,
 ) -> None: ...
+def rms_norm(
+    dtype: int, x: int, rows: int, cols: int, weight: int, eps: float, form: int, y: int
+) -> None: ...
 def bitmap_unpack(
     dtype: int,
     values: int,

@@ -148,6 +148,7 @@ TESTED_ELSEWHERE = {
     "lowrank": "test_lowrank.py",
     "shapley": "test_shapley.py",
     "ridge": "test_ridge.py",
+    "norm": "test_norm.py",
 }
 
 

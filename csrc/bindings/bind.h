@@ -20,6 +20,7 @@ void bind_kernels(pybind11::module_& module);
 void bind_linear(pybind11::module_& module);
 void bind_lowrank(pybind11::module_& module);
 void bind_nm(pybind11::module_& module);
+void bind_norm(pybind11::module_& module);
 void bind_pruning(pybind11::module_& module);
 void bind_shapley(pybind11::module_& module);
 

@@ -13,6 +13,7 @@ PYBIND11_MODULE(_core, module) {
   pysparse::bind_linear(module);
   pysparse::bind_lowrank(module);
   pysparse::bind_nm(module);
+  pysparse::bind_norm(module);
   pysparse::bind_pruning(module);
   pysparse::bind_shapley(module);
 }

@@ -5,6 +5,7 @@
 #include "pysparse/fused.h"
 
 PYSPARSE_TARGET_BEGIN(PYSPARSE_AVX2)
+#include "simd/bfloat16_avx2.h"
 #include "simd/gate_vectors.h"
 namespace pysparse {
 namespace {
@@ -16,20 +17,18 @@ struct Vectors {
   static Float set(float value) { return _mm256_set1_ps(value); }
   static Float load(const float* p) { return _mm256_load_ps(p); }
   static Float load(const BFloat16* p) {
-    return widen(_mm256_cvtepu16_epi32(_mm_load_si128(reinterpret_cast<const __m128i*>(p))));
+    return widen_bf16(_mm_load_si128(reinterpret_cast<const __m128i*>(p)));
   }
   static void store(float* p, Float v) { _mm256_store_ps(p, v); }
   static void store(BFloat16* p, Float v) {
-    const __m256i bits = bf16_bits(v);
-    const __m128i low = _mm256_castsi256_si128(bits), high = _mm256_extracti128_si256(bits, 1);
-    _mm_store_si128(reinterpret_cast<__m128i*>(p), _mm_packus_epi32(low, high));
+    _mm_store_si128(reinterpret_cast<__m128i*>(p), narrow_bf16(v));
   }
   template <class T>
   static Float round_to(Float v) {
     if constexpr (std::is_same_v<T, float>)
       return v;
     else
-      return widen(bf16_bits(v));
+      return round_bf16(v);
   }
   static Float add(Float a, Float b) { return _mm256_add_ps(a, b); }
   static Float sub(Float a, Float b) { return _mm256_sub_ps(a, b); }
@@ -53,15 +52,6 @@ struct Vectors {
  private:
   static Float power_of_two(__m256i n) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(n, _mm256_set1_epi32(127)), 23));
-  }
-  static Float widen(__m256i bits) { return _mm256_castsi256_ps(_mm256_slli_epi32(bits, 16)); }
-  // Nearest even, a NaN stays one: as assign(BFloat16&, float).
-  static __m256i bf16_bits(Float v) {
-    const __m256i bits = _mm256_castps_si256(v), high = _mm256_srli_epi32(bits, 16);
-    const __m256i odd = _mm256_and_si256(high, _mm256_set1_epi32(1));
-    const __m256i up = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
-    const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
-    return _mm256_blendv_epi8(_mm256_srli_epi32(up, 16), _mm256_set1_epi32(0x7fc0), nan);
   }
 };
 

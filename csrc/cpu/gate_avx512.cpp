@@ -5,6 +5,7 @@
 #include "pysparse/fused.h"
 
 PYSPARSE_TARGET_BEGIN(PYSPARSE_AVX512)
+#include "simd/bfloat16_avx512.h"
 #include "simd/gate_vectors.h"
 namespace pysparse {
 namespace {
@@ -16,18 +17,18 @@ struct Vectors {
   static Float set(float value) { return _mm512_set1_ps(value); }
   static Float load(const float* p) { return _mm512_load_ps(p); }
   static Float load(const BFloat16* p) {
-    return widen(_mm512_cvtepu16_epi32(_mm256_load_si256(reinterpret_cast<const __m256i*>(p))));
+    return widen_bf16(_mm256_load_si256(reinterpret_cast<const __m256i*>(p)));
   }
   static void store(float* p, Float v) { _mm512_store_ps(p, v); }
   static void store(BFloat16* p, Float v) {
-    _mm256_store_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(bf16_bits(v)));
+    _mm256_store_si256(reinterpret_cast<__m256i*>(p), narrow_bf16(v));
   }
   template <class T>
   static Float round_to(Float v) {
     if constexpr (std::is_same_v<T, float>)
       return v;
     else
-      return widen(bf16_bits(v));
+      return round_bf16(v);
   }
   static Float add(Float a, Float b) { return _mm512_add_ps(a, b); }
   static Float sub(Float a, Float b) { return _mm512_sub_ps(a, b); }
@@ -43,17 +44,6 @@ struct Vectors {
     return _mm512_mask_mov_ps(b, _mm512_cmp_ps_mask(v, _mm512_setzero_ps(), _CMP_LT_OQ), a);
   }
   static Float scale(Float v, Float n) { return _mm512_scalef_ps(v, n); }
-
- private:
-  static Float widen(__m512i bits) { return _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16)); }
-  // Nearest even, a NaN stays one: as assign(BFloat16&, float).
-  static __m512i bf16_bits(Float v) {
-    const __m512i bits = _mm512_castps_si512(v), high = _mm512_srli_epi32(bits, 16);
-    const __m512i odd = _mm512_and_si512(high, _mm512_set1_epi32(1));
-    const __m512i up = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
-    return _mm512_mask_mov_epi32(_mm512_srli_epi32(up, 16), _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q),
-                                 _mm512_set1_epi32(0x7fc0));
-  }
 };
 
 }  // namespace

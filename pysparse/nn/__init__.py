@@ -7,6 +7,7 @@ from pysparse.nn.embedding import SparseEmbedding, SparseEmbeddingBag
 from pysparse.nn.fused import FusionReport, fuse_, unfuse_
 from pysparse.nn.linear import SparseLinear
 from pysparse.nn.lowrank import Adapter, MaskedLowRank
+from pysparse.nn.norm import fuse_norms_, unfuse_norms_
 from pysparse.nn.packing import Packing
 
 __all__ = [
@@ -22,6 +23,8 @@ __all__ = [
     "SparseLinear",
     "densify_",
     "fuse_",
+    "fuse_norms_",
     "sparsify_",
     "unfuse_",
+    "unfuse_norms_",
 ]

@@ -16,6 +16,7 @@ from pysparse.nn.dispatch import MIN_SPARSITY, OPTIMIZE, Verdict, judge
 from pysparse.nn.fused import fuse_, unfuse_
 from pysparse.nn.linear import SparseLinear
 from pysparse.nn.match import matches
+from pysparse.nn.norm import unfuse_norms_
 from pysparse.nn.packing import Packing, grid_of
 
 Filter = Callable[[nn.Module, str], bool]
@@ -156,8 +157,8 @@ def _verdict(
 
 
 def densify_(model: nn.Module) -> nn.Module:
-    """Put plain ``nn.Linear`` layers back in place of every sparse and dense kernel layer; return ``model``."""
-    unfuse_(model)
+    """Put plain ``nn.Linear`` layers back for every sparse and dense kernel layer; undo fusions, return ``model``."""
+    unfuse_norms_(unfuse_(model))
     for path, module in [
         (p, m) for p, m in model.named_modules() if isinstance(m, SparseLinear | CompactLinear | DenseLinear)
     ]:

@@ -19,6 +19,7 @@ from torch.nn.modules import module as torch_module
 from pysparse import ops
 from pysparse.nn.compact import CompactLinear
 from pysparse.nn.linear import SparseLinear
+from pysparse.nn.mixin import Mixin
 from pysparse.nn.shared_input import call_gated, is_ready, kin, prepare, shared_operands
 
 _TRACED_NODES = 7  # input, gate, activation, up, product, down, output
@@ -90,12 +91,8 @@ def can_share(module: nn.Module | None) -> TypeGuard[SparseLinear | CompactLinea
     return type(module) is SparseLinear
 
 
-class GatedMLP(nn.Module):
-    """Mixed into the class of a gated MLP: its forward in two calls instead of five where that is the same.
-
-    Parameters, names, children, hooks and the class's name stay; :meth:`fuse` and :meth:`unfuse` change the class of
-    an instance, as ``torch.nn.utils.parametrize`` does.
-    """
+class GatedMLP(Mixin):
+    """Mixed into the class of a gated MLP: its forward in two calls instead of five where that is the same."""
 
     _gated: GatedPlan
 
@@ -113,36 +110,17 @@ class GatedMLP(nn.Module):
         """Add what is computed in one call."""
         return ", ".join(text for text in (super().extra_repr(), str(self._gated)) if text)
 
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        """Copy and pickle by the base class: the mixed one has no name to be found by."""
-        return _new, (type(self).__mro__[2],), self.__dict__.copy()
-
     @staticmethod
     def fuse(module: nn.Module, plan: GatedPlan) -> None:
         """Let ``module`` run by ``plan``."""
         module._gated = plan  # type: ignore[assignment]
-        module.__class__ = _mixed(type(module))
+        GatedMLP.mix(module)
 
     @staticmethod
     def unfuse(module: nn.Module) -> None:
         """Give ``module`` its own class back."""
-        module.__class__ = type(module).__mro__[2]
+        GatedMLP.unmix(module)
         del module.__dict__["_gated"]
-
-
-_MIXED: dict[type[nn.Module], type[nn.Module]] = {}
-
-
-def _mixed(base: type[nn.Module]) -> type[nn.Module]:
-    if base not in _MIXED:
-        names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
-        _MIXED[base] = type(base.__name__, (GatedMLP, base), names)
-    return _MIXED[base]
-
-
-def _new(base: type[nn.Module]) -> nn.Module:
-    mixed = _mixed(base)
-    return mixed.__new__(mixed)
 
 
 class _Tracer(fx.Tracer):

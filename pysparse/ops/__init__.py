@@ -79,6 +79,7 @@ from pysparse.ops.nm import (
     nm_linear,
     nm_unpack,
 )
+from pysparse.ops.norm import NORM_FORMS, call_rms_norm, rms_norm
 from pysparse.ops.obs import (
     add_product,
     can_factor,
@@ -103,6 +104,7 @@ __all__ = [
     "DELTA_TOKENS",
     "DENSE_TOKENS",
     "KERNEL_DTYPES",
+    "NORM_FORMS",
     "STRIP_TOKENS",
     "AnchorRegion",
     "AttentionState",
@@ -140,6 +142,7 @@ __all__ = [
     "call_int8_linear_group",
     "call_nm_int8_linear",
     "call_nm_linear",
+    "call_rms_norm",
     "can_factor",
     "can_ridge",
     "can_select",
@@ -189,6 +192,7 @@ __all__ = [
     "proxy_scores",
     "ridge_rows",
     "ridge_rows_torch",
+    "rms_norm",
     "row_mask",
     "select_nm",
     "select_rows",

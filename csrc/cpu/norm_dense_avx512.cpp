@@ -1,0 +1,62 @@
+// RMSNorm on 16 lanes; squares are summed in 4 vectors of 8 doubles.
+#include <cmath>
+#include <type_traits>
+
+#include "isa/avx512.h"
+#include "pysparse/norm.h"
+
+PYSPARSE_TARGET_BEGIN(PYSPARSE_AVX512)
+#include "simd/bfloat16_avx512.h"
+#include "simd/norm_rows.h"
+namespace pysparse {
+namespace {
+
+struct Vectors {
+  using Float = __m512;
+  struct Sum {
+    __m512d low, high;
+  };
+  static constexpr int64_t kLanes = 16;
+
+  static Float set(float value) { return _mm512_set1_ps(value); }
+  static Float load(const float* p) { return _mm512_loadu_ps(p); }
+  static Float load(const BFloat16* p) {
+    return widen_bf16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  }
+  static void store(float* p, Float v) { _mm512_storeu_ps(p, v); }
+  static void store(BFloat16* p, Float v) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow_bf16(v));
+  }
+  template <class T>
+  static Float round_to(Float v) {
+    if constexpr (std::is_same_v<T, float>)
+      return v;
+    else
+      return round_bf16(v);
+  }
+  static Float add(Float a, Float b) { return _mm512_add_ps(a, b); }
+  static Float mul(Float a, Float b) { return _mm512_mul_ps(a, b); }
+  static void add_squares(Sum& sum, Float v) {
+    const __m512d low = _mm512_cvtps_pd(_mm512_castps512_ps256(v));
+    const __m512d high = _mm512_cvtps_pd(_mm512_extractf32x8_ps(v, 1));
+    sum.low = _mm512_fmadd_pd(low, low, sum.low);
+    sum.high = _mm512_fmadd_pd(high, high, sum.high);
+  }
+  static double total(const Sum& a, const Sum& b) {
+    return _mm512_reduce_add_pd(
+        _mm512_add_pd(_mm512_add_pd(a.low, a.high), _mm512_add_pd(b.low, b.high)));
+  }
+};
+
+}  // namespace
+}  // namespace pysparse
+PYSPARSE_TARGET_END
+
+namespace pysparse {
+namespace {
+constexpr RmsNorm::Kernel kFloat32{norm_rows<Vectors, float>};
+constexpr RmsNorm::Kernel kBFloat16{norm_rows<Vectors, BFloat16>};
+const Register<RmsNorm> registered[] = {{DType::kFloat32, isa::kAvx512, kFloat32},
+                                        {DType::kBFloat16, isa::kAvx512, kBFloat16}};
+}  // namespace
+}  // namespace pysparse
