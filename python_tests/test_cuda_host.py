@@ -1,5 +1,7 @@
 """The CUDA half as far as a CPU can prove it: index maps, packers, tensor-core steps."""
 
+import itertools
+
 import pytest
 import reference
 import torch
@@ -72,8 +74,8 @@ def fragment_product(stream, offsets, rows, cols, x):
             inputs = staged(x, block, pair=False).double()
             for q in range(4):
                 a, b = torch.zeros(16, 16, dtype=torch.float64), torch.zeros(16, dtype=torch.float64)
-                for lane in range(32):
-                    for i in range(8):
+                for half, lane in itertools.product(range(2), range(32)):
+                    for i in range(4 * half, 4 * half + 4):
                         if masks[lane] >> (8 * q + i) & 1:
                             a[a_row(lane, i), a_col(lane, i)] = values[used]
                             used += 1

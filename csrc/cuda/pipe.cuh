@@ -9,6 +9,17 @@ __device__ __forceinline__ void copy_unit(void* shared, const void* global) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;\n" ::"r"(address), "l"(global)
                : "memory");
 }
+// The same `kOffset` bytes on, where it is wanted; the condition is the instruction's own, so that
+// all copies of a block share their addresses.
+template <int kOffset>
+__device__ __forceinline__ void copy_unit_if(bool wanted, void* shared, const void* global) {
+  const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  asm volatile(
+      "{\n.reg .pred wanted;\nsetp.ne.s32 wanted, %2, 0;\n"
+      "@wanted cp.async.cg.shared.global [%0 + %3], [%1 + %3], 16;\n}\n" ::"r"(address),
+      "l"(global), "r"(static_cast<int>(wanted)), "n"(kOffset)
+      : "memory");
+}
 __device__ __forceinline__ void commit_copies() {
   asm volatile("cp.async.commit_group;\n" ::: "memory");
 }
@@ -16,6 +27,36 @@ __device__ __forceinline__ void commit_copies() {
 template <int kPending>
 __device__ __forceinline__ void wait_copies() {
   asm volatile("cp.async.wait_group %0;\n" ::"n"(kPending) : "memory");
+}
+
+// A place in shared memory, counted in 16-bit words: one register, where a pointer takes two.
+using HalfPlace = uint32_t;
+__device__ __forceinline__ HalfPlace half_place(const void* shared) {
+  return static_cast<HalfPlace>(__cvta_generic_to_shared(shared));
+}
+__device__ __forceinline__ HalfPlace halves_on(HalfPlace place, int count) {
+  return place + 2 * static_cast<uint32_t>(count);
+}
+// The word at `next`, which then moves on, or 0 where it is not wanted. The addition is written by
+// hand: the compiler would make it without the condition and then move the result under it.
+__device__ __forceinline__ uint32_t take_if(HalfPlace& next, uint32_t wanted) {
+  uint32_t value = 0;
+  if (wanted)
+    asm volatile("ld.shared.u16 %0, [%1];\nadd.u32 %1, %1, 2;\n" : "=r"(value), "+r"(next));
+  return value;
+}
+
+// Sums of the lanes up to and with this one. A shuffle says itself whether it reached a lane.
+__device__ __forceinline__ uint32_t lane_sums(uint32_t value) {
+#pragma unroll
+  for (int d = 1; d < kLanes; d *= 2)
+    asm volatile(
+        "{\n.reg .b32 lower;\n.reg .pred reached;\n"
+        "shfl.sync.up.b32 lower|reached, %0, %1, 0, 0xffffffff;\n"
+        "@reached add.u32 %0, %0, lower;\n}\n"
+        : "+r"(value)
+        : "r"(d));
+  return value;
 }
 
 // d += a b for 16 x 16 times 16 x 8, fp32 sums.

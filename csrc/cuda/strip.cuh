@@ -40,8 +40,8 @@ struct Walk {
 };
 
 // Brings a warp's blocks to shared memory, some ahead of their use. `walk` is in shared memory: it
-// is looked at once in 32 blocks, and registers are scarce.
-template <int kStages>
+// is looked at once in 32 blocks, and registers are scarce. A block has at most kMostUnits units.
+template <int kStages, int kMostUnits>
 class Ring {
  public:
   __device__ Ring(const StripWeight& w, char* slots, int slot_bytes, const Walk* walk)
@@ -55,25 +55,32 @@ class Ring {
   // count.
   __device__ __forceinline__ void prefetch(int i) {
     const int lane = static_cast<int>(threadIdx.x) % kLanes;
-    if (i % kLanes == 0) look_up(i + lane);
-    const int begin = __shfl_sync(kFullWarp, begin_, i % kLanes),
-              units = __shfl_sync(kFullWarp, units_, i % kLanes);
+    const int turn = static_cast<int>(static_cast<unsigned>(i) % kLanes);
+    if (turn == 0) look_up(i + lane);
+    const int begin = __shfl_sync(kFullWarp, begin_, turn),
+              units = __shfl_sync(kFullWarp, units_, turn);
     const uint8_t* source = stream_ + (static_cast<int64_t>(begin) + lane) * kUnitBytes;
-    char* slot = slots_ + i % kStages * slot_bytes_ + lane * kUnitBytes;
-#pragma unroll 1
-    for (int left = units - lane; left > 0; left -= kLanes) {
-      copy_unit(slot, source);
-      source += kLanes * kUnitBytes, slot += kLanes * kUnitBytes;
-    }
+    char* slot = slots_ + fill_ + lane * kUnitBytes;
+    copy<0>(units - lane, slot, source);
     commit_copies();
+    fill_ = after(fill_);
   }
-  __device__ __forceinline__ const char* wait(int i) {
+  // The next block, when it is there; calls come as those of prefetch did.
+  __device__ __forceinline__ const char* wait() {
     wait_copies<kStages - 1>();
     __syncwarp();  // every lane's copies have landed, not only this one's
-    return slots_ + i % kStages * slot_bytes_;
+    const char* slot = slots_ + use_;
+    use_ = after(use_);
+    return slot;
   }
 
  private:
+  // Copies the lane's units, one in kLanes; `left`: those of the block from its first one on.
+  template <int kRound>
+  static __device__ __forceinline__ void copy(int left, char* slot, const uint8_t* source) {
+    copy_unit_if<kRound * kLanes * kUnitBytes>(left > kRound * kLanes, slot, source);
+    if constexpr ((kRound + 1) * kLanes < kMostUnits) copy<kRound + 1>(left, slot, source);
+  }
   // Finds the place of the i-th block: 32 at a time, one per lane.
   __device__ __forceinline__ void look_up(int i) {
     begin_ = units_ = 0;
@@ -90,10 +97,14 @@ class Ring {
     }
   }
 
+  __device__ __forceinline__ int after(int slot) const {
+    return slot + slot_bytes_ == kStages * slot_bytes_ ? 0 : slot + slot_bytes_;
+  }
+
   const uint8_t* stream_;
   const int32_t* offsets_;
   char* slots_;
-  int slot_bytes_;
+  int slot_bytes_, fill_ = 0, use_ = 0;  // bytes
   const Walk* walk_;
   int begin_ = 0, units_ = 0;
 };
@@ -195,7 +206,8 @@ __global__ __launch_bounds__(kMostWarps* kLanes,
     walks[warp] = {strip * columns + begin + member, team, each, strip_step * columns,
                    each * visits};
   __syncwarp();  // all lanes see it
-  Ring<kStages> ring(w, shared + warp * kStages * cut.stage_bytes, cut.stage_bytes, walks + warp);
+  Ring<kStages, Tile::kMostUnits> ring(w, shared + warp * kStages * cut.stage_bytes,
+                                       cut.stage_bytes, walks + warp);
 #pragma unroll
   for (int i = 0; i < kStages - 1; ++i) ring.prefetch(i);
   wait_for_inputs();
@@ -218,7 +230,7 @@ __global__ __launch_bounds__(kMostWarps* kLanes,
       const int stop = min(own_end, first + cut.staged);
       for (int block = first + member; block < stop; block += team, ++i) {
         ring.prefetch(i + kStages - 1);
-        const char* slot = ring.wait(i);
+        const char* slot = ring.wait();
         Tile::template multiply<T, kTiles>(slot, inputs + (block - first) * (kBlockCols * 2),
                                            tokens, sums);
         __syncwarp();  // all lanes have read the slot before it is filled again
@@ -240,7 +252,7 @@ constexpr int kUnpackWarps = 8;
 // Decompression: one warp per block brings it to shared memory and writes its part of the rows.
 template <class Tile>
 __global__ __launch_bounds__(kUnpackWarps* kLanes) void strip_unpack_kernel(StripWeight w, Rows r) {
-  __shared__ uint4 slots[kUnpackWarps][(kHeaderBytes + 2 * kStripRows * kBlockCols) / kUnitBytes];
+  __shared__ uint4 slots[kUnpackWarps][Tile::kMostUnits];
   const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes;
   const int columns = (r.cols + kBlockCols - 1) / kBlockCols;
   const int64_t local = static_cast<int64_t>(blockIdx.x) * kUnpackWarps + warp;

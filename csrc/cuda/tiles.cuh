@@ -6,56 +6,60 @@
 namespace pysparse::cuda {
 
 // A bitmap in the order of tensor-core operands (device_layout.h): 32 mask words, then the values
-// by product, lane, element. Lane ranks come from byte-wide counters, four scans in one register,
-// and no population count.
+// by product, half of its elements, lane, element. Lane ranks come from byte-wide counters, four
+// scans in one register, and no population count.
 struct FragmentTile {
+  static constexpr int kMostUnits = (kHeaderBytes + 2 * kStripRows * kBlockCols) / kUnitBytes;
   static constexpr bool kSkipsZeros =
       false;  // zeros are multiplied, so Inf and NaN spread as in a dense product
   __device__ static constexpr int input_word(int w) { return fragment_input_word(w); }
 
-  // A lane's mask and the rank of its first value for each of the four products.
+  // A lane's mask and where its first value for each half of the four products is.
   struct Ranks {
     uint32_t mask;
-    int first[4];
+    HalfPlace first[4][2];
   };
+
+  __device__ static __forceinline__ int byte_of(uint32_t word, int q) {
+    return static_cast<int>(word >> 8 * q & 255u);
+  }
 
   __device__ static __forceinline__ Ranks ranks(const char* block, int lane) {
     Ranks r;
     r.mask = reinterpret_cast<const uint32_t*>(block)[lane];
     uint32_t count = r.mask - (r.mask >> 1 & 0x55555555u);
     count = (count & 0x33333333u) + (count >> 2 & 0x33333333u);
-    count = (count + (count >> 4)) & 0x0f0f0f0fu;
-    // Exclusive scan of four counters at once: 31 lanes hold at most 248, so no byte carries into
-    // the next.
-    uint32_t before = __shfl_up_sync(kFullWarp, count, 1);
-    if (lane == 0) before = 0;
+    const uint32_t counts[2] = {count & 0x0f0f0f0fu, count >> 4 & 0x0f0f0f0fu};
+    uint32_t before[2], totals[2];
 #pragma unroll
-    for (int d = 1; d < kLanes; d *= 2) {
-      const uint32_t lower = __shfl_up_sync(kFullWarp, before, d);
-      if (lane >= d) before += lower;
+    for (int half = 0; half < 2; ++half) {
+      // Four counters at once: 32 lanes hold at most 128, so no byte carries into the next.
+      const uint32_t sums = lane_sums(counts[half]);
+      totals[half] = __shfl_sync(kFullWarp, sums, kLanes - 1);
+      before[half] = sums - counts[half];
     }
-    const uint32_t last = __shfl_sync(kFullWarp, before, kLanes - 1);
-    const uint32_t last_count = __shfl_sync(kFullWarp, count, kLanes - 1);
-    int total = 0;
+    HalfPlace next = half_place(block + kHeaderBytes);
 #pragma unroll
-    for (int q = 0; q < 4; ++q) {
-      r.first[q] = total + static_cast<int>(before >> 8 * q & 255u);
-      total +=
-          static_cast<int>(last >> 8 * q & 255u) + static_cast<int>(last_count >> 8 * q & 255u);
-    }
+    for (int q = 0; q < 4; ++q)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        r.first[q][half] = halves_on(next, byte_of(before[half], q));
+        next = halves_on(next, byte_of(totals[half], q));
+      }
     return r;
   }
 
   // The A operand of product q: present values in order, zeros between them.
-  __device__ static __forceinline__ void expand(const char* block, const Ranks& r, int q,
-                                                uint32_t (&a)[4]) {
-    const auto* next = reinterpret_cast<const uint16_t*>(block + kHeaderBytes) + r.first[q];
+  __device__ static __forceinline__ void expand(const Ranks& r, int q, uint32_t (&a)[4]) {
 #pragma unroll
-    for (int pair = 0; pair < 4; ++pair) {
-      uint32_t low = 0, high = 0;
-      if (r.mask & 1u << (8 * q + 2 * pair)) low = *next++;
-      if (r.mask & 2u << (8 * q + 2 * pair)) high = *next++;
-      a[pair] = __byte_perm(low, high, 0x5410);
+    for (int half = 0; half < 2; ++half) {
+      HalfPlace next = r.first[q][half];
+#pragma unroll
+      for (int pair = 2 * half; pair < 2 * half + 2; ++pair) {
+        const uint32_t low = take_if(next, r.mask & 1u << (8 * q + 2 * pair));
+        const uint32_t high = take_if(next, r.mask & 2u << (8 * q + 2 * pair));
+        a[pair] = __byte_perm(low, high, 0x5410);
+      }
     }
   }
 
@@ -70,8 +74,8 @@ struct FragmentTile {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       uint32_t a[2][4];
-      expand(block, r, 2 * half, a[0]);
-      expand(block, r, 2 * half + 1, a[1]);
+      expand(r, 2 * half, a[0]);
+      expand(r, 2 * half + 1, a[1]);
 #pragma unroll
       for (int t = 0; t < kTiles; ++t) {
         const uint4 b = *reinterpret_cast<const uint4*>(inputs + tokens[t] + 16 * half);
@@ -87,8 +91,8 @@ struct FragmentTile {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       uint32_t a[2][4];
-      expand(block, r, 2 * half, a[0]);
-      expand(block, r, 2 * half + 1, a[1]);
+      expand(r, 2 * half, a[0]);
+      expand(r, 2 * half + 1, a[1]);
       const int col = first_col + 16 * (lane % 4) + 8 * half;
 #pragma unroll
       for (int below = 0; below < 2; ++below) {
@@ -121,6 +125,7 @@ struct FragmentTile {
 // Two of four: 32 metadata words, then the compressed A operands of two mma.sp.m16n8k32. Nothing to
 // decode.
 struct PairTile {
+  static constexpr int kMostUnits = kPairBlockBytes / kUnitBytes;
   static constexpr bool kSkipsZeros =
       true;  // the hardware never reads inputs under a zero: Inf must be looked for
   __device__ static constexpr int input_word(int w) { return pair_input_word(w); }

@@ -13,9 +13,10 @@ using namespace layout;
 
 template <class Visit>
 void for_each_slot(const Visit& visit) {
-  for (int q = 0; q < 4; ++q)
+  for (int half = 0; half < 8; ++half)
     for (int lane = 0; lane < kLanes; ++lane)
-      for (int i = 0; i < 8; ++i) visit(lane, 8 * q + i, fragment_place(lane, q, i));
+      for (int slot = 4 * half; slot < 4 * half + 4; ++slot)
+        visit(lane, slot, fragment_place(lane, slot / 8, slot % 8));
 }
 
 }  // namespace

@@ -11,6 +11,10 @@ struct Copy {
 inline thread_local std::deque<std::vector<Copy>> copies{1};  // committed groups, then the open one
 
 inline void copy_unit(void* shared, const void* global) { copies.back().push_back({shared, global}); }
+template <int kOffset>
+void copy_unit_if(bool wanted, void* shared, const void* global) {
+  if (wanted) copy_unit(static_cast<char*>(shared) + kOffset, static_cast<const char*>(global) + kOffset);
+}
 inline void commit_copies() { copies.emplace_back(); }
 template <int kPending>
 void wait_copies() {
@@ -18,6 +22,18 @@ void wait_copies() {
     for (const Copy& copy : copies.front()) std::memcpy(copy.target, copy.source, 16);
     copies.pop_front();
   }
+}
+
+using HalfPlace = const uint16_t*;
+inline HalfPlace half_place(const void* shared) { return static_cast<HalfPlace>(shared); }
+inline HalfPlace halves_on(HalfPlace place, int count) { return place + count; }
+inline uint32_t take_if(HalfPlace& next, uint32_t wanted) { return wanted ? *next++ : 0; }
+inline uint32_t lane_sums(uint32_t value) {
+  for (int d = 1; d < 32; d *= 2) {
+    const uint32_t lower = __shfl_up_sync(kFullWarp, value, d);
+    if (shim::lane() >= d) value += lower;
+  }
+  return value;
 }
 
 // One warp's operands, gathered from its lanes.

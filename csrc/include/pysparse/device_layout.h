@@ -49,8 +49,8 @@ PYSPARSE_HD constexpr int operand_row(int lane, int i) { return lane / 4 + 8 * (
 
 // Fragment packing: bit 8 q + i of a lane's mask is element i of the A operand of the block's q-th
 // mma.m16n8k16. The columns are permuted so that lane % 4 owns 16 neighbouring ones: its B operands
-// of all four products are then 32 consecutive bytes of a token. Values follow by q, then lane,
-// then i.
+// of all four products are then 32 consecutive bytes of a token. Values follow by q, then half of i
+// (i / 4), then lane, then i: lanes then read neighbouring words at the same time.
 PYSPARSE_HD constexpr Place fragment_place(int lane, int q, int i) {
   return {operand_row(lane, i), 16 * (lane % 4) + 4 * q + 2 * (i / 4) + i % 2};
 }
