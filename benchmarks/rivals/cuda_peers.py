@@ -7,7 +7,7 @@ its authors' Python package; cuSPARSELt comes with torch. A peer that is not the
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from ctypes import POINTER, byref, c_int, c_uint16, c_uint32, c_uint64, c_void_p
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +15,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 Call = Callable[[Tensor], Tensor]
+Arrays = tuple[Tensor, ...]
 SPLITS = (1, 2, 4, 8)  # parts of the columns; the fastest is each peer's figure
 
 # Itanium names of the C++ functions of both libraries, which declare them without extern "C".
@@ -69,6 +71,18 @@ def _padded(x: Tensor) -> Tensor:
     return torch.nn.functional.pad(x, (0, 0, 0, -x.shape[0] % 8)).contiguous()
 
 
+# Packers take seconds, and a benchmark wants many copies of what they made of one weight.
+_made: MutableMapping[Tensor, dict[str, Arrays]] = WeakIdKeyDictionary()
+
+
+def _copies(weight: Tensor, name: str, pack: Callable[[], Arrays]) -> list[Tensor]:
+    """Return what ``pack`` made of ``weight`` when it was first called, in new memory on the GPU."""
+    made = _made.setdefault(weight, {})
+    if name not in made:
+        made[name] = pack()
+    return [t.cuda() for t in made[name]]
+
+
 def _split_calls(rows: int, run: Callable[[Tensor, Tensor, Tensor, int], int]) -> dict[int, Call]:
     def multiply(x: Tensor, parts: int) -> Tensor:
         wide = _padded(x)
@@ -98,7 +112,8 @@ def flash_llm_arrays(weight: Tensor, library: str | None) -> tuple[Tensor, Tenso
 
 def flash_llm(weight: Tensor, library: str | None) -> Packed:
     """Pack ``weight`` (CUDA, float16) for Flash-LLM."""
-    arrays, run = [t.cuda() for t in flash_llm_arrays(weight, library)], _function(library, _FLASH_RUN)
+    arrays = _copies(weight, "flash-llm", lambda: flash_llm_arrays(weight, library))
+    run = _function(library, _FLASH_RUN)
     rows, cols = weight.shape
 
     def product(x: Tensor, y: Tensor, space: Tensor, parts: int) -> int:
@@ -133,7 +148,8 @@ def spinfer_arrays(weight: Tensor, library: str | None) -> tuple[Tensor, ...]:
 
 def spinfer(weight: Tensor, library: str | None) -> Packed:
     """Pack ``weight`` (CUDA, float16) for SpInfer."""
-    arrays, run = [t.cuda() for t in spinfer_arrays(weight, library)], _function(library, _SPINFER_RUN)
+    arrays = _copies(weight, "spinfer", lambda: spinfer_arrays(weight, library))
+    run = _function(library, _SPINFER_RUN)
     rows, cols = weight.shape
 
     def product(x: Tensor, y: Tensor, space: Tensor, parts: int) -> int:
