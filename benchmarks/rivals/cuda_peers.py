@@ -167,7 +167,8 @@ def macko(weight: Tensor, _: str | None) -> Packed:
         import macko_spmv
     except ImportError as error:
         raise Missing(f"macko_spmv is not installed ({error})") from error
-    held = macko_spmv.compress(weight)
+    arrays = _copies(weight, "macko", lambda: macko_spmv.compress(weight.cpu())[:3])
+    held = (*arrays, *weight.shape)
 
     def multiply(x: Tensor) -> Tensor:
         if x.shape[0] != 1:
@@ -175,8 +176,7 @@ def macko(weight: Tensor, _: str | None) -> Packed:
         result: Tensor = macko_spmv.multiply(held, x[0])
         return result[None]
 
-    tensors = [part for part in held if isinstance(part, Tensor)]
-    return Packed(sum(t.nbytes for t in tensors), {1: multiply})
+    return Packed(sum(t.nbytes for t in arrays), {1: multiply})
 
 
 def cusparselt(weight: Tensor, _: str | None) -> Packed:
