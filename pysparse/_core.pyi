@@ -521,6 +521,14 @@ _Region = tuple[int, int, int]  # group size, init, local
 _Rule = tuple[float, int, bool]  # theta, pools, share_kv
 
 def flash_attention(q: _Tensor, k: _Tensor, v: _Tensor, shape: _Shape, span: _Span, to: _Result) -> None: ...
+def row_attention(
+    q: _Tensor,
+    k: _Tensor,
+    v: _Tensor,
+    shape: tuple[int, int, int, int, int, int, int],
+    scale: float,
+    out: int,
+) -> None: ...
 def block_sparse_attention(
     q: _Tensor,
     k: _Tensor,

@@ -5,6 +5,7 @@
 
 #include "bind.h"
 #include "pysparse/attention.h"
+#include "pysparse/row_attention.h"
 
 namespace pysparse {
 namespace {
@@ -71,9 +72,21 @@ void hand_over(const StripeLists& lists, uintptr_t offsets, const pybind11::func
   for (const auto& list : lists) key = std::copy(list.begin(), list.end(), key);
 }
 
+// dtype, batch, heads, key heads, keys, dim, value dim
+using RowShape = std::tuple<int, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t>;
+
+void call_row_attention(const Tensor& q, const Tensor& k, const Tensor& v, const RowShape& shape,
+                        float scale, uintptr_t out) {
+  const auto [dtype, batch, heads, key_heads, keys, dim, value_dim] = shape;
+  row_attention({tensor(q), tensor(k), tensor(v), dtype_of(dtype), batch, heads, key_heads, keys,
+                 dim, value_dim, scale},
+                pointer<void>(out));
+}
+
 }  // namespace
 
 void bind_attention(pybind11::module_& module) {
+  module.def("row_attention", &call_row_attention, ReleaseGil());
   module.def(
       "flash_attention",
       [](const Tensor& q, const Tensor& k, const Tensor& v, const Shape& shape, const Span& span,

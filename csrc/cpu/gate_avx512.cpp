@@ -1,59 +1,18 @@
-// y = activation(gate) * up on 16 lanes; bf16 values widen by a shift and round by whole numbers.
+// y = activation(gate) * up on 16 lanes.
 #include <type_traits>
 
 #include "isa/avx512.h"
 #include "pysparse/fused.h"
 
 PYSPARSE_TARGET_BEGIN(PYSPARSE_AVX512)
-#include "simd/bfloat16_avx512.h"
+#include "simd/floats_avx512.h"
 #include "simd/gate_vectors.h"
-namespace pysparse {
-namespace {
-
-struct Vectors {
-  using Float = __m512;
-  static constexpr int kLanes = 16;
-
-  static Float set(float value) { return _mm512_set1_ps(value); }
-  static Float load(const float* p) { return _mm512_load_ps(p); }
-  static Float load(const BFloat16* p) {
-    return widen_bf16(_mm256_load_si256(reinterpret_cast<const __m256i*>(p)));
-  }
-  static void store(float* p, Float v) { _mm512_store_ps(p, v); }
-  static void store(BFloat16* p, Float v) {
-    _mm256_store_si256(reinterpret_cast<__m256i*>(p), narrow_bf16(v));
-  }
-  template <class T>
-  static Float round_to(Float v) {
-    if constexpr (std::is_same_v<T, float>)
-      return v;
-    else
-      return round_bf16(v);
-  }
-  static Float add(Float a, Float b) { return _mm512_add_ps(a, b); }
-  static Float sub(Float a, Float b) { return _mm512_sub_ps(a, b); }
-  static Float mul(Float a, Float b) { return _mm512_mul_ps(a, b); }
-  static Float div(Float a, Float b) { return _mm512_div_ps(a, b); }
-  static Float fma(Float a, Float b, Float c) { return _mm512_fmadd_ps(a, b, c); }
-  static Float min(Float a, Float b) { return _mm512_min_ps(a, b); }
-  static Float max(Float a, Float b) { return _mm512_max_ps(a, b); }
-  static Float round(Float v) {
-    return _mm512_roundscale_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  }
-  static Float negative(Float v, Float a, Float b) {
-    return _mm512_mask_mov_ps(b, _mm512_cmp_ps_mask(v, _mm512_setzero_ps(), _CMP_LT_OQ), a);
-  }
-  static Float scale(Float v, Float n) { return _mm512_scalef_ps(v, n); }
-};
-
-}  // namespace
-}  // namespace pysparse
 PYSPARSE_TARGET_END
 
 namespace pysparse {
 namespace {
-constexpr GatedProduct::Kernel kFloat32{gate_values<Vectors, float>};
-constexpr GatedProduct::Kernel kBFloat16{gate_values<Vectors, BFloat16>};
+constexpr GatedProduct::Kernel kFloat32{gate_values<Floats512, float>};
+constexpr GatedProduct::Kernel kBFloat16{gate_values<Floats512, BFloat16>};
 const Register<GatedProduct> registered[] = {{DType::kFloat32, isa::kAvx512, kFloat32},
                                              {DType::kBFloat16, isa::kAvx512, kBFloat16}};
 }  // namespace

@@ -1,4 +1,5 @@
 // RMSNorm on 8 lanes; squares are summed in 4 vectors of 4 doubles.
+#include <algorithm>
 #include <cmath>
 #include <type_traits>
 
@@ -6,36 +7,15 @@
 #include "pysparse/norm.h"
 
 PYSPARSE_TARGET_BEGIN(PYSPARSE_AVX2)
-#include "simd/bfloat16_avx2.h"
+#include "simd/floats_avx2.h"
 #include "simd/norm_rows.h"
 namespace pysparse {
 namespace {
 
-struct Vectors {
-  using Float = __m256;
+struct Vectors : Floats256 {
   struct Sum {
     __m256d low, high;
   };
-  static constexpr int64_t kLanes = 8;
-
-  static Float set(float value) { return _mm256_set1_ps(value); }
-  static Float load(const float* p) { return _mm256_loadu_ps(p); }
-  static Float load(const BFloat16* p) {
-    return widen_bf16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-  }
-  static void store(float* p, Float v) { _mm256_storeu_ps(p, v); }
-  static void store(BFloat16* p, Float v) {
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), narrow_bf16(v));
-  }
-  template <class T>
-  static Float round_to(Float v) {
-    if constexpr (std::is_same_v<T, float>)
-      return v;
-    else
-      return round_bf16(v);
-  }
-  static Float add(Float a, Float b) { return _mm256_add_ps(a, b); }
-  static Float mul(Float a, Float b) { return _mm256_mul_ps(a, b); }
   static void add_squares(Sum& sum, Float v) {
     const __m256d low = _mm256_cvtps_pd(_mm256_castps256_ps128(v));
     const __m256d high = _mm256_cvtps_pd(_mm256_extractf128_ps(v, 1));

@@ -6,36 +6,15 @@
 #include "pysparse/norm.h"
 
 PYSPARSE_TARGET_BEGIN(PYSPARSE_AVX512)
-#include "simd/bfloat16_avx512.h"
+#include "simd/floats_avx512.h"
 #include "simd/norm_rows.h"
 namespace pysparse {
 namespace {
 
-struct Vectors {
-  using Float = __m512;
+struct Vectors : Floats512 {
   struct Sum {
     __m512d low, high;
   };
-  static constexpr int64_t kLanes = 16;
-
-  static Float set(float value) { return _mm512_set1_ps(value); }
-  static Float load(const float* p) { return _mm512_loadu_ps(p); }
-  static Float load(const BFloat16* p) {
-    return widen_bf16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-  }
-  static void store(float* p, Float v) { _mm512_storeu_ps(p, v); }
-  static void store(BFloat16* p, Float v) {
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow_bf16(v));
-  }
-  template <class T>
-  static Float round_to(Float v) {
-    if constexpr (std::is_same_v<T, float>)
-      return v;
-    else
-      return round_bf16(v);
-  }
-  static Float add(Float a, Float b) { return _mm512_add_ps(a, b); }
-  static Float mul(Float a, Float b) { return _mm512_mul_ps(a, b); }
   static void add_squares(Sum& sum, Float v) {
     const __m512d low = _mm512_cvtps_pd(_mm512_castps512_ps256(v));
     const __m512d high = _mm512_cvtps_pd(_mm512_extractf32x8_ps(v, 1));

@@ -39,8 +39,12 @@ class Tally:
 
     def add(self, other: Tally) -> None:
         """Add the sums of ``other``."""
-        for name in ("calls", "rows", "density_sum", "select_seconds", "compute_seconds", "recall_sum"):
-            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.calls += other.calls
+        self.rows += other.rows
+        self.density_sum += other.density_sum
+        self.select_seconds += other.select_seconds
+        self.compute_seconds += other.compute_seconds
+        self.recall_sum += other.recall_sum
         self.recall_rows += other.recall_rows
         self.recall_min = min(self.recall_min, other.recall_min)
 
@@ -53,8 +57,12 @@ class AttentionLog(Result):
 
     def record(self, layer: int, way: str, reason: str, tally: Tally) -> bool:
         """Add one call; ``layer`` is -1 where it is not known. Tells whether this reason is new to the log."""
-        new = not any(key[2] == reason for key in self.tallies)
-        self.tallies.setdefault((layer, way, reason), Tally()).add(tally)
+        key = (layer, way, reason)
+        known = self.tallies.get(key)
+        new = known is None and not any(one[2] == reason for one in self.tallies)
+        if known is None:
+            known = self.tallies[key] = Tally()
+        known.add(tally)
         return new
 
     def total(self, way: str) -> Tally:

@@ -19,10 +19,11 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from pysparse import ops
 from pysparse.attention import AttentionInput, AttentionLog, AttentionOptions, Planner, run_attention
 from pysparse.attention.dispatch import KERNEL_DTYPES
 from pysparse.attention.exact import Shape, exact_attention, one_row_attention
-from pysparse.attention.log import TORCH, TOTAL, Tally
+from pysparse.attention.log import DENSE, TORCH, TOTAL, Tally
 from pysparse.huggingface.attention_mask import extent_mask, is_extent, unpack_extent
 from pysparse.huggingface.registration import PREFIX
 from pysparse.methods import PLANNERS, planner_for
@@ -30,6 +31,7 @@ from pysparse.ops.attention import MAX_HEAD_DIM
 from pysparse.ops.attention_cuda import why_portable
 
 FLASH = f"{PREFIX}flash"  # exact
+DECODING = "decoding step"  # why neither planned nor, often, worth a word
 _ATTRIBUTE = "pysparse_attention"  # of an attention module: the number of its options
 
 # Options are handed through operators as numbers, which equal options share.
@@ -53,15 +55,19 @@ def attention_forward(
 ) -> tuple[Tensor, None]:  # fmt: skip
     """Attention as transformers calls it: query [B, Hq, N, D], key and value [B, Hk, M, D] -> [B, N, Hq, D], None.
 
-    Prompts go to the compiled kernels; a decoding step, a mask that is more than padding, gradients and dropout
-    go to torch, which is logged.
+    Prompts go to the compiled kernels, and on a CPU a decoding step without a mask; a mask that is more than
+    padding, gradients and dropout go to torch, which is logged.
     """
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     layer = getattr(module, "layer_idx", None)
     layer = -1 if layer is None else layer
+    plain = attention_mask is None and softcap is None and s_aux is None and not dropout
+    if plain and ops.can_row_attend(query, key, value):
+        _record(layer, DENSE, DECODING, Tally(1, 1, 1.0))
+        return ops.call_row_attention(query, key, value, scale), None
     if attention_mask is None or not is_extent(attention_mask):
         _count_torch(
-            query, layer, "decoding step" if query.shape[2] == 1 else "mask is more than causal and padding"
+            query, layer, DECODING if query.shape[2] == 1 else "mask is more than causal and padding"
         )
         if softcap is None and s_aux is None:
             if attention_mask is None and query.shape[2] == 1 and query.is_cpu and not dropout:
@@ -173,7 +179,7 @@ def _count_torch(query: Tensor, layer: int, reason: str) -> None:
 
 def _record(layer: int, way: str, reason: str, tally: Tally) -> None:
     new = TOTAL.record(layer, way, reason, tally)
-    if new and way == TORCH and reason != "decoding step":
+    if new and way == TORCH and reason != DECODING:
         _logger.warning(
             "attention of layer %d is computed by torch: %s (said once for each reason)", layer, reason
         )

@@ -89,6 +89,7 @@ from pysparse.ops.obs import (
     obs_sweep,
 )
 from pysparse.ops.ridge import can_ridge, ridge_rows, ridge_rows_torch
+from pysparse.ops.row_attention import call_row_attention, can_row_attend, row_attention
 from pysparse.ops.select import can_select, nm_mask, row_mask, select_nm, select_rows
 from pysparse.ops.shapley import draw_permutations, draw_words, philox
 from pysparse.ops.shapley_cuda import draw_permutations_cuda, fm_marginals_cuda, fm_shapley_cuda
@@ -143,8 +144,10 @@ __all__ = [
     "call_nm_int8_linear",
     "call_nm_linear",
     "call_rms_norm",
+    "call_row_attention",
     "can_factor",
     "can_ridge",
+    "can_row_attend",
     "can_select",
     "can_sweep",
     "cholesky_leaf",
@@ -193,6 +196,7 @@ __all__ = [
     "ridge_rows",
     "ridge_rows_torch",
     "rms_norm",
+    "row_attention",
     "row_mask",
     "select_nm",
     "select_rows",
