@@ -154,9 +154,13 @@ def run(options: argparse.Namespace, peak: float | None) -> Iterator[dict[str, A
         ways = exact_ways(case, compiled_flex)
         answers = {name: way() for name, way in ways.items()}
         errors = {name: relative_error(answer, answers[DENSE]) for name, answer in answers.items()}
-        if max(errors.values()) > TOLERANCE:
-            raise RuntimeError(f"the exact ways differ at {length} tokens: {errors}")
-        yield record(options, ways, {"tokens": length, "dtype": options.dtype, "errors": errors}, peak)
+        wrong = [name for name, error in errors.items() if not error < TOLERANCE]
+        if SDPA in wrong:
+            raise RuntimeError(f"ours and torch's attention differ at {length} tokens: {errors}")
+        # Who is off by more than roundings is written down, and not timed.
+        right = {name: way for name, way in ways.items() if name not in wrong}
+        facts = {"tokens": length, "dtype": options.dtype, "errors": errors, "wrong": wrong}
+        yield record(options, right, facts, peak)
         if length <= 2 * BLOCK:
             continue
         for share, run_length, group in settings(length, options.quick):
