@@ -24,14 +24,18 @@ from torch.nn import functional
 
 from pysparse import backend, ops
 from pysparse.formats import PACKINGS, BitmapTensor
+from pysparse.formats.device import keeps_pairs
 from pysparse.measure.machine import machine_card
 from pysparse.models.cuda_engines import random_keep
 from pysparse.nn.device_costs import Gpu
-from pysparse.ops.cuda import Packing, arrays, largest_block
+from pysparse.ops.cuda import Packing, arrays, sizes
 
 SHAPES = [(1024, 4096), (4096, 4096), (11008, 4096), (4096, 11008), (14336, 4096), (8192, 28672)]
 SPARSITIES = [0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9]
 TOKENS = [1, 2, 4, 8, 16, 32, 64]
+PATTERNS = ["1:4", "2:8", "4:8", "1:16"]
+PATTERN_SHAPES = [(11008, 4096), (4096, 11008), (8192, 28672)]
+PATTERN_TOKENS = 8  # beyond, the kernel that they are measured for does not go
 REPLAYS = 15
 CACHES = 4  # the copies of a weight exceed the second-level cache so many times
 SHORTEST_US = 150  # of a graph, so that the two events around it do not count
@@ -45,6 +49,7 @@ class Row:
     rows: int
     cols: int
     sparsity: float
+    pattern: str  # "n:m" of weights drawn for the nm kernel, whichever kernel runs on them; else ""
     tokens: int
     microseconds: float
     p10: float
@@ -62,6 +67,14 @@ def random_weight(rows: int, cols: int, sparsity: float | None, seed: int) -> Te
     weight = torch.randn(rows, cols, device="cuda", generator=generator) * 0.02
     keep = random_keep(rows, cols, sparsity, seed + (1 << 20), weight.device)
     return (weight * keep).bfloat16()
+
+
+def pattern_weight(rows: int, cols: int, n: int, m: int, seed: int) -> Tensor:
+    """Return a normal bf16 weight that keeps ``n`` of every ``m`` columns."""
+    generator = torch.Generator("cuda").manual_seed(seed)
+    weight = torch.randn(rows, cols // m, m, device="cuda", generator=generator) * 0.02
+    order = torch.rand(rows, cols // m, m, device="cuda", generator=generator).argsort(dim=2)
+    return weight.scatter_(2, order[..., n:], 0).view(rows, cols).bfloat16()
 
 
 def copies_of(size: int) -> int:
@@ -100,6 +113,7 @@ class Candidate:
     size: int
     calls: list[Callable[[Tensor], Tensor]]
     weight: Tensor  # dense, for the check
+    pattern: str = ""
 
 
 def dense_candidate(weight: Tensor) -> Candidate:
@@ -110,18 +124,22 @@ def dense_candidate(weight: Tensor) -> Candidate:
     return Candidate("cublas", 0.0, size, calls, weight)
 
 
-def packed_candidate(name: str, weight: Tensor, bitmap: BitmapTensor, sparsity: float) -> Candidate:
+def packed_candidate(
+    name: str, weight: Tensor, bitmap: BitmapTensor, sparsity: float, pattern: str = ""
+) -> Candidate:
     """Return one of our kernels on ``weight``."""
     packing: Packing = PACKINGS[name].from_bitmap(bitmap)
-    base, largest = arrays(packing), largest_block(packing)
+    base, constants = arrays(packing), sizes(packing)
     copies = [tuple(t.clone() for t in base) for _ in range(copies_of(packing.nbytes))]
     rows = weight.shape[0]
-    calls = [lambda x, a=a: ops.call_arrays(name, x, a, None, rows, largest) for a in copies]
-    return Candidate(name, sparsity, packing.nbytes, calls, weight)
+    calls = [lambda x, a=a: ops.call_arrays(name, x, a, None, rows, constants) for a in copies]
+    return Candidate(name, sparsity, packing.nbytes, calls, weight, pattern)
 
 
-def candidates(shape: tuple[int, int], sparsities: list[float], seed: int) -> Iterator[Candidate]:
-    """Yield cuBLAS first, then each kernel at each sparsity."""
+def candidates(
+    shape: tuple[int, int], sparsities: list[float], patterns: list[str], seed: int
+) -> Iterator[Candidate]:
+    """Yield cuBLAS first, then each kernel at each sparsity, then those that can hold each pattern n:m."""
     yield dense_candidate(random_weight(*shape, 0.0, seed))
     for sparsity in sparsities:
         weight = random_weight(*shape, sparsity, seed + 1)
@@ -130,6 +148,12 @@ def candidates(shape: tuple[int, int], sparsities: list[float], seed: int) -> It
             yield packed_candidate(name, weight, on_device(bitmap), sparsity)
     weight = random_weight(*shape, None, seed + 2)
     yield packed_candidate("pair", weight, BitmapTensor.from_dense(weight), 0.5)
+    for i, pattern in enumerate(patterns if shape in PATTERN_SHAPES else []):
+        n, m = (int(number) for number in pattern.split(":"))
+        weight = pattern_weight(*shape, n, m, seed + 3 + i)
+        bitmap = host(BitmapTensor.from_dense(weight))
+        for name in ("nm", "delta", *(("pair",) if keeps_pairs(bitmap) else ())):
+            yield packed_candidate(name, weight, on_device(bitmap), 1 - n / m, pattern)
 
 
 def host(bitmap: BitmapTensor) -> BitmapTensor:
@@ -167,6 +191,7 @@ def measure(shape: tuple[int, int], ready: list[Candidate], tokens: int) -> list
     rows, cols = shape
     x = torch.randn(tokens, cols, device="cuda").bfloat16()
     fitting = [c for c in ready if c.kernel == "cublas" or tokens <= ops.max_tokens(c.kernel, cols)]
+    fitting = [c for c in fitting if not c.pattern or tokens <= PATTERN_TOKENS]
     graphs, counts, errors = [], [], []
     for candidate in fitting:
         errors.append(error_of(candidate.calls[-1](x), x, candidate.weight))
@@ -180,7 +205,7 @@ def measure(shape: tuple[int, int], ready: list[Candidate], tokens: int) -> list
         median = times[len(times) // 2]
         result.append(
             Row(
-                candidate.kernel, rows, cols, candidate.sparsity, tokens, round(median, 3),
+                candidate.kernel, rows, cols, candidate.sparsity, candidate.pattern, tokens, round(median, 3),
                 round(times[len(times) // 10], 3), round(times[-1 - len(times) // 10], 3), candidate.size,
                 round(candidate.size / median / 1000, 1), 0.0, error,
             )
@@ -202,7 +227,7 @@ def prefill(shape: tuple[int, int], sparsity: float | None, tokens: int) -> dict
         "tokens": tokens,
     }
     calls: dict[str, Callable[[], Tensor]] = {"cublas": lambda: functional.linear(x, weight)}
-    for name in ("delta", "fragment") if sparsity else ("pair",):
+    for name in ("delta", "fragment") if sparsity else ("pair", "nm"):
         packing = PACKINGS[name].from_bitmap(bitmap)
         calls[name] = lambda packing=packing: ops.packed_linear(x, packing)
         calls[name + "_unpack"] = lambda packing=packing: ops.packed_unpack(packing)
@@ -366,9 +391,13 @@ def print_table(rows: list[Row]) -> None:
     first = rows[0]
     print(f"\n{first.rows} x {first.cols}, {first.tokens} tokens: cuBLAS {first.microseconds:.2f} us "
           f"({first.gigabytes_per_second:.0f} GB/s)")  # fmt: skip
-    for kernel in ("delta", "fragment", "pair"):
-        line = [f"{r.sparsity:.0%} {r.microseconds:.2f} us {r.gigabytes_per_second:.0f} GB/s {r.ratio:.2f}x"
-                + ("" if r.error < 4e-3 else f" WRONG {r.error:.1e}") for r in rows if r.kernel == kernel]  # fmt: skip
+    for kernel in ("delta", "fragment", "pair", "nm"):
+        line = [
+            f"{r.pattern or f'{r.sparsity:.0%}'} {r.microseconds:.2f} us {r.gigabytes_per_second:.0f} GB/s "
+            f"{r.ratio:.2f}x" + ("" if r.error < 4e-3 else f" WRONG {r.error:.1e}")
+            for r in rows
+            if r.kernel == kernel
+        ]
         if line:
             print(f"  {kernel:9s}", " | ".join(line), flush=True)
 
@@ -391,7 +420,12 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seconds", type=float, default=200, help="no new shape is started after so long")
     parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS)
-    parser.add_argument("--sparsity", type=float, nargs="+", default=SPARSITIES)
+    parser.add_argument(
+        "--sparsity", type=float, nargs="*", default=SPARSITIES, help="of unstructured weights"
+    )
+    parser.add_argument(
+        "--patterns", nargs="*", default=PATTERNS, help="n:m, on the shapes of PATTERN_SHAPES"
+    )
     parser.add_argument("--shapes", nargs="+", default=[f"{m}x{k}" for m, k in SHAPES])
     options = parser.parse_args()
     start = time.perf_counter()
@@ -409,7 +443,7 @@ def main() -> int:
 
         def one_shape(shape: tuple[int, int] = shape, text: str = text) -> str:
             begin = time.perf_counter()
-            ready = list(candidates(shape, options.sparsity, seed=sum(shape)))
+            ready = list(candidates(shape, options.sparsity, options.patterns, seed=sum(shape)))
             packed = time.perf_counter() - begin
             for tokens in options.tokens:
                 rows = measure(shape, ready, tokens)

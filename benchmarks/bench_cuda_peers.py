@@ -25,7 +25,7 @@ from torch.nn import functional
 
 from pysparse import backend, ops
 from pysparse.formats import PACKINGS, BitmapTensor
-from pysparse.ops.cuda import arrays, largest_block
+from pysparse.ops.cuda import arrays, sizes
 
 SHAPES = ["11008x4096", "4096x11008", "8192x28672"]
 SPARSITIES: list[float | None] = [0.5, 0.7, 0.9, None]  # None: two of four
@@ -37,8 +37,8 @@ Calls = list[Callable[[Tensor], Tensor]]
 def ours(name: str, weight: Tensor) -> Packed:
     """Hold ``weight`` as one of our packings."""
     packed = PACKINGS[name].from_bitmap(BitmapTensor.from_dense(weight))
-    held, largest, rows = arrays(packed), largest_block(packed), weight.shape[0]
-    return Packed(packed.nbytes, {1: lambda x: ops.call_arrays(name, x, held, None, rows, largest)})
+    held, constants, rows = arrays(packed), sizes(packed), weight.shape[0]
+    return Packed(packed.nbytes, {1: lambda x: ops.call_arrays(name, x, held, None, rows, constants)})
 
 
 def cublas(weight: Tensor) -> Packed:

@@ -40,6 +40,8 @@ def fit(rows: list[dict[str, Any]]) -> tuple[list[float], float]:
 
 def costs(rows: list[dict[str, Any]]) -> dict[str, dict[str, list[float]]]:
     """Return the fitted line of each kernel and number of tokens."""
+    # Beside nm, weights drawn for it only say what else could run on them.
+    rows = [row for row in rows if row["kernel"] == "nm" or not row.get("pattern")]
     result: dict[str, dict[str, list[float]]] = {}
     for kernel, tokens in sorted({(row["kernel"], row["tokens"]) for row in rows}):
         line, worst = fit([row for row in rows if (row["kernel"], row["tokens"]) == (kernel, tokens)])

@@ -36,6 +36,34 @@ def delta_unpack(
     device: int,
     stream: int,
 ) -> None: ...
+def nm_linear(
+    dtype: int,
+    x: int,
+    tokens: int,
+    cols: int,
+    values: int,
+    places: int,
+    n: int,
+    bits: int,
+    bias: int,
+    y: int,
+    rows: int,
+    device: int,
+    stream: int,
+) -> None: ...
+def nm_unpack(
+    values: int,
+    places: int,
+    n: int,
+    bits: int,
+    dense: int,
+    first_row: int,
+    rows: int,
+    total_rows: int,
+    cols: int,
+    device: int,
+    stream: int,
+) -> None: ...
 def strip_workspace(
     packing: int, dtype: int, tokens: int, cols: int, rows: int, largest_block: int, device: int
 ) -> int: ...

@@ -232,7 +232,9 @@ def cuda_kernels() -> list[KernelKey]:
     halves, entries = ("bfloat16", "float16"), ("float32", "bfloat16", "float16")
     names: list[tuple[str, str, tuple[str, ...]]] = []
     names += [
-        (op, packing, halves) for packing in ("delta", "fragment", "pair") for op in ("linear", "unpack")
+        (op, packing, halves)
+        for packing in ("delta", "fragment", "pair", "nm")
+        for op in ("linear", "unpack")
     ]
     names += [("attention", keys, halves) for keys in ("blocks", "spans", "stripes")]
     names += [("embedding", "bitmap", entries), ("select", "row", entries), ("select", "nm", entries)]
@@ -248,6 +250,11 @@ def _reported_hashes() -> dict[str, str]:
     return hashes
 
 
+def experimental() -> bool:
+    """Tell whether PYSPARSE_EXPERIMENTAL asks for kernels that no GPU report vouches for."""
+    return os.environ.get(EXPERIMENTAL_VARIABLE, "0") not in ("", "0")
+
+
 def cuda_gate(format: str) -> str:
     """Return why kernels of ``format`` are not chosen by default, or an empty string when they are.
 
@@ -257,8 +264,7 @@ def cuda_gate(format: str) -> str:
     missing = cuda_missing_reason()
     if missing:
         return missing
-    asked = os.environ.get(EXPERIMENTAL_VARIABLE, "0") not in ("", "0")
-    if not asked and _reported_hashes().get(format) != cuda().SOURCE_HASHES[format]:
+    if not experimental() and _reported_hashes().get(format) != cuda().SOURCE_HASHES[format]:
         return (
             f"the {format} kernel's sources differ from those that a GPU report vouches for; "
             f"set {EXPERIMENTAL_VARIABLE}=1 to use it all the same"

@@ -19,6 +19,7 @@ SOURCES = {
     "delta": ("delta.cu",),
     "fragment": ("fragment.cu", "strip.cu"),
     "pair": ("pair.cu", "strip.cu"),
+    "nm": ("nm.cu",),
     "attention": ("attention.cu", "stripes.cu"),
     "embedding": ("embedding.cu",),
     "pruning": ("pruning.cu",),

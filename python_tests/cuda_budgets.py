@@ -6,6 +6,8 @@ import re
 BUDGETS = [
     (r"delta_linear_kernel.*Li[124]E", 64),  # 1024 threads
     (r"delta_linear_kernel.*Li8E", 128),  # 512
+    (r"nm_linear_kernel.*Li[124]ELi\dE", 64),  # 1024
+    (r"nm_linear_kernel.*Li8ELi\dE", 128),  # 512
     (r"strip_linear_kernel.*Li[12]ELi3ELi2E", 64),  # two blocks of 512
     (r"strip_linear_kernel.*(Li4ELi4|Li8ELi3)ELi1E", 128),  # one block of 512
     (r"attention_kernel", 255),  # two blocks of 128

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from pysparse import ops
-from pysparse.formats import PACKINGS, BitmapTensor, BlockIndex
+from pysparse.formats import PACKINGS, BitmapTensor, BlockIndex, NMRows
 from pysparse.nn.embedding import SparseEmbedding
 
 for rows, cols in ((33, 200), (64, 512)):
@@ -20,6 +20,15 @@ for rows, cols in ((33, 200), (64, 512)):
             exact = x.double() @ weight.double().T
             error = (ops.packed_linear(x, packed).double() - exact).norm() / exact.norm()
             assert error < 4e-3, (name, rows, cols, tokens, float(error))
+
+for n, m in ((1, 4), (4, 8), (3, 16)):
+    weight = torch.randn(33, 200, device="cuda").bfloat16()
+    weight[:, torch.arange(200) % m >= n] = 0
+    packed = NMRows.from_bitmap(BitmapTensor.from_dense(weight), n, m)
+    assert torch.equal(ops.packed_unpack(packed), weight), (n, m)
+    x = torch.randn(2, 200, device="cuda").bfloat16()
+    exact = x.double() @ weight.double().T
+    assert (ops.packed_linear(x, packed).double() - exact).norm() < 4e-3 * exact.norm(), (n, m)
 
 layer = SparseEmbedding.from_dense(torch.randn(200, 13).bfloat16(), torch.rand(200, 13) < 0.3)
 ids = torch.randint(0, 200, (50,))

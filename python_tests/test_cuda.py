@@ -3,10 +3,11 @@
 import pytest
 import reference
 import torch
+from cuda_weights import groups_only, matrix_for
 from torch.nn import functional
 
 from pysparse import backend, ops
-from pysparse.formats import PACKINGS, BitmapTensor
+from pysparse.formats import PACKINGS, BitmapTensor, NMRows
 from pysparse.nn import SparseLinear, sparsify_
 from pysparse.nn.device import Prediction
 
@@ -18,6 +19,7 @@ pytestmark = [
 
 reference.EPSILON[torch.float16] = 2.0**-11
 NAMES = list(PACKINGS)
+PATTERNS = [(1, 4), (2, 4), (3, 4), (1, 8), (2, 8), (4, 8), (1, 16), (2, 16), (4, 16), (11, 16)]
 DTYPES = [torch.bfloat16, torch.float16]
 SIZES = [(1, 1), (16, 64), (17, 65), (15, 63), (33, 129), (100, 257), (3, 1000), (48, 1024), (1024, 520)]
 TOKENS = [1, 2, 3, 4, 5, 8, 9, 16, 17, 32, 33, 64, 65, 200]
@@ -32,12 +34,7 @@ def _asked_for(monkeypatch):
 
 
 def matrix(name, rows, cols, sparsity, dtype):
-    weight = reference.sparse_matrix(rows, cols, sparsity, dtype)
-    if name == "pair":
-        draws = torch.rand(rows, -(-cols // 4), 4)
-        keep = (draws.unsqueeze(3) > draws.unsqueeze(2)).sum(dim=3) >= 2
-        weight = weight * keep.reshape(rows, -(-cols // 4) * 4)[:, :cols]
-    return weight.cuda()
+    return matrix_for(name, rows, cols, sparsity, dtype).cuda()
 
 
 def pack(name, weight, keep=None):
@@ -88,6 +85,20 @@ def test_linear_matches_the_oracle(name, dtype, tokens):
                     assert torch.equal(y, functional.linear(x, weight, b))
 
 
+@pytest.mark.parametrize(("n", "m"), PATTERNS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_each_pattern_matches_the_oracle(n, m, dtype):
+    for rows, cols in [(1, 1), (33, 130), (100, 520), (7, 4096), (300, 1000)]:
+        weight = groups_only(reference.sparse_matrix(rows, cols, 0.1, dtype), n, m).cuda()
+        weight[rows // 2] = 0
+        packed = NMRows.from_bitmap(BitmapTensor.from_dense(weight), n, m)
+        assert torch.equal(ops.packed_unpack(packed), weight), (rows, cols)
+        bias = torch.randn(rows).to("cuda", dtype)
+        for tokens in (1, 2, 3, 8):
+            x = torch.randn(tokens, cols).to("cuda", dtype)
+            check(ops.packed_linear(x, packed, bias), x, weight, bias)
+
+
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize(("rows", "cols"), [(4096, 4096), (1024, 4096), (4096, 11008), (2048, 28672)])
 def test_layers_of_real_models(name, rows, cols):
@@ -95,6 +106,8 @@ def test_layers_of_real_models(name, rows, cols):
     weight *= torch.rand(rows, cols, device="cuda") >= 0.7
     if name == "pair":
         weight[:, 1::4] = weight[:, 2::4] = 0
+    if name == "nm":
+        weight = groups_only(weight, 2, 8)
     packed = pack(name, weight)
     for tokens in (1, 2, 3, 8, 16, 20, 32, 64):
         x = torch.randn(tokens, cols, device="cuda").bfloat16()
@@ -118,7 +131,7 @@ def test_a_weight_that_exceeds_the_scratch_goes_in_parts(name, monkeypatch):
 def test_one_full_row_among_empty_ones(name, tokens):
     weight = torch.zeros(200, 5000, device="cuda").bfloat16()
     weight[77] = torch.randn(5000).cuda().bfloat16()
-    if name == "pair":
+    if name in ("pair", "nm"):
         weight[:, 2::4] = weight[:, 3::4] = 0
     x = torch.randn(tokens, 5000, device="cuda").bfloat16()
     check(ops.packed_linear(x, pack(name, weight)), x, weight)
@@ -219,6 +232,10 @@ def test_output_is_written_whole_and_nothing_beside_it(name):
         arrays = (packed.values, packed.deltas, packed.row_groups, packed.chunk_cols)
         pointers = [t.data_ptr() for t in arrays]
         module.delta_linear(0, x.data_ptr(), 5, 130, *pointers, 0, y.data_ptr(), 50, index, stream)
+    elif name == "nm":
+        pattern = (packed.n, packed.m.bit_length() - 1)
+        pointers = (packed.values.data_ptr(), packed.places.data_ptr())
+        module.nm_linear(0, x.data_ptr(), 5, 130, *pointers, *pattern, 0, y.data_ptr(), 50, index, stream)
     else:
         largest = packed.largest_block if name == "fragment" else backend.core().PAIR_BLOCK_BYTES
         offsets = packed.offsets.data_ptr() if name == "fragment" else 0
@@ -321,6 +338,23 @@ def test_a_layer_packs_itself_when_it_moves(sparsity, packing, monkeypatch):
     assert all(torch.equal(state[k].cpu(), v) for k, v in back.state_dict().items())
 
 
+@pytest.mark.parametrize(("n", "m"), [(1, 4), (2, 8), (4, 8), (1, 16)])
+def test_a_layer_of_a_pattern_packs_itself(n, m):
+    linear = pruned(304, 512, 0.0)
+    linear.weight.data = groups_only(linear.weight.data, n, m)
+    layer, dense = SparseLinear.from_dense(linear).to("cuda"), linear.cuda()
+    assert f"linear-nm-bfloat16-cuda ({n}:{m})" in layer.kernel
+    assert layer.nnz == int(linear.weight.count_nonzero())
+    for tokens in (1, 5, 100):
+        x = torch.randn(tokens, 512, device="cuda").bfloat16()
+        if tokens <= 8:
+            check(layer(x), x, dense.weight, dense.bias)
+        else:
+            assert torch.equal(layer(x), dense(x))
+    back = layer.to("cpu")
+    assert torch.equal(back.to_dense().weight, dense.weight.cpu())
+
+
 def test_a_dense_copy_takes_over_where_it_was_asked_for():
     linear = pruned(300, 400, 0.8)
     layer, dense = SparseLinear.from_dense(linear).to("cuda"), linear.cuda()
@@ -403,8 +437,8 @@ def test_compile_fullgraph(sparsity):
 def test_op_registration_is_sound(name):
     weight = matrix(name, 40, 96, 0.5, torch.bfloat16)
     packed, x = pack(name, weight), torch.randn(3, 96, device="cuda").bfloat16()
-    from pysparse.ops.cuda import arrays, largest_block
+    from pysparse.ops.cuda import arrays, sizes
 
-    tail = {"delta": (None,), "fragment": (None, 40, largest_block(packed)), "pair": (None, 40)}[name]
-    op = getattr(torch.ops.pysparse, f"{name}_linear").default
+    tail = (None,) if name == "delta" else (None, 40, *sizes(packed))
+    op = getattr(torch.ops.pysparse, f"{'nm_rows' if name == 'nm' else name}_linear").default
     torch.library.opcheck(op, (x, *arrays(packed), *tail), test_utils=("test_schema", "test_faketensor"))

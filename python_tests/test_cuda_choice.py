@@ -4,18 +4,19 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import reference
 import torch
-from cuda_weights import pairs_only
+from cuda_weights import groups_only, pairs_only
 
 from pysparse import backend
-from pysparse.formats import PACKINGS, BitmapTensor
+from pysparse.formats import PACKINGS, BitmapTensor, NMRows
 from pysparse.nn import SparseLinear
 from pysparse.nn.device import TOKENS_VARIABLE, DeviceWeight, expected_tokens, predict
-from pysparse.nn.device_costs import DeviceCosts, Gpu, device_costs
+from pysparse.nn.device_costs import DeviceCosts, Gpu, bytes_per_entry, device_costs
 
 pytestmark = pytest.mark.skipif(
     not backend.available(), reason=f"no compiled core: {backend.missing_reason()}"
@@ -28,7 +29,7 @@ ROOT = Path(__file__).parents[1]
 def roomy(monkeypatch):
     """A device that takes every kernel, and costs like a fast GPU's: delta by the weight, fragment by the entry."""
     monkeypatch.setattr(
-        "pysparse.ops.max_tokens", lambda packing, cols, device: 8 if packing == "delta" else 32
+        "pysparse.ops.max_tokens", lambda packing, cols, device: 8 if packing in ("delta", "nm") else 32
     )
     counts = (1, 2, 4, 8, 16, 32)
     costs = DeviceCosts(
@@ -57,13 +58,73 @@ def test_the_packing_follows_density_and_pattern(roomy):
     assert predict(pairs, 8).packing == "pair"
 
 
+@pytest.fixture
+def measured_nm(roomy, monkeypatch):
+    """The device of ``roomy`` with costs of nm, a little below delta's by the byte."""
+    lines = {n: (2.5, 0.25 + 0.03 * n, 0.01 * n) for n in (1, 2, 4, 8)}
+    costs = replace(roomy, lines=roomy.lines | {"nm": lines})
+    monkeypatch.setattr("pysparse.nn.device.device_costs", lambda gpu: costs)
+    return costs
+
+
+@pytest.mark.parametrize(
+    ("n", "m", "packing"),
+    [
+        (1, 4, "nm"), (2, 8, "nm"), (4, 8, "nm"), (1, 8, "nm"), (1, 16, "nm"), (2, 16, "nm"),
+        (2, 4, "pair"),  # the sparse tensor cores' own
+        (7, 8, "fragment"),  # as nm it has more bytes than densely
+    ],
+)  # fmt: skip
+def test_a_pattern_is_found_and_taken(measured_nm, n, m, packing):
+    bitmap = BitmapTensor.from_dense(groups_only(torch.randn(2048, 4096).bfloat16(), n, m))
+    found = predict(bitmap)
+    assert found.packing == packing
+    if packing == "nm":
+        args = ("nm", 1, bitmap.shape, bitmap.density, (n, m))
+        dense = measured_nm.microseconds("cublas", 1, bitmap.shape, bitmap.density)
+        gain = dense / measured_nm.microseconds(*args)
+        assert f"{gain:.2g}x dense expected at 1 token (figures of a GPU)" in found.why
+
+
+def test_sparse_groups_in_a_loose_pattern_stay_with_delta(measured_nm):
+    weight = reference.sparse_matrix(2048, 4096, 0.95, torch.bfloat16)  # some group of 16 keeps five or more
+    assert predict(BitmapTensor.from_dense(weight)).packing == "delta"
+
+
+def test_without_a_run_a_pattern_is_taken_on_request_only(roomy, monkeypatch):
+    bitmap = BitmapTensor.from_dense(groups_only(torch.randn(2048, 4096).bfloat16(), 2, 8))
+    monkeypatch.delenv(backend.EXPERIMENTAL_VARIABLE, raising=False)
+    assert predict(bitmap).packing == "delta"
+    monkeypatch.setenv(backend.EXPERIMENTAL_VARIABLE, "1")
+    found = predict(bitmap)
+    assert found.packing == "nm"
+    assert found.why.endswith("(figures of a GPU, nm not measured, as delta)")
+
+
+def test_an_nm_layer_says_its_pattern():
+    weight = DeviceWeight("nm", 100, (2, 8), 8, 8, "why")
+    assert weight.names == ("packed_values", "packed_places")
+    assert weight.describe(torch.float16, "auto") == (
+        "linear-nm-float16-cuda (2:8) up to 8 tokens, unpack + torch beyond: why"
+    )
+    bitmap = BitmapTensor.from_dense(groups_only(torch.randn(20, 70).half(), 2, 8))
+    packed = NMRows.from_bitmap(bitmap, 2, 8)
+    buffers = {"packed_values": packed.values, "packed_places": packed.places}
+    assert torch.equal(weight.to_bitmap(buffers, (20, 70)).to_dense(), bitmap.to_dense())
+
+
+def test_bytes_of_nm_need_its_pattern():
+    with pytest.raises(ValueError, match=r"depends on its pattern \(n, m\), which is missing"):
+        bytes_per_entry("nm", 0.25)
+
+
 def test_a_prediction_says_where_it_loses(roomy):
     bitmap = BitmapTensor.from_dense(reference.sparse_matrix(4096, 4096, 0.5, torch.bfloat16))
     found = predict(bitmap)
     dense, delta = (roomy.microseconds(k, 1, bitmap.shape, bitmap.density) for k in ("cublas", "delta"))
     assert found.why == f"50% sparse, {dense / delta:.2g}x dense expected at 1 token (figures of a GPU)"
     assert found.pays_to == 2
-    weight = DeviceWeight("delta", bitmap.nnz, 0, 8, found.pays_to, "why")
+    weight = DeviceWeight("delta", bitmap.nnz, (), 8, found.pays_to, "why")
     assert weight.describe(torch.bfloat16, "auto") == (
         "linear-delta-bfloat16-cuda up to 8 tokens (expected no faster than dense from 3 on), "
         "unpack + torch beyond: why"
@@ -89,7 +150,7 @@ def test_expected_tokens_must_be_a_number(monkeypatch, text):
 
 def test_the_committed_costs_cover_each_kernel():
     costs = device_costs()
-    assert costs.lines.keys() == {"cublas", *PACKINGS}
+    assert {"cublas", "delta", "fragment", "pair"} <= costs.lines.keys() <= {"cublas", *PACKINGS}
     for by_tokens in costs.lines.values():
         assert 1 in by_tokens
         assert all(c >= 0 for line in by_tokens.values() for c in line)

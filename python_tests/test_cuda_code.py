@@ -11,10 +11,22 @@ import pytest
 from cuda_budgets import check_log
 
 ROOT = Path(__file__).parents[1]
-KERNELS = ["delta", "fragment", "pair", "strip", "attention", "stripes", "embedding", "shapley", "pruning"]
+KERNELS = [
+    "delta",
+    "nm",
+    "fragment",
+    "pair",
+    "strip",
+    "attention",
+    "stripes",
+    "embedding",
+    "shapley",
+    "pruning",
+]
 HOST_ONLY = ["machine_code", "versions"]
 INSTRUCTIONS = {
     "delta": ["LDG.E.EF.128"],
+    "nm": ["LDG.E.EF.128", "LDG.E.EF.U16"],
     "fragment": ["HMMA.16816", "LDGSTS.E.BYPASS.128"],
     "pair": ["HMMA.SP"],
     "attention": ["HMMA.16816", "LDSM.16.M88.4", "LDSM.16.MT88.4", "LDGSTS.E.BYPASS.128", "MUFU.EX2"],
@@ -79,7 +91,13 @@ def test_the_instructions_that_are_meant(source, arch, compiled):
         assert instruction in code, instruction
     if source == "fragment":
         assert "POPC" not in code  # 16 a cycle would be the wall
-    if source in ("delta", "fragment", "pair", "strip"):  # they start early, so they wait for their inputs
+    if source in (
+        "delta",
+        "nm",
+        "fragment",
+        "pair",
+        "strip",
+    ):  # they start early, so they wait for their inputs
         assert ("ACQBULK" in code) == (arch >= 90)
 
 

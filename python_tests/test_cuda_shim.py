@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 import reference
 import torch
-from test_cuda_host import matrix_for
+from cuda_weights import groups_only, matrix_for
 
 from pysparse import backend
-from pysparse.formats import PACKINGS, BitmapTensor
+from pysparse.formats import PACKINGS, BitmapTensor, NMRows
+from pysparse.formats.device import place_bits
 
 HERE = Path(__file__).parent / "cuda_shim"
 SOURCES = Path(__file__).parents[1] / "csrc"
@@ -43,9 +44,9 @@ def instances(text):
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory):
-    """Compile both drivers over copies of the sources."""
+    """Compile the drivers over copies of the sources."""
     folder = tmp_path_factory.mktemp("shim")
-    for name in ("common.cuh", "strip.cuh", "tiles.cuh"):
+    for name in ("common.cuh", "columns.cuh", "strip.cuh", "tiles.cuh"):
         (folder / name).write_text(host_text(name))
     for path in [*HERE.glob("*"), SOURCES / "cuda/api.h"]:
         shutil.copy(path, folder)
@@ -53,9 +54,15 @@ def library(tmp_path_factory):
     strip = host_text("strip.cu", until="template <class T>\ncudaError_t add_parts(")
     strip = strip.replace('#include "strip.h"', '#include "strip_instances.h"')
     (folder / "strip_host.cuh").write_text(strip)
-    (folder / "delta_host.cuh").write_text(host_text("delta.cu", until="// Warps per row:"))
+    launch = "\ncudaError_t launch("
+    (folder / "delta_host.cuh").write_text(
+        host_text("delta.cu", until=f"template <class T, int kTokens>{launch}")
+    )
+    (folder / "nm_host.cuh").write_text(
+        host_text("nm.cu", until=f"template <class T, int kTokens, int kBits>{launch}")
+    )
     found = []
-    for driver in ("strip_driver", "delta_driver"):
+    for driver in ("strip_driver", "delta_driver", "nm_driver"):
         command = [
             "g++",
             "-std=c++20",
@@ -84,13 +91,18 @@ def at(tensor):
 
 
 def run(library, name, packed, x, bias, card=H200, team=1):
-    strips, delta = library
+    strips, delta, nm = library
     tokens, (rows, cols) = x.shape[0], packed.shape
     y = torch.full((tokens, rows), float("nan")).to(x.dtype)
     code = 0 if x.dtype == torch.bfloat16 else 1
     if name == "delta":
         arrays = [at(t) for t in (packed.values, packed.deltas, packed.row_groups, packed.chunk_cols)]
         delta.run_delta(3, 128, team, code, *arrays, at(x), at(bias), at(y), tokens, rows, cols)
+        return y
+    if name == "nm":
+        arrays, bits = (at(packed.values), at(packed.places)), place_bits(packed.m)
+        team = min(team, nm.nm_team(packed.n, bits, cols))
+        nm.run_nm(3, 128, team, code, *arrays, packed.n, bits, at(x), at(bias), at(y), tokens, rows, cols)
         return y
     largest = packed.largest_block if name == "fragment" else backend.core().PAIR_BLOCK_BYTES
     workspace = torch.full((16 * tokens * rows,), float("nan"))
@@ -108,6 +120,7 @@ CASES = [
     ("pair", 100, 2100, 3), ("pair", 33, 130, 1), ("pair", 40, 136, 5),
     ("pair", 20, 700, 16), ("pair", 16, 72, 29), ("pair", 33, 260, 64),
     ("delta", 20, 130, 1), ("delta", 13, 3000, 2), ("delta", 7, 700, 3), ("delta", 9, 1100, 8),
+    ("nm", 20, 130, 1), ("nm", 13, 3000, 2), ("nm", 7, 700, 3), ("nm", 9, 1100, 8),
 ]  # fmt: skip
 
 
@@ -121,7 +134,44 @@ def test_kernels_on_host_threads_match_the_oracle(library, name, rows, cols, tok
     reference.assert_close(run(library, name, packed, x, bias, card, team), x, weight, bias)
 
 
-@pytest.mark.parametrize(("name", "tokens"), [("delta", 3), ("fragment", 3), ("pair", 3), ("pair", 50)])
+def test_unpacking_rows_wider_than_shared_memory(library):
+    weight = groups_only(torch.randn(2, 30000).bfloat16(), 2, 16)
+    packed = NMRows.from_bitmap(BitmapTensor.from_dense(weight), 2, 16)
+    dense = torch.full((2, 30000), float("nan")).bfloat16()
+    library[2].unpack_nm(at(packed.values), at(packed.places), 2, 4, at(dense), 0, 2, 2, 30000)
+    assert torch.equal(dense, weight)
+
+
+NM_CASES = [
+    (1, 4, 21, 4100, 1), (1, 4, 9, 130, 5), (2, 4, 20, 700, 2), (3, 4, 7, 1100, 1), (1, 8, 40, 520, 3),
+    (2, 8, 13, 3000, 1), (4, 8, 11, 2048, 8), (7, 8, 5, 600, 4), (1, 16, 40, 4096, 1), (2, 16, 9, 5000, 2),
+    (4, 16, 20, 1030, 1), (11, 16, 6, 1000, 7), (15, 16, 3, 5, 1),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("n", "m", "rows", "cols", "tokens"), NM_CASES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_patterns_on_host_threads_match_the_oracle(library, n, m, rows, cols, tokens, dtype):
+    weight = groups_only(reference.sparse_matrix(rows, cols, 0.2, dtype), n, m)
+    weight[rows // 2] = 0
+    packed = NMRows.from_bitmap(BitmapTensor.from_dense(weight), n, m)
+    x, bias = torch.randn(tokens, cols).to(dtype), torch.randn(rows).to(dtype)
+    for team in (1, 2):
+        y = run(library, "nm", packed, x, bias, team=team)
+        bound = 2.0**-11 if dtype is torch.float16 else 2.0**-8
+        exact, size = reference.linear(x, weight, bias), reference.linear(x.abs(), weight.abs(), bias.abs())
+        assert bool(
+            ((y.double() - exact).abs() <= bound * exact.abs() + cols * 2.0**-24 * size + 2.0**-24).all()
+        )
+    dense = torch.full((rows, cols), float("nan")).to(dtype)
+    arrays = (at(packed.values), at(packed.places), n, place_bits(m))
+    library[2].unpack_nm(*arrays, at(dense), 0, rows, rows, cols)
+    assert torch.equal(dense, weight)
+
+
+@pytest.mark.parametrize(
+    ("name", "tokens"), [("delta", 3), ("nm", 3), ("fragment", 3), ("pair", 3), ("pair", 50)]
+)
 def test_inf_is_never_lost(library, name, tokens):
     weight = matrix_for(name, 20, 100, 0.5, torch.bfloat16)
     x, poisoned = torch.randn(tokens, 100).bfloat16(), tokens - 2
@@ -140,6 +190,9 @@ def test_unpack_on_host_threads(library, name, cols):
     if name == "delta":
         arrays = (packed.values, packed.deltas, packed.row_groups, packed.chunk_cols)
         library[1].unpack_delta(*map(at, arrays), at(dense), 16, 20, 40, cols)
+    elif name == "nm":
+        arrays = (at(packed.values), at(packed.places), packed.n, place_bits(packed.m))
+        library[2].unpack_nm(*arrays, at(dense), 16, 20, 40, cols)
     else:
         offsets = at(packed.offsets if name == "fragment" else None)
         code = 0 if name == "fragment" else 1

@@ -210,6 +210,31 @@ void bind_device_formats(pybind11::module_& module) {
                            pointer<uint8_t>(bitmask), pointer<int64_t>(row_offsets));
       },
       ReleaseGil());
+  module.def("nm_rows_vectors", nm_rows_vectors);
+  module.def(
+      "nm_rows_pack",
+      [](uintptr_t source, int64_t rows, int64_t cols, uintptr_t bitmask, uintptr_t row_offsets,
+         int64_t nnz, int64_t n, int64_t m, uintptr_t values, uintptr_t places) {
+        nm_rows_pack(pointer<const uint16_t>(source), view(rows, cols, bitmask, row_offsets), nnz,
+                     n, m, pointer<uint16_t>(values), pointer<uint8_t>(places));
+      },
+      ReleaseGil());
+  module.def(
+      "nm_rows_unpack",
+      [](uintptr_t values, uintptr_t places, int64_t n, int64_t m, int64_t rows, int64_t cols,
+         uintptr_t target, uintptr_t bitmask, uintptr_t row_offsets) {
+        return nm_rows_unpack(pointer<const uint16_t>(values), pointer<const uint8_t>(places), n, m,
+                              rows, cols, pointer<uint16_t>(target), pointer<uint8_t>(bitmask),
+                              pointer<int64_t>(row_offsets));
+      },
+      ReleaseGil());
+  module.def("nm_rows_group", [](int n, int bits, int cols, int vector, int entry) {
+    return layout::nm_rows(n, bits, cols).group(vector, entry);
+  });
+  module.def("nm_rows_entry", [](int n, int bits, int cols, int group, int rank) {
+    const layout::NmRows rows = layout::nm_rows(n, bits, cols);
+    return pybind11::make_tuple(rows.vector_of(group, rank), rows.entry_of(group));
+  });
   module.def("fragment_place", [](int lane, int q, int i) {
     const layout::Place at = layout::fragment_place(lane, q, i);
     return pybind11::make_tuple(at.row, at.col);

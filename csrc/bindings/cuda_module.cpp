@@ -42,7 +42,8 @@ PYBIND11_MODULE(_cuda, module) {
   module.doc() = "CUDA kernels of pysparse; see pysparse/_cuda.pyi";
   module.attr("SOURCE_HASHES") = py::dict(
       py::arg("delta") = PYSPARSE_HASH_DELTA, py::arg("fragment") = PYSPARSE_HASH_FRAGMENT,
-      py::arg("pair") = PYSPARSE_HASH_PAIR, py::arg("attention") = PYSPARSE_HASH_ATTENTION,
+      py::arg("pair") = PYSPARSE_HASH_PAIR, py::arg("nm") = PYSPARSE_HASH_NM,
+      py::arg("attention") = PYSPARSE_HASH_ATTENTION,
       py::arg("embedding") = PYSPARSE_HASH_EMBEDDING, py::arg("shapley") = PYSPARSE_HASH_SHAPLEY,
       py::arg("pruning") = PYSPARSE_HASH_PRUNING);
   module.attr("ARCHITECTURES") = PYSPARSE_CUDA_ARCH_LIST;
@@ -79,6 +80,22 @@ PYBIND11_MODULE(_cuda, module) {
                            {device, pointer<void>(stream)}),
               "delta_unpack");
       });
+  module.def("nm_linear", [](int dtype, uintptr_t x, int64_t tokens, int64_t cols, uintptr_t values,
+                             uintptr_t places, int n, int bits, uintptr_t bias, uintptr_t y,
+                             int64_t rows, int device, uintptr_t stream) {
+    const NmWeight weight{pointer<const void>(values), pointer<const uint8_t>(places), n, bits};
+    check(nm_linear(weight, product(dtype, x, tokens, cols, bias, y, rows),
+                    {device, pointer<void>(stream)}),
+          "nm_linear");
+  });
+  module.def("nm_unpack", [](uintptr_t values, uintptr_t places, int n, int bits, uintptr_t dense,
+                             int64_t first_row, int64_t rows, int64_t total_rows, int64_t cols,
+                             int device, uintptr_t stream) {
+    const NmWeight weight{pointer<const void>(values), pointer<const uint8_t>(places), n, bits};
+    check(nm_unpack(weight, part(dense, first_row, rows, total_rows, cols),
+                    {device, pointer<void>(stream)}),
+          "nm_unpack");
+  });
   module.def("strip_workspace", [](int packing, int dtype, int64_t tokens, int64_t cols,
                                    int64_t rows, int64_t largest_block, int device) {
     const int64_t floats = strip_workspace(strips(packing, 0, 0, largest_block),

@@ -30,6 +30,13 @@ struct DeltaWeight {
   const int32_t* chunk_cols;
 };
 
+// Groups of 1 << bits columns hold n entries each (NmRows in device_layout.h).
+struct NmWeight {
+  const void* values;
+  const uint8_t* places;
+  int n, bits;
+};
+
 struct StripWeight {
   const uint8_t* stream;
   const int32_t* offsets;  // null for pairs, whose blocks have one size
@@ -46,6 +53,9 @@ struct Rows {
 
 int delta_linear(const DeltaWeight& weight, const Product& product, const Target& target);
 int delta_unpack(const DeltaWeight& weight, const Rows& rows, const Target& target);
+
+int nm_linear(const NmWeight& weight, const Product& product, const Target& target);
+int nm_unpack(const NmWeight& weight, const Rows& rows, const Target& target);
 
 // Floats that strip_linear needs as workspace, 0 for none.
 int64_t strip_workspace(const StripWeight& weight, const Product& product, int device);

@@ -2,7 +2,7 @@
 
 from pysparse.formats.bitmap import BitmapTensor
 from pysparse.formats.csr import CsrTensor
-from pysparse.formats.device import PACKINGS, DeltaRows, FragmentBitmap, PairBlocks
+from pysparse.formats.device import PACKINGS, DeltaRows, FragmentBitmap, NMRows, PairBlocks
 from pysparse.formats.embedding import EmbeddingTable
 from pysparse.formats.grid import Int8Grid
 from pysparse.formats.int8 import Int8Bitmap, TiledInt8
@@ -29,6 +29,7 @@ __all__ = [
     "Int8Bitmap",
     "Int8Grid",
     "NMInt8",
+    "NMRows",
     "NMTensor",
     "PairBlocks",
     "StripeIndex",

@@ -11,10 +11,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from pysparse import backend, ops
-from pysparse.formats import PACKINGS, BitmapTensor, DeltaRows, FragmentBitmap, PairBlocks
-from pysparse.formats.device import PACKED_DTYPES, keeps_pairs
+from pysparse.formats import PACKINGS, BitmapTensor, DeltaRows, FragmentBitmap, NMRows, PairBlocks
+from pysparse.formats.device import PACKED_DTYPES, keeps_pairs, nm_pattern
 from pysparse.nn.device_costs import Gpu, bytes_per_entry, device_costs
 from pysparse.nn.dispatch import Dispatch
+from pysparse.ops.cuda import Packing
+from pysparse.ops.cuda import sizes as packed_sizes
 
 TOKENS_VARIABLE = (
     "PYSPARSE_CUDA_TOKENS"  # how many tokens a call is expected to bring; 1 is decoding one sequence
@@ -27,6 +29,7 @@ _FIELDS = {
     "delta": ("values", "deltas", "row_groups", "chunk_cols"),
     "fragment": ("stream", "offsets"),
     "pair": ("stream",),
+    "nm": ("values", "places"),
     "dense": ("weight",),
 }
 
@@ -35,9 +38,9 @@ _FIELDS = {
 class DeviceWeight:
     """What is known of a weight on the device beside its arrays, which the layer holds as buffers."""
 
-    packing: str  # "delta" | "fragment" | "pair" | "dense"
+    packing: str  # "delta" | "fragment" | "pair" | "nm" | "dense"
     nnz: int
-    largest_block: int  # bytes, of a fragment packing
+    sizes: tuple[int, ...]  # of the packing: fragment's largest block in bytes; n and m of nm
     max_tokens: int  # that the kernel takes; with more the weight is unpacked and multiplied by torch
     pays_to: int  # tokens up to which the kernel is expected to be faster than the dense product
     why: str
@@ -53,15 +56,15 @@ class DeviceWeight:
             return None, ()
         found = predict(bitmap, expected_tokens())
         if found.packing == "dense":
-            return cls("dense", bitmap.nnz, 0, 0, 0, found.why), (bitmap.to_dense(),)
+            return cls("dense", bitmap.nnz, (), 0, 0, found.why), (bitmap.to_dense(),)
         closed = backend.cuda_gate(found.packing)
         if closed:
             backend.warn_once(f"cuda-{closed}", f"sparse layers on CUDA run without sparse kernels: {closed}")
             return None, ()
         packed = PACKINGS[found.packing].from_bitmap(bitmap)
-        largest = packed.largest_block if isinstance(packed, FragmentBitmap) else 0
         limit = ops.max_tokens(found.packing, bitmap.shape[1], bitmap.device.index)
-        weight = cls(found.packing, bitmap.nnz, largest, limit, min(limit, found.pays_to), found.why)
+        pays_to = min(limit, found.pays_to)
+        weight = cls(found.packing, bitmap.nnz, packed_sizes(packed), limit, pays_to, found.why)
         return weight, tuple(getattr(packed, field) for field in _FIELDS[found.packing])
 
     @property
@@ -90,7 +93,7 @@ class DeviceWeight:
             if dispatch.dense is None:
                 dispatch.dense = ops.packed_unpack(self._packed(arrays, (rows, x.shape[-1])))
             return functional.linear(x, dispatch.dense, bias)
-        return ops.call_arrays(self.packing, x, arrays, bias, rows, self.largest_block)
+        return ops.call_arrays(self.packing, x, arrays, bias, rows, self.sizes)
 
     def to_bitmap(self, buffers: Mapping[str, Tensor | None], shape: tuple[int, int]) -> BitmapTensor:
         """Return the row-major form, on the weight's device."""
@@ -99,13 +102,13 @@ class DeviceWeight:
             return BitmapTensor.from_dense(arrays[0])
         return self._packed(arrays, shape).to_bitmap()
 
-    def _packed(
-        self, arrays: tuple[Tensor, ...], shape: tuple[int, int]
-    ) -> DeltaRows | FragmentBitmap | PairBlocks:
+    def _packed(self, arrays: tuple[Tensor, ...], shape: tuple[int, int]) -> Packing:
         if self.packing == "delta":
             return DeltaRows(arrays[0], arrays[1], arrays[2], arrays[3], shape)
         if self.packing == "fragment":
-            return FragmentBitmap(arrays[0], arrays[1], self.largest_block, shape)
+            return FragmentBitmap(arrays[0], arrays[1], self.sizes[0], shape)
+        if self.packing == "nm":
+            return NMRows(arrays[0], arrays[1], self.sizes[0], self.sizes[1], shape)
         return PairBlocks(arrays[0], shape)
 
     def describe(self, dtype: torch.dtype, prefill: str) -> str:
@@ -113,6 +116,8 @@ class DeviceWeight:
         if self.packing == "dense":
             return f"dense torch: {self.why}"
         kernel = f"linear-{self.packing}-{str(dtype).removeprefix('torch.')}-cuda"
+        if self.packing == "nm":
+            kernel += f" ({self.sizes[0]}:{self.sizes[1]})"
         if prefill == "packed":
             return f"{kernel} up to {self.pays_to} tokens, a dense copy beyond: {self.why}"
         loses = (
@@ -131,7 +136,7 @@ class DeviceWeight:
 class Prediction:
     """The packing that a number of tokens is expected to be fastest with."""
 
-    packing: str  # "delta" | "fragment" | "pair" | "dense"
+    packing: str  # "delta" | "fragment" | "pair" | "nm" | "dense"
     pays_to: int  # tokens up to which it is expected to be faster than the dense product
     why: str
 
@@ -151,16 +156,21 @@ def predict(bitmap: BitmapTensor, tokens: int = 1) -> Prediction:
     """
     device, p, shape = bitmap.values.device, bitmap.density, bitmap.shape
     costs = device_costs(Gpu.of(device) if device.type == "cuda" else None)
-    names = [name for name in PACKINGS if tokens <= ops.max_tokens(name, shape[1], device.index)]
+    if NMRows.name not in costs.lines and backend.experimental():
+        costs = costs.assuming(NMRows.name, DeltaRows.name)  # it walks rows of as many bytes the same way
+    names = [n for n in costs.lines if n in PACKINGS and tokens <= ops.max_tokens(n, shape[1], device.index)]
     if "pair" in names and (p > 0.5 or not keeps_pairs(bitmap)):
         names.remove("pair")
+    pattern = nm_pattern(bitmap) if NMRows.name in names else None
+    if pattern is None or pattern == (2, 4):  # the sparse tensor cores' own
+        names = [name for name in names if name != NMRows.name]
     # A packing that saves no memory is none, however few microseconds a tiny layer takes.
-    names = [n for n in names if bytes_per_entry(n, p) * GAIN <= bytes_per_entry("cublas", p)]
+    names = [n for n in names if bytes_per_entry(n, p, pattern) * GAIN <= bytes_per_entry("cublas", p)]
     dense = costs.microseconds("cublas", tokens, shape, p)
-    times = {name: costs.microseconds(name, tokens, shape, p) for name in names}
+    times = {name: costs.microseconds(name, tokens, shape, p, pattern) for name in names}
     best = min(times, key=times.__getitem__, default="dense")
     at = f"{tokens} token{'s' if tokens > 1 else ''}"
     if best == "dense" or times[best] * GAIN > dense:
         return Prediction("dense", 0, f"{1 - p:.0%} sparse, no gain expected at {at}")
     why = f"{1 - p:.0%} sparse, {dense / times[best]:.2g}x dense expected at {at} (figures of {costs.gpu})"
-    return Prediction(best, costs.pays_to(best, shape, p, GAIN), why)
+    return Prediction(best, costs.pays_to(best, shape, p, GAIN, pattern), why)

@@ -14,6 +14,7 @@ from functools import cache
 import torch
 
 from pysparse import backend
+from pysparse.formats.device import nm_bytes
 
 # Bytes per entry at density p. Delta: 2.5 a weight, and fillers over gaps of more than 16 columns, whose share is
 # that of random zeros. Fragment: 2 a weight, 1/8 of mask, 1/64 of alignment and place. Pair: 1 of values, 1/8 of
@@ -26,8 +27,15 @@ _BYTES: dict[str, Callable[[float], float]] = {
 }
 
 
-def bytes_per_entry(kernel: str, density: float) -> float:
-    """Return the bytes that ``kernel`` reads per entry of a weight; "cublas" is the dense one in 16 bits."""
+def bytes_per_entry(kernel: str, density: float, pattern: tuple[int, int] | None = None) -> float:
+    """Return the bytes that ``kernel`` reads per entry of a weight; "cublas" is the dense one in 16 bits.
+
+    "nm" reads whole groups of its ``pattern`` (n, m), whatever they keep; the others ask for the density.
+    """
+    if kernel == "nm":
+        if pattern is None:
+            raise ValueError("what nm reads depends on its pattern (n, m), which is missing")
+        return nm_bytes(*pattern)
     return _BYTES[kernel](density)
 
 
@@ -55,7 +63,14 @@ class DeviceCosts:
     gpu: str  # where they were measured, and for which other GPU they are scaled
     lines: dict[str, dict[int, tuple[float, float, float]]]  # kernel -> tokens -> (c0, c1, c2)
 
-    def microseconds(self, kernel: str, tokens: int, shape: tuple[int, int], density: float) -> float:
+    def microseconds(
+        self,
+        kernel: str,
+        tokens: int,
+        shape: tuple[int, int],
+        density: float,
+        pattern: tuple[int, int] | None = None,
+    ) -> float:
         """Predict one call; numbers of tokens between measured ones cost what the next one costs.
 
         Infinity where the kernel was measured for fewer tokens only.
@@ -65,20 +80,32 @@ class DeviceCosts:
         if not measured:
             return float("inf")
         call, megabyte, mega = lines[measured]
-        size = bytes_per_entry(kernel, density)
+        size = bytes_per_entry(kernel, density, pattern)
         # Nothing reads its bytes faster than the dense product, whatever the sum says for a GPU not measured.
         bound = self.lines["cublas"][measured][1] * size if measured in self.lines["cublas"] else 0.0
         return call + shape[0] * shape[1] / 1e6 * max(megabyte * size + mega, bound)
 
-    def pays_to(self, kernel: str, shape: tuple[int, int], density: float, gain: float) -> int:
+    def pays_to(
+        self,
+        kernel: str,
+        shape: tuple[int, int],
+        density: float,
+        gain: float,
+        pattern: tuple[int, int] | None = None,
+    ) -> int:
         """Return up to how many tokens ``kernel`` is expected to be ``gain`` times as fast as the dense product."""
         last = 0
         for tokens in sorted(self.lines["cublas"]):
             dense = self.microseconds("cublas", tokens, shape, density)
-            if self.microseconds(kernel, tokens, shape, density) * gain > dense:
+            if self.microseconds(kernel, tokens, shape, density, pattern) * gain > dense:
                 break
             last = tokens
         return last
+
+    def assuming(self, kernel: str, like: str) -> DeviceCosts:
+        """Return costs that also hold for ``kernel``, which no run has measured: those of ``like``."""
+        gpu = f"{self.gpu}, {kernel} not measured, as {like}"
+        return replace(self, gpu=gpu, lines=self.lines | {kernel: self.lines[like]})
 
     def scaled(self, measured: Gpu, wanted: Gpu) -> DeviceCosts:
         """Return what ``wanted`` is expected to take, by its rates over those of ``measured``; launches as there."""

@@ -15,12 +15,20 @@ from torch import Tensor
 from torch.nn import functional
 
 from pysparse import backend
-from pysparse.formats.device import DeltaRows, FragmentBitmap, PairBlocks
+from pysparse.formats.device import (
+    DeltaRows,
+    FragmentBitmap,
+    NMRows,
+    PairBlocks,
+    check_nm_sizes,
+    place_bits,
+)
 
-DELTA_TOKENS = 8  # columns of this many tokens fit in shared memory beside each other
+DELTA_TOKENS = 8  # columns of this many tokens fit in shared memory beside each other (delta, nm)
 STRIP_TOKENS = 64  # beyond, unpacking and torch's product take less time than the kernels' narrow tiles
 # What a thread block may hold of x (227 KB on sm_90, 99 KB on sm_86): bytes per column for 1, 2, 4, 8 tokens.
 _COLUMN_BYTES = {1: 4, 2: 4, 4: 8, 8: 16}
+_COLUMN_SLACK = {DeltaRows.name: 16, NMRows.name: 128}  # columns past the last that rows may reach
 # Scratch for rows unpacked at a time. In cache-sized pieces (24 MB) it takes 1.4 times as long on an H200: each
 # piece is two launches and a thinner product.
 _UNPACK_BYTES = 128 << 20
@@ -45,15 +53,22 @@ _library.define(
 )
 _library.define("pair_linear(Tensor x, Tensor stream, Tensor? bias, int out_features) -> Tensor")
 _library.define("pair_unpack(Tensor stream, int total_rows, int cols, int first_row, int rows) -> Tensor")
+_library.define(
+    "nm_rows_linear(Tensor x, Tensor values, Tensor places, Tensor? bias, int out_features, int n, int m) -> Tensor"
+)
+_library.define(
+    "nm_rows_unpack(Tensor values, Tensor places, int n, int m, int total_rows, int cols, int first_row, int rows)"
+    " -> Tensor"
+)
 
-Packing = DeltaRows | FragmentBitmap | PairBlocks
+Packing = DeltaRows | FragmentBitmap | PairBlocks | NMRows
 
 
 def packed_linear(x: Tensor, weight: Packing, bias: Tensor | None = None) -> Tensor:
     """Return ``x @ W.T + bias`` for a device packing of shape (N, K); all on one CUDA device, one 16-bit dtype.
 
     ``x`` is [..., K], ``bias`` [N]; sums are float32. More tokens than the kernel takes are multiplied by torch
-    with rows that are unpacked a few at a time. For a delta or pair packing, Inf in a token makes the whole
+    with rows that are unpacked a few at a time. For a delta, pair or nm packing, Inf in a token makes the whole
     token NaN (a dense product meets 0 * Inf). Raises ValueError for other shapes, dtypes or devices, and
     torch.OutOfMemoryError where the device has no room for the result or the workspace.
     """
@@ -65,31 +80,42 @@ def packed_linear(x: Tensor, weight: Packing, bias: Tensor | None = None) -> Ten
 
 def call_packed_linear(x: Tensor, weight: Packing, bias: Tensor | None) -> Tensor:
     """Run the product without the check of the feature count."""
-    return call_arrays(weight.name, x, arrays(weight), bias, weight.shape[0], largest_block(weight))
+    return call_arrays(weight.name, x, arrays(weight), bias, weight.shape[0], sizes(weight))
 
 
 def arrays(weight: Packing) -> tuple[Tensor, ...]:
     """Return the tensors of a packing, in the order of its fields."""
     if isinstance(weight, DeltaRows):
         return weight.values, weight.deltas, weight.row_groups, weight.chunk_cols
+    if isinstance(weight, NMRows):
+        return weight.values, weight.places
     return (weight.stream, weight.offsets) if isinstance(weight, FragmentBitmap) else (weight.stream,)
 
 
-def largest_block(weight: Packing) -> int:
-    """Return the bytes of a fragment packing's largest block, 0 for the others."""
-    return weight.largest_block if isinstance(weight, FragmentBitmap) else 0
+def sizes(weight: Packing) -> tuple[int, ...]:
+    """Return what the product needs beside arrays: fragment's largest block in bytes, n and m of nm, else nothing."""
+    if isinstance(weight, NMRows):
+        return weight.n, weight.m
+    return (weight.largest_block,) if isinstance(weight, FragmentBitmap) else ()
 
 
 def call_arrays(
-    packing: str, x: Tensor, arrays: tuple[Tensor, ...], bias: Tensor | None, rows: int, largest: int
+    packing: str,
+    x: Tensor,
+    arrays: tuple[Tensor, ...],
+    bias: Tensor | None,
+    rows: int,
+    sizes: tuple[int, ...] = (),
 ) -> Tensor:
-    """Run the product on the arrays of a packing: what a layer calls, and a compiler traces."""
+    """Run the product on the arrays and sizes of a packing: what a layer calls, and a compiler traces."""
     ops = torch.ops.pysparse
     result: Tensor
     if packing == "delta":
         result = ops.delta_linear.default(x, *arrays, bias)
     elif packing == "fragment":
-        result = ops.fragment_linear.default(x, *arrays, bias, rows, largest)
+        result = ops.fragment_linear.default(x, *arrays, bias, rows, *sizes)
+    elif packing == "nm":
+        result = ops.nm_rows_linear.default(x, *arrays, bias, rows, *sizes)
     else:
         result = ops.pair_linear.default(x, *arrays, bias, rows)
     return result
@@ -109,6 +135,8 @@ def packed_unpack(weight: Packing, first_row: int = 0, rows: int | None = None) 
         result = ops.delta_unpack.default(*arrays(weight), weight.shape[1], first_row, rows)
     elif isinstance(weight, FragmentBitmap):
         result = ops.fragment_unpack.default(weight.stream, weight.offsets, *weight.shape, first_row, rows)
+    elif isinstance(weight, NMRows):
+        result = ops.nm_rows_unpack.default(*arrays(weight), *sizes(weight), *weight.shape, first_row, rows)
     else:
         result = ops.pair_unpack.default(weight.stream, *weight.shape, first_row, rows)
     return result
@@ -119,10 +147,11 @@ def max_tokens(packing: str, cols: int, device: int | None = None) -> int:
 
     ``device`` is the index of a CUDA device, by default the current one.
     """
-    if packing != DeltaRows.name:
+    if packing not in _COLUMN_SLACK:
         return STRIP_TOKENS
+    columns = cols + _COLUMN_SLACK[packing]
     room = _shared_bytes(torch.cuda.current_device() if device is None else device)
-    return max((t for t, size in _COLUMN_BYTES.items() if (cols + 16) * size + 2048 <= room), default=0)
+    return max((t for t, size in _COLUMN_BYTES.items() if columns * size + 2048 <= room), default=0)
 
 
 @cache
@@ -211,6 +240,43 @@ def _delta_unpack(
     backend.cuda().delta_unpack(
         values.data_ptr(), deltas.data_ptr(), row_groups.data_ptr(), chunk_cols.data_ptr(), dense.data_ptr(),
         first_row, rows, row_groups.numel() - 1, cols, values.device.index, _stream(values.device),
+    )  # fmt: skip
+    return dense
+
+
+def _nm_linear(
+    x: Tensor, values: Tensor, places: Tensor, bias: Tensor | None, out_features: int, n: int, m: int
+) -> Tensor:
+    code = _check(x, bias, values, places)
+    cols, tokens = x.shape[-1], _tokens(x)
+    check_nm_sizes(values, places, n, m, (out_features, cols))
+    if tokens > max_tokens(NMRows.name, cols, x.device.index):
+        return _many(x, bias, NMRows(values, places, n, m, (out_features, cols)))
+    x = _aligned(x)
+    y = x.new_empty((*x.shape[:-1], out_features))
+    backend.cuda().nm_linear(
+        code, x.data_ptr(), tokens, cols, values.data_ptr(), places.data_ptr(), n, place_bits(m),
+        0 if bias is None else bias.data_ptr(), y.data_ptr(), out_features, x.device.index, _stream(x.device),
+    )  # fmt: skip
+    return y
+
+
+def _nm_unpack(
+    values: Tensor,
+    places: Tensor,
+    n: int,
+    m: int,
+    total_rows: int,
+    cols: int,
+    first_row: int,
+    rows: int,
+) -> Tensor:
+    _check_addresses((values, places))
+    check_nm_sizes(values, places, n, m, (total_rows, cols))
+    dense = values.new_empty((rows, cols))
+    backend.cuda().nm_unpack(
+        values.data_ptr(), places.data_ptr(), n, place_bits(m), dense.data_ptr(), first_row, rows, total_rows, cols,
+        values.device.index, _stream(values.device),
     )  # fmt: skip
     return dense
 
@@ -344,6 +410,25 @@ def _pair_unpack_fake(stream: Tensor, total_rows: int, cols: int, first_row: int
     return stream.new_empty((rows, cols))
 
 
+def _nm_linear_fake(
+    x: Tensor, values: Tensor, places: Tensor, bias: Tensor | None, out_features: int, n: int, m: int
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], out_features))
+
+
+def _nm_unpack_fake(
+    values: Tensor,
+    places: Tensor,
+    n: int,
+    m: int,
+    total_rows: int,
+    cols: int,
+    first_row: int,
+    rows: int,
+) -> Tensor:
+    return values.new_empty((rows, cols))
+
+
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     """Keep the weight's arrays and sizes; x is only asked for its width, the weight is frozen."""
     ctx.cols = inputs[0].shape[-1]
@@ -377,14 +462,21 @@ def _pair_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return _backward(grad, PairBlocks(ctx.inputs[1], (ctx.rows, ctx.cols)), ctx, 2, 4)
 
 
+def _nm_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    _, values, places, _, _, n, m = ctx.inputs
+    return _backward(grad, NMRows(values, places, n, m, (ctx.rows, ctx.cols)), ctx, 3, 7)
+
+
 _Backward = Callable[[Any, Tensor], tuple[Tensor | None, ...]]
 _OPS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor], _Backward | None]] = {
     "delta_linear": (_delta_linear, _delta_linear_fake, _delta_backward),
     "fragment_linear": (_fragment_linear, _fragment_linear_fake, _fragment_backward),
     "pair_linear": (_pair_linear, _pair_linear_fake, _pair_backward),
+    "nm_rows_linear": (_nm_linear, _nm_linear_fake, _nm_backward),
     "delta_unpack": (_delta_unpack, _delta_unpack_fake, None),
     "fragment_unpack": (_fragment_unpack, _fragment_unpack_fake, None),
     "pair_unpack": (_pair_unpack, _pair_unpack_fake, None),
+    "nm_rows_unpack": (_nm_unpack, _nm_unpack_fake, None),
 }
 for _name, (_run, _fake, _gradient) in _OPS.items():
     _library.impl(_name, _run, "CUDA")

@@ -28,4 +28,14 @@ void pair_pack(const uint16_t* source, const BitmapView& map, int64_t nnz, uint8
 int64_t pair_unpack(const uint8_t* stream, int64_t rows, int64_t cols, uint16_t* target,
                     uint8_t* bitmask, int64_t* row_offsets);
 
+// Vectors of 8 entries in a row of n:m groups; throws unless m is 4, 8 or 16 and 0 < n < m.
+int64_t nm_rows_vectors(int64_t n, int64_t m, int64_t cols);
+// values [rows * vectors * 8], places [rows * vectors * log2(m)] bytes. Throws, naming the place,
+// when a group keeps more than n.
+void nm_rows_pack(const uint16_t* source, const BitmapView& map, int64_t nnz, int64_t n, int64_t m,
+                  uint16_t* values, uint8_t* places);
+int64_t nm_rows_unpack(const uint16_t* values, const uint8_t* places, int64_t n, int64_t m,
+                       int64_t rows, int64_t cols, uint16_t* target, uint8_t* bitmask,
+                       int64_t* row_offsets);
+
 }  // namespace pysparse

@@ -78,4 +78,58 @@ PYSPARSE_HD constexpr int pair_input_word(int w) { return (2 * (w / 16) + w % 2)
 
 PYSPARSE_HD constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// ---- n:m packing: aligned groups of m columns that hold n entries each
+// ------------------------------------------------------------- A group that keeps fewer is filled
+// up. A vector is what a lane loads at once: 8 entries of one rank from 8 groups, and their places
+// in these groups, lowest bits first. A run is 8 groups, hence n vectors; rows are whole runs, so
+// columns may reach 8 m - 1 past the matrix's last. A row is cut into blocks of as many runs as
+// its lanes hold; the j-th group of all runs of a block are neighbours, so that lanes which read
+// at the same time are spread over shared memory's banks.
+inline constexpr int kVectorEntries = 8;
+inline constexpr int kNmLeastBits = 2, kNmMostBits = 4;  // groups of 4, 8 and 16 columns
+inline constexpr int64_t kNmMostVectors = (int64_t{1} << 31) - kLanes;  // 32 bits count them
+
+struct NmRows {
+  int n, bits;  // entries of a group of 1 << bits columns
+  int runs;     // of a row
+  int width;    // lanes that share a row: a power of two, at least n
+
+  PYSPARSE_HD constexpr int vectors() const { return runs * n; }
+  PYSPARSE_HD constexpr int columns() const { return runs * kVectorEntries << bits; }
+  PYSPARSE_HD constexpr int block_runs() const { return width / n; }
+  PYSPARSE_HD constexpr int blocks() const { return (runs + block_runs() - 1) / block_runs(); }
+  // Runs of one block: the last has what is left.
+  PYSPARSE_HD constexpr int runs_of(int block) const {
+    const int left = runs - block * block_runs();
+    return left < block_runs() ? left : block_runs();
+  }
+  // First group of a block.
+  PYSPARSE_HD constexpr int first_group(int block) const {
+    return block * block_runs() * kVectorEntries;
+  }
+  // Group of entry j of a vector; its rank there is vector % n.
+  PYSPARSE_HD constexpr int group(int vector, int j) const {
+    const int block = vector / (block_runs() * n), own = vector / n % block_runs();
+    return first_group(block) + j * runs_of(block) + own;
+  }
+  // The same backwards: entry j of which vector holds the entry of `rank` of a group.
+  PYSPARSE_HD constexpr int entry_of(int group) const {
+    const int block = group / first_group(1);
+    return (group - first_group(block)) / runs_of(block);
+  }
+  PYSPARSE_HD constexpr int vector_of(int group, int rank) const {
+    const int block = group / first_group(1);
+    const int own = (group - first_group(block)) % runs_of(block);
+    return (block * block_runs() + own) * n + rank;
+  }
+};
+
+// Short rows are shared by fewer lanes, which then have two blocks each all the same.
+PYSPARSE_HD constexpr NmRows nm_rows(int n, int bits, int cols) {
+  const int run_columns = kVectorEntries << bits;
+  NmRows rows{n, bits, static_cast<int>(ceil_div(cols, run_columns)), kLanes};
+  while (rows.width > 8 && rows.vectors() <= rows.width && 2 * n <= rows.width) rows.width /= 2;
+  return rows;
+}
+
 }  // namespace pysparse::layout

@@ -1,0 +1,54 @@
+// Runs the n:m kernels on host threads.
+#include "nm_host.cuh"
+
+namespace pysparse::cuda {
+namespace {
+uint4 shared[1 << 14];  // a thread block's dynamic shared memory
+
+template <class T, int kTokens, int kBits>
+void run(const NmWeight& w, const Product& p, int grid, int threads, int team) {
+  std::memset(shared, 0xff, sizeof(shared));  // what was not staged is NaN
+  const NmRows shape = nm_rows(w.n, w.bits, p.cols);
+  shim::launch(grid, 1, threads, [&] { nm_linear_kernel<T, kTokens, kBits>(w, p, shape, team); });
+}
+template <class T, int kTokens>
+void run_bits(const NmWeight& w, const Product& p, int grid, int threads, int team) {
+  if (w.bits == 2) run<T, kTokens, 2>(w, p, grid, threads, team);
+  else if (w.bits == 3) run<T, kTokens, 3>(w, p, grid, threads, team);
+  else run<T, kTokens, 4>(w, p, grid, threads, team);
+}
+template <class T>
+void run_tokens(const NmWeight& w, const Product& p, int grid, int threads, int team) {
+  if (p.tokens <= 1) run_bits<T, 1>(w, p, grid, threads, team);
+  else if (p.tokens <= 2) run_bits<T, 2>(w, p, grid, threads, team);
+  else if (p.tokens <= 4) run_bits<T, 4>(w, p, grid, threads, team);
+  else run_bits<T, 8>(w, p, grid, threads, team);
+}
+}  // namespace
+}  // namespace pysparse::cuda
+
+using namespace pysparse::cuda;
+
+// Warps that may share a row of such a weight.
+extern "C" int nm_team(int n, int bits, int cols) { return most_team(nm_rows(n, bits, cols)); }
+
+extern "C" void run_nm(int grid, int threads, int team, int dtype, const void* values, const uint8_t* places, int n,
+                       int bits, const void* x, const void* bias, void* y, int tokens, int rows, int cols) {
+  const NmWeight w{values, places, n, bits};
+  const Product p{x, bias, y, tokens, rows, cols, static_cast<DType>(dtype)};
+  if (dtype == 0) run_tokens<__nv_bfloat16>(w, p, grid, threads, team);
+  else run_tokens<__half>(w, p, grid, threads, team);
+}
+
+extern "C" void unpack_nm(const void* values, const uint8_t* places, int n, int bits, void* dense, int first_row,
+                          int part_rows, int rows, int cols) {
+  const NmWeight w{values, places, n, bits};
+  const Rows r{dense, first_row, part_rows, rows, cols};
+  const NmRows shape = nm_rows(n, bits, cols);
+  const auto start = [&](auto kernel) {
+    shim::launch(part_rows, 1, kUnpackThreads, [&] { kernel(w, r, shape); });
+  };
+  if (bits == 2) start(nm_unpack_kernel<2>);
+  else if (bits == 3) start(nm_unpack_kernel<3>);
+  else start(nm_unpack_kernel<4>);
+}
