@@ -23,14 +23,16 @@ from pysparse.measure.quality import evaluating
 from pysparse.measure.results import make_table, to_jsonable
 from pysparse.measure.rounds import Spread, percentile, ratios, round_robin, torch_threads
 from pysparse.models.named_shapes import RANDOM_WEIGHTS, SHAPES, named_shape
-from pysparse.nn import fuse_norms_, sparsify_
+from pysparse.nn import fuse_norms_, fuse_rotary_, sparsify_
 
 HERE = Path(__file__).resolve().parent
 PYTHON_VARIABLE = (
     "LLAMA_PYTHON"  # an interpreter with llama-cpp-python and gguf; ours, unless it says another
 )
 # What of a token beside the linear layers runs on our kernels.
-PARTS: dict[str, Callable[[nn.Module], object]] = {"attention": use_attention, "norms": fuse_norms_}
+PARTS: dict[str, Callable[[nn.Module], object]] = {
+    "attention": use_attention, "norms": fuse_norms_, "rotary": fuse_rotary_,
+}  # fmt: skip
 OURS, RIVAL = "pysparse {sparsity:.0%}, int8 values", "llama.cpp Q4_0"
 
 
@@ -169,7 +171,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--prompt", type=int, default=16, help="tokens")
     parser.add_argument("--new-tokens", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--parts", nargs="*", choices=PARTS, default=list(PARTS), help="beside the layers")
+    parser.add_argument("--parts", nargs="*", choices=PARTS, default=list(PARTS), help="default: all")
     parser.add_argument("--gguf", type=Path, help="llama.cpp's file: written where it is missing, and kept")
     options = parser.parse_args(arguments)
     options.dtype = "bf16"

@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     )
     from pysparse.huggingface import CheckpointError, convert, from_pretrained, save_pretrained
     from pysparse.huggingface.attention import attention_options, use_attention
-    from pysparse.nn import DenseLinear, Packing, SparseLinear, densify_, fuse_norms_, sparsify_
+    from pysparse.huggingface.decoding import prepare_decoding_
+    from pysparse.nn import DenseLinear, Packing, SparseLinear, densify_, sparsify_
 
 __version__ = "0.1.0"
 
@@ -47,10 +48,10 @@ __all__ = [
     "doctor",
     "evaluate",
     "from_pretrained",
-    "fuse_norms_",
     "kernel_info",
     "merge_and_sparsify",
     "plan_prune",
+    "prepare_decoding_",
     "prune",
     "report",
     "save_pretrained",
@@ -66,7 +67,8 @@ _ROOMS = {
     ),
     "pysparse.huggingface": ("CheckpointError", "convert", "from_pretrained", "save_pretrained"),
     "pysparse.huggingface.attention": ("attention_options", "use_attention"),
-    "pysparse.nn": ("DenseLinear", "Packing", "SparseLinear", "densify_", "fuse_norms_", "sparsify_"),
+    "pysparse.huggingface.decoding": ("prepare_decoding_",),
+    "pysparse.nn": ("DenseLinear", "Packing", "SparseLinear", "densify_", "sparsify_"),
 }  # fmt: skip
 _HOME = {name: room for room, names in _ROOMS.items() for name in names}
 

@@ -547,6 +547,13 @@ _Region = tuple[int, int, int]  # group size, init, local
 _Rule = tuple[float, int, bool]  # theta, pools, share_kv
 
 def flash_attention(q: _Tensor, k: _Tensor, v: _Tensor, shape: _Shape, span: _Span, to: _Result) -> None: ...
+def rotary(
+    q: tuple[_Tensor, _Tensor, int],
+    k: tuple[_Tensor, _Tensor, int],
+    cosine: tuple[int, int, int],
+    sine: tuple[int, int, int],
+    shape: tuple[int, int, int, int],
+) -> None: ...
 def row_attention(
     q: _Tensor,
     k: _Tensor,

@@ -148,6 +148,7 @@ TESTED_ELSEWHERE = {
     "lowrank": "test_lowrank.py",
     "shapley": "test_shapley.py",
     "ridge": "test_ridge.py",
+    "rotary": "test_rotary.py",
     "row-attention": "test_row_attention.py",
     "norm": "test_norm.py",
 }

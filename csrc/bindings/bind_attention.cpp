@@ -5,6 +5,7 @@
 
 #include "bind.h"
 #include "pysparse/attention.h"
+#include "pysparse/rotary.h"
 #include "pysparse/row_attention.h"
 
 namespace pysparse {
@@ -83,9 +84,33 @@ void call_row_attention(const Tensor& q, const Tensor& k, const Tensor& v, const
                 pointer<void>(out));
 }
 
+using Rotated = std::tuple<Tensor, Tensor, int64_t>;  // x, y, heads
+// address, batch and row stride
+using Angles = std::tuple<uintptr_t, int64_t, int64_t>;
+using RotaryShape = std::tuple<int, int64_t, int64_t, int64_t>;  // dtype, batch, rows, dim
+
+void call_rotary(const Rotated& q, const Rotated& k, const Angles& cosine, const Angles& sine,
+                 const RotaryShape& shape) {
+  const auto rotated = [](const Rotated& r) {
+    return RotaryTensor{tensor(std::get<0>(r)), tensor(std::get<1>(r)), std::get<2>(r)};
+  };
+  const auto [cosine_values, cosine_batch, cosine_row] = cosine;
+  const auto [sine_values, sine_batch, sine_row] = sine;
+  const auto [dtype, batch, rows, dim] = shape;
+  rotary({rotated(q),
+          rotated(k),
+          {pointer<const void>(cosine_values), pointer<const void>(sine_values), cosine_batch,
+           cosine_row, sine_batch, sine_row},
+          dtype_of(dtype),
+          batch,
+          rows,
+          dim});
+}
+
 }  // namespace
 
 void bind_attention(pybind11::module_& module) {
+  module.def("rotary", &call_rotary, ReleaseGil());
   module.def("row_attention", &call_row_attention, ReleaseGil());
   module.def(
       "flash_attention",

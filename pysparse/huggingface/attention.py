@@ -226,16 +226,24 @@ def use_attention(
         None if planner is None else planner_for(planner), min_length, max_density, frozenset(dense_layers),
         sample_rows, profile,
     )  # fmt: skip
-    layers = [
+    if not has_attention(model):
+        raise ValueError(f"{type(model).__name__} has no attention layers that transformers can switch")
+    model.set_attn_implementation(FLASH)  # type: ignore[operator]
+    for module in _attention_layers(model):
+        setattr(module, _ATTRIBUTE, _number(options))
+
+
+def has_attention(model: nn.Module) -> bool:
+    """Tell whether ``model`` has attention layers that transformers can switch."""
+    return hasattr(model, "set_attn_implementation") and bool(_attention_layers(model))
+
+
+def _attention_layers(model: nn.Module) -> list[nn.Module]:
+    return [
         m
         for m in model.modules()
         if isinstance(getattr(m, "layer_idx", None), int) and hasattr(m, "is_causal")
     ]
-    if not layers or not hasattr(model, "set_attn_implementation"):
-        raise ValueError(f"{type(model).__name__} has no attention layers that transformers can switch")
-    model.set_attn_implementation(FLASH)  # type: ignore[operator]
-    for module in layers:
-        setattr(module, _ATTRIBUTE, _number(options))
 
 
 def _number(options: AttentionOptions) -> int:

@@ -9,6 +9,7 @@ from pysparse.nn.linear import SparseLinear
 from pysparse.nn.lowrank import Adapter, MaskedLowRank
 from pysparse.nn.norm import fuse_norms_, unfuse_norms_
 from pysparse.nn.packing import Packing
+from pysparse.nn.rotary import fuse_rotary_, unfuse_rotary_
 
 __all__ = [
     "Adapter",
@@ -24,7 +25,9 @@ __all__ = [
     "densify_",
     "fuse_",
     "fuse_norms_",
+    "fuse_rotary_",
     "sparsify_",
     "unfuse_",
     "unfuse_norms_",
+    "unfuse_rotary_",
 ]

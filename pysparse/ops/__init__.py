@@ -89,6 +89,7 @@ from pysparse.ops.obs import (
     obs_sweep,
 )
 from pysparse.ops.ridge import can_ridge, ridge_rows, ridge_rows_torch
+from pysparse.ops.rotary import call_rotary, can_rotate, rotary
 from pysparse.ops.row_attention import call_row_attention, can_row_attend, row_attention
 from pysparse.ops.select import can_select, nm_mask, row_mask, select_nm, select_rows
 from pysparse.ops.shapley import draw_permutations, draw_words, philox
@@ -144,9 +145,11 @@ __all__ = [
     "call_nm_int8_linear",
     "call_nm_linear",
     "call_rms_norm",
+    "call_rotary",
     "call_row_attention",
     "can_factor",
     "can_ridge",
+    "can_rotate",
     "can_row_attend",
     "can_select",
     "can_sweep",
@@ -196,6 +199,7 @@ __all__ = [
     "ridge_rows",
     "ridge_rows_torch",
     "rms_norm",
+    "rotary",
     "row_attention",
     "row_mask",
     "select_nm",
