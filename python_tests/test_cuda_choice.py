@@ -204,6 +204,27 @@ def test_a_fit_finds_the_line_behind_its_figures(monkeypatch):
     assert worst < 1e-9
 
 
+def test_weights_of_a_pattern_are_fitted_for_nm_only(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import vouch_cuda
+
+    def row(kernel, pattern, rows, sparsity, entry_bytes, slow=1):
+        size = entry_bytes * rows * 4096
+        at = {"rows": rows, "cols": 4096, "sparsity": sparsity, "bytes": size, "tokens": 1, "kernel": kernel}
+        return at | {"pattern": pattern, "microseconds": slow * (3 + 0.25 * size / 1e6)}
+
+    run = []
+    for rows in (4096, 8192, 11008):
+        run += [row("nm", "1:4", rows, 0.75, 0.5625), row("nm", "4:8", rows, 0.5, 1.1875)]
+        run += [row("delta", "", rows, s, 2.5 * (1 - s)) for s in (0.5, 0.7)]
+        run += [row("delta", "1:4", rows, 0.75, 0.63, slow=3), row("pair", "1:4", rows, 0.75, 1.125, slow=3)]
+        run += [row("pair", "", rows, 0.5, 1.125)]
+    found = vouch_cuda.costs(run)
+    assert found.keys() == {"nm", "delta", "pair"}
+    for by_tokens in found.values():
+        assert by_tokens["1"] == pytest.approx([3, 0.25, 0], abs=1e-3)
+
+
 def test_each_report_vouches_for_what_it_ran(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     import vouch_cuda

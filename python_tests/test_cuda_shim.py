@@ -11,7 +11,7 @@ import reference
 import torch
 from cuda_weights import groups_only, matrix_for
 
-from pysparse import backend
+from pysparse import backend, ops
 from pysparse.formats import PACKINGS, BitmapTensor, NMRows
 from pysparse.formats.device import place_bits
 
@@ -140,6 +140,28 @@ def test_unpacking_rows_wider_than_shared_memory(library):
     dense = torch.full((2, 30000), float("nan")).bfloat16()
     library[2].unpack_nm(at(packed.values), at(packed.places), 2, 4, at(dense), 0, 2, 2, 30000)
     assert torch.equal(dense, weight)
+
+
+@pytest.mark.parametrize(
+    "card", [H200, (84, 1536, 101376, 102400), (108, 2048, 166912, 167936)], ids=["90", "86", "80"]
+)
+def test_nm_plans_fit_the_card_for_as_many_tokens_as_are_sent_to_the_kernel(library, card, monkeypatch):
+    monkeypatch.setattr("pysparse.ops.cuda._shared_bytes", lambda device: card[2])
+    for rows, cols in [(1, 5), (1024, 4096), (11008, 4096), (4096, 11008), (8192, 28672), (33, 50000)]:
+        limit = ops.max_tokens("nm", cols, 0)
+        for n, m in [(1, 4), (3, 8), (1, 16), (15, 16)]:
+            for tokens in range(1, limit + 1):
+                plan = (ctypes.c_int * 4)()
+                bits = place_bits(m)
+                error = library[2].plan_nm((ctypes.c_int * 4)(*card), n, bits, tokens, rows, cols, plan)
+                threads, grid, team, shared = plan
+                case = (rows, cols, n, m, tokens, list(plan))
+                assert not error, case
+                assert shared + 1024 <= card[2], case
+                assert threads in (256, 512, 1024), case
+                assert 1 <= grid <= rows, case
+                assert team in (1, 2, 4, 8), case
+                assert team <= max(1, library[2].nm_team(n, bits, cols)), case
 
 
 NM_CASES = [

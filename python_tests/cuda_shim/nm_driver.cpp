@@ -1,6 +1,8 @@
 // Runs the n:m kernels on host threads.
 #include "nm_host.cuh"
 
+#include <type_traits>
+
 namespace pysparse::cuda {
 namespace {
 uint4 shared[1 << 14];  // a thread block's dynamic shared memory
@@ -31,6 +33,23 @@ using namespace pysparse::cuda;
 
 // Warps that may share a row of such a weight.
 extern "C" int nm_team(int n, int bits, int cols) { return most_team(nm_rows(n, bits, cols)); }
+
+// Threads, grid, team and shared bytes of a launch; returns the error.
+extern "C" int plan_nm(const int* card, int n, int bits, int tokens, int rows, int cols, int* out) {
+  const Device device{card[0], card[1], card[2], card[3], 9};
+  const Product p{nullptr, nullptr, nullptr, tokens, rows, cols, DType::kBFloat16};
+  const NmRows shape = nm_rows(n, bits, cols);
+  RowPlan plan{};
+  const auto make = [&](auto width) {
+    return plan_rows<decltype(width)::value>(p, device, shape.columns(), most_team(shape), plan);
+  };
+  const int error = tokens <= 1   ? make(std::integral_constant<int, 1>())
+                    : tokens <= 2 ? make(std::integral_constant<int, 2>())
+                    : tokens <= 4 ? make(std::integral_constant<int, 4>())
+                                  : make(std::integral_constant<int, 8>());
+  out[0] = plan.threads, out[1] = plan.grid, out[2] = plan.team, out[3] = plan.shared;
+  return error;
+}
 
 extern "C" void run_nm(int grid, int threads, int team, int dtype, const void* values, const uint8_t* places, int n,
                        int bits, const void* x, const void* bias, void* y, int tokens, int rows, int cols) {
