@@ -108,17 +108,26 @@ def call_arrays(
     sizes: tuple[int, ...] = (),
 ) -> Tensor:
     """Run the product on the arrays and sizes of a packing: what a layer calls, and a compiler traces."""
-    ops = torch.ops.pysparse
-    result: Tensor
     if packing == "delta":
-        result = ops.delta_linear.default(x, *arrays, bias)
-    elif packing == "fragment":
-        result = ops.fragment_linear.default(x, *arrays, bias, rows, *sizes)
-    elif packing == "nm":
-        result = ops.nm_rows_linear.default(x, *arrays, bias, rows, *sizes)
-    else:
-        result = ops.pair_linear.default(x, *arrays, bias, rows)
-    return result
+        return _op("delta_linear", x, bias)(x, *arrays, bias)
+    if packing == "pair":
+        return _op("pair_linear", x, bias)(x, *arrays, bias, rows)
+    name = "fragment_linear" if packing == "fragment" else "nm_rows_linear"
+    return _op(name, x, bias)(x, *arrays, bias, rows, *sizes)
+
+
+def _op(name: str, x: Tensor, bias: Tensor | None = None) -> Callable[..., Tensor]:
+    """Return the operation as torch knows it where autograd, a tracer or a subclass must see the call on ``x``.
+
+    Else return the function behind it: torch's dispatcher is a large part of a small call's time.
+    """
+    plain = type(x) is Tensor and x.is_cuda and not torch.compiler.is_compiling()
+    if plain and not (
+        torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
+    ):
+        return _OPS[name][0]
+    operation: Callable[..., Tensor] = getattr(torch.ops.pysparse, name).default
+    return operation
 
 
 def packed_unpack(weight: Packing, first_row: int = 0, rows: int | None = None) -> Tensor:
@@ -128,18 +137,15 @@ def packed_unpack(weight: Packing, first_row: int = 0, rows: int | None = None) 
     weight, and for arrays that are not on one CUDA device.
     """
     rows = weight.shape[0] - first_row if rows is None else rows
-    _on_cuda(arrays(weight))
-    ops = torch.ops.pysparse
-    result: Tensor
+    held = arrays(weight)
+    _on_cuda(held)
     if isinstance(weight, DeltaRows):
-        result = ops.delta_unpack.default(*arrays(weight), weight.shape[1], first_row, rows)
-    elif isinstance(weight, FragmentBitmap):
-        result = ops.fragment_unpack.default(weight.stream, weight.offsets, *weight.shape, first_row, rows)
-    elif isinstance(weight, NMRows):
-        result = ops.nm_rows_unpack.default(*arrays(weight), *sizes(weight), *weight.shape, first_row, rows)
-    else:
-        result = ops.pair_unpack.default(weight.stream, *weight.shape, first_row, rows)
-    return result
+        return _op("delta_unpack", held[0])(*held, weight.shape[1], first_row, rows)
+    if isinstance(weight, PairBlocks):
+        return _op("pair_unpack", held[0])(*held, *weight.shape, first_row, rows)
+    name = "fragment_unpack" if isinstance(weight, FragmentBitmap) else "nm_rows_unpack"
+    more = sizes(weight) if isinstance(weight, NMRows) else ()
+    return _op(name, held[0])(*held, *more, *weight.shape, first_row, rows)
 
 
 def max_tokens(packing: str, cols: int, device: int | None = None) -> int:
@@ -147,25 +153,25 @@ def max_tokens(packing: str, cols: int, device: int | None = None) -> int:
 
     ``device`` is the index of a CUDA device, by default the current one.
     """
-    if packing not in _COLUMN_SLACK:
-        return STRIP_TOKENS
-    columns = cols + _COLUMN_SLACK[packing]
-    room = _shared_bytes(torch.cuda.current_device() if device is None else device)
-    return max((t for t, size in _COLUMN_BYTES.items() if columns * size + 2048 <= room), default=0)
+    return _max_tokens(packing, cols, torch.cuda.current_device() if device is None else device)
 
 
 @cache
-def _shared_bytes(device: int) -> int:
-    return int(backend.cuda().shared_bytes(device))
+def _max_tokens(packing: str, cols: int, device: int) -> int:
+    if packing not in _COLUMN_SLACK:
+        return STRIP_TOKENS
+    columns = cols + _COLUMN_SLACK[packing]
+    room = int(backend.cuda().shared_bytes(device))
+    return max((t for t, size in _COLUMN_BYTES.items() if columns * size + 2048 <= room), default=0)
 
 
 def _on_cuda(weights: tuple[Tensor, ...]) -> None:
     """Raise ValueError unless all arrays of a packing are on one CUDA device."""
-    devices = sorted({str(array.device) for array in weights})
+    devices = {array.device for array in weights}
     if len(devices) > 1:
-        raise ValueError(f"the arrays of a packing must be on one device, got {devices}")
+        raise ValueError(f"the arrays of a packing must be on one device, got {sorted(map(str, devices))}")
     if not weights[0].is_cuda:
-        raise ValueError(f"the packed weight is on {devices[0]}, its kernels run on CUDA devices only")
+        raise ValueError(f"the packed weight is on {weights[0].device}, its kernels run on CUDA devices only")
 
 
 def _check(x: Tensor, bias: Tensor | None, *weights: Tensor) -> int:
@@ -178,9 +184,9 @@ def _check(x: Tensor, bias: Tensor | None, *weights: Tensor) -> int:
             + (f", the bias {bias.dtype}" if bias is not None else "")
             + ": CUDA kernels take bfloat16 or float16, the same for all"
         )
-    others = [x.device, *(w.device for w in weights), *([] if bias is None else [bias.device])]
-    if any(device != values.device for device in others):
-        raise ValueError(f"all tensors must be on one device, got {sorted({str(d) for d in others})}")
+    others = (x, *weights) if bias is None else (x, *weights, bias)
+    if any(tensor.device != values.device for tensor in others):
+        raise ValueError(f"all tensors must be on one device, got {sorted({str(t.device) for t in others})}")
     _check_addresses(weights[:2])
     return code
 
@@ -206,7 +212,7 @@ def _tokens(x: Tensor) -> int:
 
 
 def _stream(device: torch.device) -> int:
-    return int(torch.cuda.current_stream(device).cuda_stream)
+    return int(torch._C._cuda_getCurrentRawStream(device.index))  # without an object of Python around it
 
 
 def _delta_linear(
