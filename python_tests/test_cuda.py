@@ -340,13 +340,13 @@ def test_a_layer_packs_itself_when_it_moves(sparsity, packing, monkeypatch):
 
 @pytest.mark.parametrize(("n", "m"), [(1, 4), (2, 8), (4, 8), (1, 16)])
 def test_a_layer_of_a_pattern_packs_itself(n, m):
-    linear = pruned(304, 512, 0.0)
+    linear = pruned(2048, 4096, 0.0)
     linear.weight.data = groups_only(linear.weight.data, n, m)
     layer, dense = SparseLinear.from_dense(linear).to("cuda"), linear.cuda()
     assert f"linear-nm-bfloat16-cuda ({n}:{m})" in layer.kernel
     assert layer.nnz == int(linear.weight.count_nonzero())
     for tokens in (1, 5, 100):
-        x = torch.randn(tokens, 512, device="cuda").bfloat16()
+        x = torch.randn(tokens, 4096, device="cuda").bfloat16()
         if tokens <= 8:
             check(layer(x), x, dense.weight, dense.bias)
         else:

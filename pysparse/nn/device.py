@@ -162,7 +162,8 @@ def predict(bitmap: BitmapTensor, tokens: int = 1) -> Prediction:
     if "pair" in names and (p > 0.5 or not keeps_pairs(bitmap)):
         names.remove("pair")
     pattern = nm_pattern(bitmap) if NMRows.name in names else None
-    if pattern is None or pattern == (2, 4):  # the sparse tensor cores' own
+    # Two of four is the sparse tensor cores' own; a loose pattern, as random zeros keep to it, is mostly fillers.
+    if pattern in (None, (2, 4)) or bytes_per_entry("nm", p, pattern) > GAIN * bytes_per_entry("delta", p):
         names = [name for name in names if name != NMRows.name]
     # A packing that saves no memory is none, however few microseconds a tiny layer takes.
     names = [n for n in names if bytes_per_entry(n, p, pattern) * GAIN <= bytes_per_entry("cublas", p)]
