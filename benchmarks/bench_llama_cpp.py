@@ -18,6 +18,7 @@ from harness import WAIT_LIMIT, Run, command_line, show, threads_of
 from torch import nn
 
 from pysparse.huggingface.attention import use_attention
+from pysparse.huggingface.cache import make_room_
 from pysparse.measure.latency import bytes_per_step, generate_timed, random_tokens
 from pysparse.measure.quality import evaluating
 from pysparse.measure.results import make_table, to_jsonable
@@ -32,6 +33,7 @@ PYTHON_VARIABLE = (
 # What of a token beside the linear layers runs on our kernels.
 PARTS: dict[str, Callable[[nn.Module], object]] = {
     "attention": use_attention, "norms": fuse_norms_, "rotary": fuse_rotary_,
+    "cache": make_room_,
 }  # fmt: skip
 OURS, RIVAL = "pysparse {sparsity:.0%}, int8 values", "llama.cpp Q4_0"
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from pysparse.huggingface.attention import has_attention, use_attention
+from pysparse.huggingface.cache import make_room_
 from pysparse.huggingface.registration import PREFIX
 from pysparse.nn import fuse_norms_, fuse_rotary_
 
@@ -18,6 +19,7 @@ class DecodingReport:
     attention: str  # the implementation's name; "" where the model has no attention that can be switched
     norms: dict[str, str]  # path of each RMSNorm -> form, of ops.NORM_FORMS
     rotary: tuple[str, ...]  # modelling files whose rotary embedding is one call
+    cache: bool  # whether a growing cache gets room ahead
 
 
 def prepare_decoding_(model: nn.Module) -> DecodingReport:
@@ -26,7 +28,8 @@ def prepare_decoding_(model: nn.Module) -> DecodingReport:
     That is attention (:func:`use_attention`; one of ours that was chosen before stays), RMSNorm
     (:func:`pysparse.nn.fuse_norms_`) and the rotary embedding (:func:`pysparse.nn.fuse_rotary_`, which holds for
     all models of that family in the process), for calls without gradients on the CPU in float32 or bfloat16. The
-    layers themselves are :func:`pysparse.sparsify_`'s.
+    layers themselves are :func:`pysparse.sparsify_`'s. And keys and values are written into room ahead instead of
+    being copied for each token (:func:`pysparse.huggingface.cache.make_room_`).
     """
     config = getattr(model, "config", None)
     chosen = str(getattr(config, "_attn_implementation", None) or "")
@@ -34,5 +37,8 @@ def prepare_decoding_(model: nn.Module) -> DecodingReport:
         use_attention(model)
         chosen = str(getattr(config, "_attn_implementation", ""))
     return DecodingReport(
-        chosen if chosen.startswith(PREFIX) else "", fuse_norms_(model), fuse_rotary_(model)
+        chosen if chosen.startswith(PREFIX) else "",
+        fuse_norms_(model),
+        fuse_rotary_(model),
+        make_room_(model),
     )
