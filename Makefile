@@ -82,8 +82,8 @@ sanitize: $(VENV)/dev ## kernel and format tests under the address and undefined
 		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONMALLOC=malloc \
 		$(VENV)-sanitize/bin/python -P -m pytest -s -q -p no:cacheprovider \
 		$(addprefix python_tests/test_,$(addsuffix .py,kernels formats int8 nm pairs fused_ops fused_int8 \
-		properties attention_kernels embedding lowrank ridge select shapley shapley_entries shapley_rows sparsegpt \
-		sparsegpt_int8))
+		properties attention_kernels norm row_attention rotary embedding lowrank ridge select shapley shapley_entries \
+		shapley_rows sparsegpt sparsegpt_int8))
 
 define UNDER_TSAN
 	LD_PRELOAD="$$(gcc -print-file-name=libtsan.so)" PYSPARSE_NUM_THREADS=3 \
@@ -97,7 +97,7 @@ sanitize-thread: $(VENV)/dev ## every kernel on several threads under the thread
 	$(call INSTRUMENT,sanitize-thread,thread)
 	$(call UNDER_TSAN) --slow python_tests/test_threads.py -k "not fork and not grandchildren"
 	$(call UNDER_TSAN) $(addprefix python_tests/test_,$(addsuffix .py,attention_kernels embedding fused_ops fused_int8 \
-		lowrank ridge select shapley_entries shapley_rows sparsegpt sparsegpt_factor sparsegpt_int8)) -k thread
+		norm row_attention rotary lowrank ridge select shapley_entries shapley_rows sparsegpt sparsegpt_factor sparsegpt_int8)) -k thread
 
 gpu-report: ## on a machine with a GPU and nvcc: build, test, measure (STEPS=...); writes gpu_report/gpu_report.json
 	GPU_OUT=gpu_report benchmarks/gpu_check.sh $(STEPS)

@@ -9,7 +9,8 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 BENCHMARKS = (
-    "linear", "overhead", "fused", "checkpoint", "encoder", "end_to_end", "prefill", "dispatch", "int8_nm", "limits",
+    "linear", "overhead", "fused", "decoding", "checkpoint", "encoder", "end_to_end", "prefill", "dispatch",
+    "int8_nm", "limits",
     "int8_quality", "quality", "structured", "losa", "rivals", "pruning", "ebf", "attention",
     "attention_quality", "embedding", "shapley", "shaver", "suite",
     "pages", "llama_cpp",

@@ -171,7 +171,9 @@ def test_encoder(quick):
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["prefill", "dispatch", "int8_nm", "fused", "attention", "shaver", "pages"])
+@pytest.mark.parametrize(
+    "name", ["prefill", "dispatch", "int8_nm", "fused", "decoding", "attention", "shaver", "pages"]
+)
 def test_the_others(quick, name):
     _, printed = quick(name)
     assert printed.strip()

@@ -16,6 +16,45 @@ _LEAST_ROOM = 64  # tokens; above, a quarter of what is held
 _KEYWORDS = ("cache", "past_key_values")
 
 
+class _Room:
+    """Tensors for keys and values of more tokens than there are, and the views of them that a layer holds."""
+
+    __slots__ = ("capacity", "held", "length", "owner", "tensors", "token_shapes")
+
+    def __init__(self, layer: RoomyLayer, keys: Tensor, values: Tensor) -> None:
+        self.owner = id(layer)  # a copy of the layer shares these tensors
+        self.length = keys.shape[2]
+        self.capacity = self.length + max(_LEAST_ROOM, self.length // 4)
+        self.tensors = [_enlarged(one, self.capacity) for one in (keys, values)]
+        self.held = keys, values
+        self.token_shapes = [torch.Size((*one.shape[:2], 1, one.shape[3])) for one in (keys, values)]
+
+    def takes(self, layer: RoomyLayer) -> bool:
+        """Tell whether what ``layer`` holds is what was put here last, and another token may be written beside it."""
+        return (
+            self.owner == id(layer)
+            and layer.keys is self.held[0]
+            and layer.values is self.held[1]
+            and self.length < self.capacity
+            and (not self.tensors[0].is_inference() or torch.is_inference_mode_enabled())
+        )
+
+    def append(self, *token: Tensor) -> tuple[Tensor, Tensor]:
+        for tensor, new in zip(self.tensors, token, strict=True):
+            tensor.narrow(2, self.length, 1).copy_(new)
+        self.length += 1
+        keys, values = self.tensors
+        self.held = keys.narrow(2, 0, self.length), values.narrow(2, 0, self.length)
+        return self.held
+
+
+def _enlarged(held: Tensor, capacity: int) -> Tensor:
+    batch, heads, length, dim = held.shape
+    tensor = torch.empty(batch, heads, capacity, dim, dtype=held.dtype)
+    tensor.narrow(2, 0, length).copy_(held)
+    return tensor
+
+
 class RoomyLayer(DynamicLayer):
     """A layer whose keys and values are views of larger tensors, into which single tokens are written.
 
@@ -25,8 +64,7 @@ class RoomyLayer(DynamicLayer):
     """
 
     _layer_type = None  # or the class would stand in for its base wherever transformers makes one
-    # Whose room it is (a copy of this object shares the tensors), the tokens it holds, and both tensors.
-    _room: tuple[int, int, Tensor, Tensor] | None = None
+    _room: _Room | None = None
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
@@ -35,59 +73,29 @@ class RoomyLayer(DynamicLayer):
         if torch.compiler.is_dynamo_compiling() or not self._can_write(key_states, value_states):
             keys, values = super().update(key_states, value_states, *args, **kwargs)
             return keys, values
-        length = self.keys.shape[2]  # type: ignore[union-attr]
-        rooms = self._rooms(length)
-        for room, new in zip(rooms, (key_states, value_states), strict=True):
-            room.narrow(2, length, 1).copy_(new)
-        self.keys, self.values = (room.narrow(2, 0, length + 1) for room in rooms)
-        self._room = (id(self), length + 1, *rooms)
+        if self._room is None or not self._room.takes(self):
+            assert self.keys is not None
+            assert self.values is not None
+            self._room = _Room(self, self.keys, self.values)
+        self.keys, self.values = self._room.append(key_states, value_states)
         return self.keys, self.values
 
-    def _can_write(self, *new: Tensor) -> bool:
-        if not self.is_initialized or self.get_seq_length() == 0:
+    def _can_write(self, keys: Tensor, values: Tensor) -> bool:
+        """Tell whether these are one token's, and like those that are held."""
+        held = self.keys, self.values
+        if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (keys, values, *held)):
             return False
-        for held, one in zip((self.keys, self.values), new, strict=True):
-            if held is None or one.dim() != 4 or one.shape[2] != 1 or not (one.is_cpu and held.is_cpu):
-                return False
-            if (
-                one.dtype is not held.dtype
-                or one.shape[:2] != held.shape[:2]
-                or one.shape[3] != held.shape[3]
-            ):
-                return False
-            if torch.is_grad_enabled() and (one.requires_grad or held.requires_grad):
-                return False
-        return True
-
-    def _rooms(self, length: int) -> tuple[Tensor, Tensor]:
-        """Return tensors that begin with what is held and have room for one token more."""
-        keys, values = self.keys, self.values
-        assert keys is not None
-        assert values is not None
-        if self._room is not None:
-            owner, filled, *rooms = self._room
-            own = owner == id(self) and filled == length < rooms[0].shape[2]
-            if own and all(map(_begins_with, rooms, (keys, values))):
-                return rooms[0], rooms[1]
-        return _room_for(keys), _room_for(values)
-
-
-def _begins_with(room: Tensor, held: Tensor) -> bool:
-    """Tell whether ``held`` is the beginning of ``room``, and that may be written to."""
-    if room.is_inference() and not torch.is_inference_mode_enabled():
-        return False
-    return (
-        room.data_ptr() == held.data_ptr()
-        and room.stride() == held.stride()
-        and room.shape[:2] == held.shape[:2]
-    )
-
-
-def _room_for(held: Tensor) -> Tensor:
-    batch, heads, length, dim = held.shape
-    room = torch.empty(batch, heads, length + max(_LEAST_ROOM, length // 4), dim, dtype=held.dtype)
-    room.narrow(2, 0, length).copy_(held)
-    return room
+        room = self._room
+        if room is not None and room.held[0] is self.keys and room.held[1] is self.values:
+            shapes = room.token_shapes
+        elif held[0] is None or held[1] is None or held[0].dim() != 4 or held[0].numel() == 0:
+            return False
+        else:
+            shapes = [torch.Size((*x.shape[:2], 1, x.shape[3])) for x in held if x is not None]
+        return all(
+            new.is_cpu and old is not None and old.is_cpu and new.dtype is old.dtype and new.shape == shape
+            for new, old, shape in zip((keys, values), held, shapes, strict=True)
+        )
 
 
 def make_room_(model: nn.Module) -> bool:
