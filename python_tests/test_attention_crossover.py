@@ -71,3 +71,13 @@ def test_the_command_shows_it():
 def test_lengths_are_checked(lengths):
     with pytest.raises(ValueError, match="lengths="):
         crossover.tune_crossover(PLANNER, torch.bfloat16, lengths)
+
+
+def test_on_a_gpu_the_committed_run_decides(monkeypatch):
+    options, keys = AttentionOptions(PLANNER), crossover.gpu_crossover()
+    assert 16384 < keys < 65536  # where the run saw torch's attention ahead, and behind
+    assert why_exact(call(200), options, 0, on_gpu=True) == f"fewer than {keys} keys, as measured on a GPU"
+    assert why_exact(call(200), AttentionOptions(PLANNER, min_length=100), 0, on_gpu=True) == ""
+    monkeypatch.setattr("pysparse.attention.dispatch.gpu_crossover", lambda: 180)
+    assert why_exact(call(200), options, 0, on_gpu=True) == ""
+    assert why_exact(call(150), AttentionOptions(), 0, on_gpu=True) == ""  # no planner: nothing is planned

@@ -162,8 +162,8 @@ def test_the_committed_costs_cover_each_kernel():
     )
 
 
-# Data sheets; the boost clock times the multiprocessors.
-H200 = Gpu("NVIDIA H200", 4916.7, 261.4)
+# As its driver told the run; a data sheet; the boost clock times the multiprocessors.
+H200 = Gpu("NVIDIA H200", 4814.3, 261.4)
 RTX_4090 = Gpu("NVIDIA GeForce RTX 4090", 1008.0, 322.6)
 
 
@@ -174,7 +174,9 @@ def test_another_gpu_is_expected_to_have_its_own_rates():
     slow = device_costs(RTX_4090)
     assert slow.gpu == "NVIDIA H200, scaled to NVIDIA GeForce RTX 4090"
     call, megabyte, mega = measured.lines["delta"][1]
-    assert slow.lines["delta"][1] == pytest.approx((call, megabyte * 4916.7 / 1008, mega * 261.4 / 322.6))
+    assert slow.lines["delta"][1] == pytest.approx(
+        (call, megabyte * H200.gigabytes_per_second / 1008, mega * 261.4 / 322.6)
+    )
 
     # Where memory is slow for the cores, decoding no longer hides what the bitmap saves: its bytes are the fewest at
     # half density, and no gain exceeds what they save.
@@ -264,9 +266,31 @@ def test_each_report_vouches_for_what_it_ran(tmp_path, monkeypatch):
     }
     with pytest.raises(ValueError, match="wrong: \\['sweep'\\]"):
         vouch_cuda.vouch(first, log, report("c.json", {}, ["sweep"]))
-    log.write_text("1 failed, 3 passed")
-    with pytest.raises(ValueError, match="ends with: 1 failed"):
+    log.write_text("FAILED tests/test_x.py::test_a[2-True]\n1 failed, 3 passed")
+    with pytest.raises(ValueError, match="ends with: 1 failed.*failed: \\['test_a'\\]"):
         vouch_cuda.vouch(first, log)
+    excused = {"test_a": "the reason"}
+    assert vouch_cuda.vouch(first, log, excused=excused)["excused"] == excused
+    for wrong in ({"test_b": "no such failure"}, excused | {"test_b": "nor this"}):
+        with pytest.raises(ValueError, match="excused"):
+            vouch_cuda.vouch(first, log, excused=wrong)
+    log.write_text("FAILED tests/test_x.py::test_a[2-True]\n2 failed, 3 passed")  # one is not named
+    with pytest.raises(ValueError, match="2 failed"):
+        vouch_cuda.vouch(first, log, excused=excused)
+
+
+def test_the_attention_crossover_lies_between_the_lengths_that_show_it(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import vouch_cuda
+
+    def crossover(*gains):
+        rows = [{"length": n, "over_cudnn": gain, "kernel": vouch_cuda.ANCHOR} for n, gain in gains]
+        return vouch_cuda.attention_crossover([*rows, {"length": 1, "over_cudnn": 9.0, "kernel": "other"}])
+
+    assert crossover((1000, 0.5), (4000, 0.9)) is None
+    assert crossover((1000, 1.2), (4000, 2.0)) == 1000
+    assert crossover((1000, 1.05 / 2), (4000, 1.05 * 2)) == 2000  # half way, in logarithms
+    assert crossover() is None
 
 
 def test_without_a_device_the_gate_says_why_and_import_works():

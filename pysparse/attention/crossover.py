@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +46,16 @@ def known_crossover(planner: Planner, dtype: torch.dtype) -> Crossover | None:
     if place not in _known:
         _known[place] = _read(crossover_file(planner, dtype), _key(planner, dtype))
     return _known[place]
+
+
+@cache
+def gpu_crossover() -> int:
+    """Return from how many keys on the committed GPU run found planned attention faster than torch's exact one.
+
+    More keys than there can be where it found no such length.
+    """
+    keys = json.loads(backend.CUDA_REPORT.read_text())["attention_crossover"]
+    return sys.maxsize if keys is None else int(keys)
 
 
 def tune_crossover(planner: Planner, dtype: torch.dtype, lengths: Sequence[int] = LENGTHS) -> Crossover:

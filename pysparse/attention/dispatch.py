@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pysparse.attention.crossover import known_crossover
+from pysparse.attention.crossover import gpu_crossover, known_crossover
 from pysparse.attention.log import DENSE, SPARSE, Tally
 from pysparse.attention.plan import Attended, AttentionInput, Fused, Planner, attend, dense
 
@@ -56,7 +56,11 @@ class Outcome:
 
 def run_attention(given: AttentionInput, options: AttentionOptions, layer: int = -1) -> Outcome:
     """Compute one causal call of ``layer`` by the compiled kernels, planned where that pays."""
-    reason, planner, start = why_exact(given, options, layer), options.planner, time.perf_counter()
+    reason, planner, start = (
+        why_exact(given, options, layer, given.query.is_cuda),
+        options.planner,
+        time.perf_counter(),
+    )
     fused = planner if isinstance(planner, Fused) and not options.profile else None
     if fused and not reason and options.max_density < 1 and fused.estimate(given) > options.max_density:
         reason = _too_dense(options)
@@ -77,20 +81,28 @@ def _too_dense(options: AttentionOptions) -> str:
     return f"density above {options.max_density:.2f}"
 
 
-def why_exact(given: AttentionInput, options: AttentionOptions, layer: int) -> str:
-    """Return why this call is not to be planned; "" when it is."""
+def why_exact(given: AttentionInput, options: AttentionOptions, layer: int, on_gpu: bool = False) -> str:
+    """Return why this call is not to be planned; "" when it is.
+
+    ``on_gpu``: by what a GPU run measured beside torch's own attention, not by what is known of this CPU.
+    """
     if options.planner is None:
         return ""
     if layer in options.dense_layers:
         return "layer in dense_layers"
-    found = known_crossover(options.planner, given.query.dtype) if options.min_length is None else None
-    least = options.planner.crossover if options.min_length is None else options.min_length
-    if found is not None:
-        least = found.keys
+    least, source = _least_keys(options.planner, options.min_length, given.query.dtype, on_gpu)
     longest = max((one.end for one in given.bounds()), default=0)
-    if longest >= least:
-        return ""
-    return f"fewer than {least} keys" + (", as measured" if found else "")
+    return "" if longest >= least else f"fewer than {least} keys{source}"
+
+
+def _least_keys(planner: Planner, asked: int | None, dtype: torch.dtype, on_gpu: bool) -> tuple[int, str]:
+    """Return from how many keys on a call is planned, and who says so where it is a measurement."""
+    if asked is not None:
+        return asked, ""
+    if on_gpu and planner.crossover:  # 0: the user brought the lists
+        return max(planner.crossover, gpu_crossover()), ", as measured on a GPU"
+    found = known_crossover(planner, dtype)
+    return (planner.crossover, "") if found is None else (found.keys, ", as measured")
 
 
 def row_recall(given: AttentionInput, lse: Tensor, rows: Tensor) -> Tensor:
