@@ -153,16 +153,20 @@ def max_tokens(packing: str, cols: int, device: int | None = None) -> int:
 
     ``device`` is the index of a CUDA device, by default the current one.
     """
-    return _max_tokens(packing, cols, torch.cuda.current_device() if device is None else device)
+    if packing not in _COLUMN_SLACK:
+        return STRIP_TOKENS
+    room = _shared_bytes(torch.cuda.current_device() if device is None else device)
+    return _fitting_tokens(cols + _COLUMN_SLACK[packing], room)
 
 
 @cache
-def _max_tokens(packing: str, cols: int, device: int) -> int:
-    if packing not in _COLUMN_SLACK:
-        return STRIP_TOKENS
-    columns = cols + _COLUMN_SLACK[packing]
-    room = int(backend.cuda().shared_bytes(device))
+def _fitting_tokens(columns: int, room: int) -> int:
     return max((t for t, size in _COLUMN_BYTES.items() if columns * size + 2048 <= room), default=0)
+
+
+@cache
+def _shared_bytes(device: int) -> int:
+    return int(backend.cuda().shared_bytes(device))
 
 
 def _on_cuda(weights: tuple[Tensor, ...]) -> None:
