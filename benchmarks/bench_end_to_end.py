@@ -15,6 +15,7 @@ from rich.table import Table
 from rivals.torch_decode import tuned_twin
 from torch import nn
 
+from pysparse import prepare_decoding_
 from pysparse.measure.comparison import (
     KERNEL_DENSE,
     TORCH_DENSE,
@@ -106,6 +107,12 @@ def packed_blocks(options: argparse.Namespace, pack: Callable[[nn.Module], objec
     return model
 
 
+def prepared(model: nn.Module) -> nn.Module:
+    """Return ``model`` with what lies beside its layers on the compiled kernels as well."""
+    prepare_decoding_(model)
+    return model
+
+
 def one_after_other(options: argparse.Namespace) -> dict[str, Any]:
     """Build, time and free one engine after the other, for models that do not fit in memory together."""
     dtype, level = shapes.DTYPES[options.dtype], f"{max(options.sparsity):.0%}"
@@ -114,6 +121,11 @@ def one_after_other(options: argparse.Namespace) -> dict[str, Any]:
         f"sparse {level}": lambda: packed_blocks(options, sparsify_),
         f"sparse {level}, int8 values": lambda: packed_blocks(
             options, lambda model: sparsify_(model, values="int8")
+        ),
+        # Last: the rotary embedding of a family is prepared for all its models in a process.
+        f"sparse {level}, prepared": lambda: prepared(packed_blocks(options, sparsify_)),
+        f"sparse {level}, int8 values, prepared": lambda: prepared(
+            packed_blocks(options, lambda model: sparsify_(model, values="int8"))
         ),
     }
     engines: dict[str, Any] = {}
