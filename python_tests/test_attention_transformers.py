@@ -222,6 +222,7 @@ def test_use_attention_sets_a_model_for_good():
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # inductor's own use of it
 @torch.no_grad()
 def test_a_compiled_model_is_one_graph_and_counts():
     model = tiny("llama", "pysparse_anchor")
