@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
+from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 
@@ -222,4 +223,13 @@ def test_the_module_stays_what_it_was(counted):
     for undo in (unfuse_norms_, densify_):
         other = copy.deepcopy(norm)
         assert type(undo(nn.Sequential(other))[0]) is LlamaRMSNorm
-        assert "_norm" not in other.__dict__
+        assert "_pysparse_norm" not in other.__dict__
+
+
+def test_what_a_module_calls_its_own_stays_its_own():
+    norm = Gemma3RMSNorm(64)
+    x = torch.randn(3, 64)
+    expected = norm(x)
+    assert fuse_norms_(norm)
+    torch.testing.assert_close(norm(x.requires_grad_()), expected)  # by the class's own method _norm
+    torch.testing.assert_close(norm(x.detach()), expected)

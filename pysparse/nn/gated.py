@@ -94,33 +94,33 @@ def can_share(module: nn.Module | None) -> TypeGuard[SparseLinear | CompactLinea
 class GatedMLP(Mixin):
     """Mixed into the class of a gated MLP: its forward in two calls instead of five where that is the same."""
 
-    _gated: GatedPlan
+    _pysparse_gated: GatedPlan
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return the base class's result: see :func:`pysparse.ops.gated_linear` for how rounding may differ."""
         if len(args) + len(kwargs) == 1:  # the traced forward has one parameter
             (x,) = args or kwargs.values()
-            product = self._gated.product(self._modules, x)
+            product = self._pysparse_gated.product(self._modules, x)
             if product is not None:
-                down: Any = self._modules[self._gated.down]
+                down: Any = self._modules[self._pysparse_gated.down]
                 return down(product)
         return super().forward(*args, **kwargs)
 
     def extra_repr(self) -> str:
         """Add what is computed in one call."""
-        return ", ".join(text for text in (super().extra_repr(), str(self._gated)) if text)
+        return ", ".join(text for text in (super().extra_repr(), str(self._pysparse_gated)) if text)
 
     @staticmethod
     def fuse(module: nn.Module, plan: GatedPlan) -> None:
         """Let ``module`` run by ``plan``."""
-        module._gated = plan  # type: ignore[assignment]
+        module._pysparse_gated = plan  # type: ignore[assignment]
         GatedMLP.mix(module)
 
     @staticmethod
     def unfuse(module: nn.Module) -> None:
         """Give ``module`` its own class back."""
         GatedMLP.unmix(module)
-        del module.__dict__["_gated"]
+        del module.__dict__["_pysparse_gated"]
 
 
 class _Tracer(fx.Tracer):

@@ -53,14 +53,16 @@ class FusedNorm(Mixin):
     dtype, a weight of another dtype than the input.
     """
 
-    _norm: NormPlan
+    _pysparse_norm: NormPlan  # not `_norm`, as Gemma's modules call a method of theirs
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return the base class's result; see :func:`pysparse.ops.rms_norm` for the order of the sum."""
         if len(args) == 1 and not kwargs and not torch.compiler.is_dynamo_compiling():
             x, weight = args[0], self._parameters.get("weight")
             if weight is not None and _kernel_applies(x, weight):
-                return ops.call_rms_norm(x, weight, getattr(self, self._norm.epsilon), self._norm.form)
+                return ops.call_rms_norm(
+                    x, weight, getattr(self, self._pysparse_norm.epsilon), self._pysparse_norm.form
+                )
         return super().forward(*args, **kwargs)
 
     def extra_repr(self) -> str:
@@ -85,9 +87,9 @@ def fuse_norms_(model: nn.Module) -> dict[str, str]:
             plan = NormPlan.of(module)
             if plan is None:
                 continue
-            module._norm = plan
+            module._pysparse_norm = plan
             FusedNorm.mix(module)
-        found[path] = module._norm.form
+        found[path] = module._pysparse_norm.form
     return found
 
 
@@ -96,7 +98,7 @@ def unfuse_norms_(model: nn.Module) -> nn.Module:
     for module in model.modules():
         if isinstance(module, FusedNorm):
             FusedNorm.unmix(module)
-            del module.__dict__["_norm"]
+            del module.__dict__["_pysparse_norm"]
     return model
 
 
