@@ -34,9 +34,9 @@ class NvrtcError(RuntimeError):
 
 
 def has_code(architectures: str, capability: tuple[int, int]) -> bool:
-    """Tell whether code for ``architectures`` ("80;90") runs on a GPU: same major number, minor not above its own."""
+    """Tell whether code for ``architectures`` ("80,90") runs on a GPU: same major number, minor not above its own."""
     major, minor = capability
-    built = [divmod(int(arch), 10) for arch in architectures.split(";")]
+    built = [divmod(int(arch), 10) for arch in architectures.split(",")]
     return any(have == major and least <= minor for have, least in built)
 
 

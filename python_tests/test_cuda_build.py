@@ -60,6 +60,13 @@ def test_code_for_the_listed_gpus_and_ptx_for_later_ones(tmp_path):
     assert "arch=compute_90,code=[compute_90]" in commands  # from 90 on, launches start early and must wait
     assert "-Werror=all-warnings" in commands
     assert "-fvisibility=hidden" in commands
+    # The module itself is told the whole list: compile it, as it is.
+    entry = next(one for one in json.loads(commands) if one["file"].endswith("cuda_module.cpp"))
+    done = subprocess.run(
+        entry["command"], shell=True, cwd=entry["directory"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "80,86,89,90,100,120" in entry["command"]
 
 
 def test_without_a_compiler_auto_leaves_the_cuda_half_out(tmp_path):

@@ -72,12 +72,12 @@ def plain_names(tmp_path_factory):
 @pytest.mark.parametrize(
     ("built", "capability", "runs"),
     [
-        ("80;90", (9, 0), True),
-        ("80;90", (8, 9), True),  # code runs on later GPUs of its generation
+        ("80,90", (9, 0), True),
+        ("80,90", (8, 9), True),  # code runs on later GPUs of its generation
         ("89", (8, 6), False),
-        ("100;120", (10, 3), True),
-        ("100;120", (11, 0), False),
-        ("80;86;89;90;100;120", (13, 0), False),
+        ("100,120", (10, 3), True),
+        ("100,120", (11, 0), False),
+        ("80,86,89,90,100,120", (13, 0), False),
     ],
 )
 def test_code_runs_within_a_generation(built, capability, runs):
@@ -172,7 +172,7 @@ def test_only_devices_without_code_get_some(tmp_path):
     (tmp_path / "cuda_sources").symlink_to(ROOT / "csrc")
     loaded = []
     module = SimpleNamespace(  # the real one loads code through the driver, which this machine need not have
-        __file__=str(tmp_path / "_cuda.so"), ARCHITECTURES="80;90",
+        __file__=str(tmp_path / "_cuda.so"), ARCHITECTURES="80,90",
         load_code=lambda image, device: loaded.append((device, kernels(image))),
     )  # fmt: skip
     nvrtc.load(module, "embedding", [(9, 0), (11, 0), (8, 6)], tmp_path / "cache")
