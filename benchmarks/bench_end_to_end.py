@@ -38,7 +38,7 @@ from pysparse.models.named_shapes import (
     random_model,
     repeat_block_,
 )
-from pysparse.nn import sparsify_
+from pysparse.nn import sparsify_, unfuse_rotary_
 
 TORCH_TUNED = "torch dense, best setting per phase"
 TOLERANCE = {torch.bfloat16: 0.08, torch.float32: 1e-4}  # of the largest logit
@@ -122,7 +122,6 @@ def one_after_other(options: argparse.Namespace) -> dict[str, Any]:
         f"sparse {level}, int8 values": lambda: packed_blocks(
             options, lambda model: sparsify_(model, values="int8")
         ),
-        # Last: the rotary embedding of a family is prepared for all its models in a process.
         f"sparse {level}, prepared": lambda: prepared(packed_blocks(options, sparsify_)),
         f"sparse {level}, int8 values, prepared": lambda: prepared(
             packed_blocks(options, lambda model: sparsify_(model, values="int8"))
@@ -141,6 +140,7 @@ def one_after_other(options: argparse.Namespace) -> dict[str, Any]:
             "build_seconds": built,
             "bytes": model_bytes(model).total,
         }
+        unfuse_rotary_(model)  # it holds for all models of a family, also the next ones here
         del model, timings
         gc.collect()
     base = engines[TORCH_DENSE]["milliseconds_p50"]

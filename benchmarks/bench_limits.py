@@ -40,7 +40,7 @@ CACHED = (
     512,
     2048,
 )  # rows and columns of the part that stays in two cores' second-level caches: 1.2 MB at 50 %
-GEMM_SIZE = 1024  # of the square product that shows how fast this machine multiplies bf16
+GEMM_SIZE = 1024  # of the square product that shows how fast this machine multiplies
 REAL_MASKS = ("wanda", "sparsegpt")
 CELL_WEIGHTS = 32  # of a 16 x 2 cell of the tiled bitmap
 ONE_TO_FOUR = nm_engines(1, 4)[0]
@@ -65,6 +65,7 @@ class Subject:
     zeros: str  # as in bench_int8_nm: "70%" or "1:4"
     tokens: int
     skips_zeros: bool = False
+    dtype: str = "bf16"
 
 
 RANDOM = tuple(f"{round(100 * s)}%" for s in shapes.SPARSITIES)
@@ -74,18 +75,20 @@ SUBJECTS = (
     *(Subject(PAIRS, zeros, 16, skips_zeros=True) for zeros in RANDOM),
     *(Subject(PYSPARSE_INT8, zeros, 1) for zeros in RANDOM),
     Subject(ONE_TO_FOUR, "1:4", 1, skips_zeros=True),
+    *(Subject(PAIRS, zeros, 256, skips_zeros=True, dtype="fp32") for zeros in RANDOM),
 )
 
 
 def measure(subject: Subject, shape: str, rounds: int, working_set: int) -> dict[str, Any]:
     """Time a kernel on cold and on cached weights, beside a read of memory and a dense product; a JSON-ready row."""
-    weight = bench_int8_nm.make_weight(bench_int8_nm.Case(shape, subject.zeros, subject.tokens))
+    dtype = shapes.DTYPES[subject.dtype]
+    weight = bench_int8_nm.make_weight(bench_int8_nm.Case(shape, subject.zeros, subject.tokens)).to(dtype)
     engine, pack, dense = subject.engine, subject.engine.storage.pack, weight[:GEMM_SIZE, :GEMM_SIZE].clone()
     cold = cold_copies(lambda: pack(weight), engine.storage.nbytes, working_set)
     read = cold_copies(lambda: READ_PROBE.storage.pack(weight), READ_PROBE.storage.nbytes, working_set)
     part, tile = weight[: CACHED[0], : CACHED[1]].clone(), weight[:16, :64].clone()
     cached, one_tile = pack(part), pack(tile)
-    x = torch.randn(subject.tokens, weight.shape[1]).bfloat16()
+    x = torch.randn(subject.tokens, weight.shape[1]).to(dtype)
     x_part, x_tile = (x[:, : one.shape[1]].contiguous() for one in (part, tile))
     timings = time_calls(
         {
@@ -99,7 +102,7 @@ def measure(subject: Subject, shape: str, rounds: int, working_set: int) -> dict
         sample_seconds=0.004,
     )
     return {
-        "shape": shape, "kernel": engine.name, "zeros": subject.zeros, "tokens": subject.tokens,
+        "shape": shape, "kernel": engine.name, "dtype": subject.dtype, "zeros": subject.zeros, "tokens": subject.tokens,
         **_limits(subject, weight, engine.storage.nbytes(cold.take()), timings),
         "timings": {name: timing.record() for name, timing in timings.items()},
     }  # fmt: skip
@@ -167,7 +170,7 @@ def tables(rows: list[dict[str, Any]]) -> Iterator[Table]:
         "thread_ns_per_cell",
     )
     lines = [
-        [row["kernel"], row["zeros"], row["tokens"], *(row.get(name) for name in names)]
+        [f"{row['kernel']}, {row['dtype']}", row["zeros"], row["tokens"], *(row.get(name) for name in names)]
         for row in rows
         if "zeros" in row
     ]
@@ -184,7 +187,7 @@ def tables(rows: list[dict[str, Any]]) -> Iterator[Table]:
         "ns a cell",
     ]
     yield make_table(
-        f"{rows[0]['shape']} bf16: measured time beside what memory, instructions and dots alone take",
+        f"{rows[0]['shape']}: measured time beside what memory, instructions and dots alone take",
         columns,
         lines,
     )
@@ -203,6 +206,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "--mask-sparsity", nargs="*", type=float, default=[0.5, 0.7, 0.9], help="of the real masks"
     )
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--dtypes", nargs="+", choices=shapes.DTYPES, default=["bf16", "fp32"])
     return parser.parse_args(arguments)
 
 
@@ -210,7 +214,8 @@ def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
     this = Run.start("limits", options)
     working_set = 0 if options.quick else COLD_BYTES
-    subjects = [s for s in SUBJECTS if s.zeros in ("70%", "1:4") or not options.quick]
+    subjects = [s for s in SUBJECTS if s.dtype in options.dtypes]
+    subjects = [s for s in subjects if s.zeros in ("70%", "1:4") or not options.quick]
     rounds, shape = (3, QUICK_SHAPE) if options.quick else (options.rounds, SHAPE)
     with torch_threads(options.threads), torch.no_grad():
         rows = [measure(subject, shape, rounds, working_set) for subject in subjects]
@@ -224,7 +229,7 @@ def main(arguments: list[str] | None = None) -> None:
             "weights": f"measured_us: cold, copies of over {COLD_BYTES / 1e6:.0f} MB in turn",
             "memory_us": "bytes at the speed of the read probe, torch's sum of 64-bit integers over cold dense weights",
             "instructions_us": f"{CACHED[0]} x {CACHED[1]} cached weights, less a call on one tile, scaled to all",
-            "dots_us": f"products at the rate of torch's {GEMM_SIZE}^3 bf16 product; zeros too unless skipped",
+            "dots_us": f"products at the rate of torch's {GEMM_SIZE}^3 product of that dtype; zeros too unless skipped",
         }
         path = this.save(protocol, rows)
     show(*tables(rows), path=path)
