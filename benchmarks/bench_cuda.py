@@ -215,6 +215,13 @@ def measure(shape: tuple[int, int], ready: list[Candidate], tokens: int) -> list
     return result
 
 
+def set_shares(rows: list[Row], ceilings: dict[str, float]) -> None:
+    """Write each row's share of the rate at which this GPU reads memory, where that was measured."""
+    rate = ceilings.get("read_gigabytes_per_second")
+    for row in rows if rate else ():
+        row.read_share = round(row.gigabytes_per_second / rate, 3)
+
+
 def prefill(shape: tuple[int, int], sparsity: float | None, tokens: int) -> dict[str, Any]:
     """Time the product for more tokens: unpacked and multiplied by torch, or by the kernel."""
     weight = random_weight(*shape, sparsity, 7)
@@ -448,9 +455,7 @@ def main() -> int:
             for tokens in options.tokens:
                 rows = measure(shape, ready, tokens)
                 wrong.extend(f"{r.kernel} {text} {r.sparsity} {r.tokens}" for r in rows if not r.error < 4e-3)
-                for row in rows:
-                    rate = report["ceilings"]["read_gigabytes_per_second"]
-                    row.read_share = round(row.gigabytes_per_second / rate, 3)
+                set_shares(rows, report.get("ceilings", {}))
                 report["rows"] += [asdict(r) for r in rows]
                 print_table(rows)
             return f"{packed:.1f} s to make the weights, {time.perf_counter() - begin - packed:.1f} s to time them"

@@ -1,6 +1,6 @@
 """Attention over stripes and blocks on a GPU, beside cuDNN's and flash attention through torch, in one run.
 
-    python benchmarks/bench_cuda_attention.py --out OUT/cuda_attention.json [--lengths 16384 65536 131072]
+    PYSPARSE_EXPERIMENTAL=1 python benchmarks/bench_cuda_attention.py --out OUT/cuda_attention.json
 
 32 query heads, 8 key heads, 128 dimensions, bfloat16, causal. Medians of interleaved rounds. Random stripes at the
 given share of the candidates; what choosing them takes is timed apart; every kernel is checked against torch's result
@@ -147,19 +147,10 @@ def measure(length: int, shares: list[float], report: dict[str, Any]) -> str:
     extra["anchor region"] = {"pairs": HEADS * close}
     for share in shares:
         index, blocks = random_stripes(length, region, share), random_blocks(length, share)
-        arguments = (
-            index.offsets,
-            index.keys,
-            HEADS,
-            region.group_size,
-            None,
-            None,
-            None,
-            None,
-            DIM**-0.5,
-            0,
-        )
-        with_state = (*arguments[:4], state.out, state.max, state.denominator, *arguments[7:])
+        with_state = (
+            index.offsets, index.keys, HEADS, region.group_size, state.out, state.max, state.denominator, None,
+            DIM**-0.5, 0,
+        )  # fmt: skip
         # The operation checks its lists; the time of the kernels is that of lists just identified.
         calls[f"stripes {share:.0%}"] = lambda a=with_state: torch.ops.pysparse.stripe_attention(q, k, v, *a)[
             0
@@ -181,27 +172,40 @@ def measure(length: int, shares: list[float], report: dict[str, Any]) -> str:
         # A head's last blocks are half seen.
         pairs = (blocks.nnz - HEADS * -(-length // 128) / 2) * 128**2
         extra[f"blocks {share:.0%}"] = {"pairs": pairs, "blocks": blocks.nnz}
-    times = interleaved(calls)
-    for name, milliseconds in times.items():
-        row = {"length": length, "kernel": name, "milliseconds": milliseconds} | extra.get(name, {})
-        if "pairs" in row:
-            row["teraflops"] = 4 * DIM * row["pairs"] / milliseconds / 1e9
-            row["matrix_share"] = row["teraflops"] / report["bf16_teraflops"]
-        report["rows"].append(row | {"over_cudnn": times["cudnn"] / milliseconds})
-    for share in shares:
-        whole = times["anchor region"] + times["identify"] + times[f"stripes {share:.0%}"]
-        row = {"length": length, "kernel": f"anchor attention {share:.0%}", "milliseconds": whole}
-        report["rows"].append(row | {"over_cudnn": times["cudnn"] / whole})
     report["errors"][str(length)] = checks
     report["wrong"] += [f"{name} at {length}" for name, e in checks.items() if not e < TOLERANCE]
-    for row in report["rows"]:
-        if row["length"] == length:
-            print(
-                f"  {row['kernel']:24s} {row['milliseconds']:9.2f} ms, {row['over_cudnn']:5.2f} x cuDNN"
-                + (f", {row['teraflops']:4.0f} TFLOP/s" if "teraflops" in row else ""),
-                flush=True,
-            )
+    times = interleaved(calls)
+    rows = figures(length, times, extra, shares, report["bf16_teraflops"])
+    report["rows"] += rows
+    for row in rows:
+        rate = f", {row['teraflops']:4.0f} TFLOP/s" if "teraflops" in row else ""
+        print(
+            f"  {row['kernel']:24s} {row['milliseconds']:9.2f} ms, {row['over_cudnn']:5.2f} x cuDNN{rate}",
+            flush=True,
+        )
     return f"{len(times)} kernels"
+
+
+def figures(
+    length: int, times: dict[str, float], extra: dict[str, dict[str, float]], shares: list[float], peak: float
+) -> list[dict[str, Any]]:
+    """Return the rows of one length; ``times`` are milliseconds, ``peak`` the TFLOP/s of a large product."""
+    whole = {
+        f"anchor attention {share:.0%}": times["anchor region"]
+        + times["identify"]
+        + times[f"stripes {share:.0%}"]
+        for share in shares
+    }
+    rows = []
+    for name, milliseconds in (times | whole).items():
+        row: dict[str, Any] = {"length": length, "kernel": name, "milliseconds": milliseconds} | extra.get(
+            name, {}
+        )
+        if "pairs" in row:
+            row["teraflops"] = 4 * DIM * row["pairs"] / milliseconds / 1e9
+            row["matrix_share"] = row["teraflops"] / peak
+        rows.append(row | {"over_cudnn": times["cudnn"] / milliseconds})
+    return rows
 
 
 def main() -> int:

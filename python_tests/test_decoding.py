@@ -13,7 +13,7 @@ from transformers.models.llama import modeling_llama
 import pysparse
 from pysparse import backend
 from pysparse.huggingface.cache import RoomyLayer, make_room_
-from pysparse.nn import unfuse_rotary_
+from pysparse.nn import fuse_, fuse_norms_, fuse_rotary_, unfuse_rotary_
 
 pytestmark = pytest.mark.skipif(
     not backend.available(), reason=f"no compiled core: {backend.missing_reason()}"
@@ -152,3 +152,12 @@ def test_a_long_generation_keeps_its_tokens(llama):
     cache = actual[1].past_key_values
     assert all(type(layer) is RoomyLayer for layer in cache.layers)
     assert cache.get_seq_length() == 42
+
+
+@pytest.mark.parametrize(
+    "prepare", [pysparse.prepare_decoding_, pysparse.sparsify_, fuse_, fuse_norms_, fuse_rotary_]
+)
+@pytest.mark.parametrize("other", [None, "a/path", 3])
+def test_what_is_no_module_is_refused(prepare, other):
+    with pytest.raises(TypeError, match=f"model is a {type(other).__name__}, not a torch.nn.Module"):
+        prepare(other)

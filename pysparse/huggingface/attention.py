@@ -21,7 +21,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from pysparse import ops
 from pysparse.attention import AttentionInput, AttentionLog, AttentionOptions, Planner, run_attention
-from pysparse.attention.dispatch import KERNEL_DTYPES, why_exact
+from pysparse.attention.dispatch import KERNEL_DTYPES
 from pysparse.attention.exact import Shape, exact_attention, one_row_attention
 from pysparse.attention.log import DENSE, TORCH, TOTAL, Tally
 from pysparse.huggingface.attention_mask import extent_mask, is_extent, unpack_extent
@@ -31,7 +31,6 @@ from pysparse.ops.attention import MAX_HEAD_DIM
 from pysparse.ops.attention_cuda import why_portable
 
 FLASH = f"{PREFIX}flash"  # exact
-EXACT = "exact attention on a GPU is torch's"
 DECODING = "decoding step"  # why neither planned nor, often, worth a word
 _ATTRIBUTE = "pysparse_attention"  # of an attention module: the number of its options
 
@@ -111,19 +110,14 @@ def _prompt_attention(
 ) -> Tensor:  # fmt: skip
     shape = _shape(extent, scale, softcap or None, sinks)
     reason = _why_torch(query, key, value, shape)
-    way = TORCH if reason else DENSE
-    if not reason:
-        given = AttentionInput(query, key, value, scale, shape.q_offset, shape.key_range)
-        chosen = _options(options)
-        if query.is_cuda:  # exactly, torch's attention is as fast there as ours or faster
-            reason = EXACT if chosen.planner is None else why_exact(given, chosen, layer, on_gpu=True)
     if reason:
         start = time.perf_counter()
         out = exact_attention(query, key, value, shape)
         seconds = time.perf_counter() - start
-        _record(layer, way, reason, Tally(1, query.shape[2], query.shape[2], 0.0, seconds))
+        _record(layer, TORCH, reason, Tally(1, query.shape[2], query.shape[2], 0.0, seconds))
         return out.transpose(1, 2).contiguous()
-    outcome = run_attention(given, chosen, layer)
+    given = AttentionInput(query, key, value, scale, shape.q_offset, shape.key_range)
+    outcome = run_attention(given, _options(options), layer)
     _record(layer, outcome.way, outcome.reason, outcome.tally)
     return outcome.out.transpose(1, 2).contiguous()
 

@@ -10,6 +10,7 @@ from pysparse.huggingface.attention import has_attention, use_attention
 from pysparse.huggingface.cache import make_room_
 from pysparse.huggingface.registration import PREFIX
 from pysparse.nn import fuse_norms_, fuse_rotary_
+from pysparse.nn.mixin import check_module
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +31,9 @@ def prepare_decoding_(model: nn.Module) -> DecodingReport:
     all models of that family in the process), for calls without gradients on the CPU in float32 or bfloat16. The
     layers themselves are :func:`pysparse.sparsify_`'s. And keys and values are written into room ahead instead of
     being copied for each token (:func:`pysparse.huggingface.cache.make_room_`).
+    TypeError for what is no module.
     """
+    check_module(model)
     config = getattr(model, "config", None)
     chosen = str(getattr(config, "_attn_implementation", None) or "")
     if not chosen.startswith(PREFIX) and has_attention(model):

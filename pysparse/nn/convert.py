@@ -16,6 +16,7 @@ from pysparse.nn.dispatch import MIN_SPARSITY, OPTIMIZE, Verdict, judge
 from pysparse.nn.fused import fuse_, unfuse_
 from pysparse.nn.linear import SparseLinear
 from pysparse.nn.match import matches
+from pysparse.nn.mixin import check_module
 from pysparse.nn.norm import unfuse_norms_
 from pysparse.nn.packing import Packing, grid_of
 
@@ -64,8 +65,9 @@ def sparsify_(
     indices where these are read faster than a mask (:meth:`Packing.fitted`). With ``fuse``, see :func:`fuse_`.
     Raises ValueError, before any layer is changed, for an unknown ``optimize``, ``tokens`` below 1, a
     ``min_sparsity`` outside [0, 1] and, naming the layer, for weights that cannot be kept so: a crowded group,
-    a NaN or infinity in int8, over 65536 inputs.
+    a NaN or infinity in int8, over 65536 inputs. TypeError for what is no module.
     """
+    check_module(model)
     _check_wishes(optimize, tokens, min_sparsity)
     packing = Packing(values, pattern, group_size, activation_bits)
     chosen = filter_fn or (

@@ -11,6 +11,7 @@ from torch import nn
 from pysparse.nn.compact import CompactLinear
 from pysparse.nn.gated import GatedMLP, GatedPlan, can_share
 from pysparse.nn.linear import SparseLinear
+from pysparse.nn.mixin import check_module
 from pysparse.nn.shared_input import InputGroup, kin
 
 
@@ -37,6 +38,7 @@ def fuse_(model: nn.Module) -> FusionReport:
     value 0.8 to 0.98 (``benchmarks/results/fused_*.json``). Int8 values under a bitmap are fused likewise; n:m
     layers are not.
     """
+    check_module(model)
     report = FusionReport()
     for path, module in list(model.named_modules()):
         children = {n: m for n, m in module.named_children() if can_share(m) and m._seat is None}

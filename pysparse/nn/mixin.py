@@ -9,6 +9,12 @@ from torch import nn
 _MIXED: dict[tuple[type[nn.Module], type[nn.Module]], type[nn.Module]] = {}
 
 
+def check_module(model: object) -> None:
+    """Raise TypeError unless ``model`` is a module: its parts are looked for."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}, not a torch.nn.Module: {str(model)[:80]!r}")
+
+
 class Mixin(nn.Module):
     """Base of what is mixed into the class of an instance, as ``torch.nn.utils.parametrize`` does.
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from pysparse import backend, ops
-from pysparse.nn.mixin import Mixin
+from pysparse.nn.mixin import Mixin, check_module
 
 _EPSILONS = ("variance_epsilon", "eps", "epsilon")  # as modules call what is added to the mean square
 _SCALES = (1.0, 1.0, 2.0**-10, 2.0**-20)  # of probes: far above, beside and far below a usual epsilon
@@ -77,8 +77,9 @@ def fuse_norms_(model: nn.Module) -> dict[str, str]:
     the way it would without. Parameters, names, hooks, classes' names and ``state_dict()`` stay. A module is taken
     for an RMSNorm by its values alone: its forward of probes, with a weight of random numbers, is within one unit
     in the last place of :func:`pysparse.ops.rms_norm`'s, and in bfloat16 all but 1 % have its bits. What is fused
-    already is reported again. Without the compiled core nothing is done.
+    already is reported again. Without the compiled core nothing is done. TypeError for what is no module.
     """
+    check_module(model)
     found: dict[str, str] = {}
     if not backend.available():
         return found

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from pysparse import backend, ops
+from pysparse.nn.mixin import check_module
 
 NAME = "apply_rotary_pos_emb"
 _ORIGINAL = "__pysparse_original__"
@@ -29,8 +30,9 @@ def fuse_rotary_(model: nn.Module) -> tuple[str, ...]:
     That concerns calls without gradients on the CPU in float32 or bfloat16; the results have the same bits, and
     any other call goes to the function that was there. Files whose function computes something else, judged by
     its values, are left alone. It holds for every model of these files in this process, until
-    :func:`unfuse_rotary_`. Without the compiled core nothing is done.
+    :func:`unfuse_rotary_`. Without the compiled core nothing is done. TypeError for what is no module.
     """
+    check_module(model)
     done = []
     for file in _files(model) if backend.available() else ():
         function = getattr(file, NAME)
