@@ -55,7 +55,7 @@ workers=$(python3 -c "import xdist; print('-n 6')" 2>/dev/null)
 step test 240 python3 -W default -m pytest -q --maxfail=12 --tb=short -rf -p no:cacheprovider -W default $workers \
   -m gpu python_tests/test_cuda.py python_tests/test_attention_gpu.py python_tests/test_tables_gpu.py \
   python_tests/test_shapley_heads_torch.py python_tests/test_interop.py \
-  python_tests/test_cuda_engines.py python_tests/test_static_decode.py
+  python_tests/test_cuda_engines.py python_tests/test_static_decode.py python_tests/test_stacked.py
 # For the GPU that is here, as if the build had no code for it.
 step nvrtc 60 env PYSPARSE_CUDA_NVRTC=1 "PYSPARSE_CACHE_DIR=$out/cache" python3 -W default -m pytest -q --tb=short -rfs \
   -p no:cacheprovider -W default -m gpu python_tests/test_cuda_nvrtc_gpu.py

@@ -56,5 +56,5 @@ def test_without_a_gpu_the_error_says_what_is_missing():
 def test_two_blocks_on_a_gpu():
     settings = api.BenchSettings(16, 4, 1, 2, 1, None, 0)
     result = api.benchmark_shape_on_cuda("qwen2.5-0.5b", (0.7,), 2, settings)
-    assert list(result.decode) == ["torch dense", "sparse 70%", "sparse 2:4"]
+    assert list(result.decode) == ["torch dense", "sparse 70%", "sparse 2:4", "sparse 70%, stacked"]
     assert all(one.tokens_per_second > 0 for one in result.decode.values())

@@ -11,7 +11,7 @@ from pysparse.measure.latency import random_tokens
 from pysparse.measure.twins import linear_layers, shared_copy
 from pysparse.models.cuda_speed import compile_blocks_
 from pysparse.models.named_shapes import random_model
-from pysparse.nn import sparsify_
+from pysparse.nn import fuse_, sparsify_
 
 TOLERANCE = 0.05  # of the norm of the logits: both round to 16 bits in other orders, layer after layer
 DENSE = "torch dense"
@@ -57,13 +57,33 @@ def sparse_copy(dense: nn.Module, sparsity: float | None, seed: int = 0) -> tupl
     return copy, error
 
 
+@torch.no_grad()
+def stacked_copy(sparse: nn.Module, seed: int = 0) -> tuple[nn.Module, float]:
+    """Return a copy whose layers that share an input are one weight (:func:`pysparse.nn.fuse_`), and its distance.
+
+    The distance is that of one token's logits from those of ``sparse``, over their norm; RuntimeError where it exceeds
+    ``TOLERANCE``, or where no layers could be stacked.
+    """
+    copy = shared_copy(sparse)
+    tokens = random_tokens(sparse, 1, 1, seed).to(next(sparse.parameters()).device)
+    exact = sparse(input_ids=tokens).logits.double()
+    report = fuse_(copy, {"input_ids": tokens})
+    if not report.stacked:
+        raise RuntimeError(f"no layers share an input: {report.apart}")
+    error = float((copy(input_ids=tokens).logits.double() - exact).norm() / exact.norm())
+    if not error < TOLERANCE:
+        raise RuntimeError(f"logits of stacked layers are {error:.3g} off, over the bound {TOLERANCE}")
+    return copy, error
+
+
 def engines_on_cuda(
     shape: str, blocks: int | None, sparsities: Sequence[float], *, two_of_four: bool, compiled: bool, seed: int = 0
 ) -> Engines:  # fmt: skip
     """Build dense and sparse engines of ``shape`` (bf16, ``blocks`` of its blocks or all), and what they differ by.
 
-    ``compiled`` adds the dense engine and that of the last sparsity with their blocks under torch.compile. ValueError
-    for an unknown shape; torch.OutOfMemoryError where the device has no room for all of them.
+    The last sparsity comes a second time with layers that share an input as one weight; ``compiled`` adds the dense
+    engine and both of the last sparsity with their blocks under torch.compile. ValueError for an unknown shape;
+    torch.OutOfMemoryError where the device has no room for all of them.
     """
     dense = random_model(shape, blocks, seed=seed).cuda()
     wanted: dict[str, float | None] = {f"sparse {sparsity:.0%}": sparsity for sparsity in sparsities}
@@ -73,9 +93,12 @@ def engines_on_cuda(
     for name, sparsity in wanted.items():
         models[name], error = sparse_copy(dense, sparsity, seed + 1)
         differences[name] = {"relative_difference": error}
+    last = [f"sparse {sparsity:.0%}" for sparsity in sparsities[-1:]]
+    for name in last:
+        models[f"{name}, stacked"], error = stacked_copy(models[name], seed)
+        differences[f"{name}, stacked"] = {"relative_difference": error}
     torch.cuda.empty_cache()
     if compiled:
-        last = [f"sparse {sparsity:.0%}" for sparsity in sparsities[-1:]]
-        for name in (DENSE, *last):
+        for name in (DENSE, *last, *(f"{name}, stacked" for name in last)):
             models[f"{name}, compiled"] = compile_blocks_(shared_copy(models[name]))
     return models, differences

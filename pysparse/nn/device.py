@@ -84,25 +84,26 @@ class DeviceWeight:
 
         ``dispatch.prefill`` "packed" keeps a dense copy for the tokens with which the kernel would lose.
         """
-        arrays = self._arrays(buffers)
+        arrays = self.arrays(buffers)
         if x.dtype is not arrays[0].dtype and torch.is_autocast_enabled("cuda"):
             x = x.to(arrays[0].dtype)  # packed weights keep their dtype: autocast moves the input instead
         if self.packing == "dense":
             return functional.linear(x, arrays[0], bias)
         if dispatch.prefill == "packed" and x.numel() > self.pays_to * x.shape[-1]:
             if dispatch.dense is None:
-                dispatch.dense = ops.packed_unpack(self._packed(arrays, (rows, x.shape[-1])))
+                dispatch.dense = ops.packed_unpack(self.packed(arrays, (rows, x.shape[-1])))
             return functional.linear(x, dispatch.dense, bias)
         return ops.call_arrays(self.packing, x, arrays, bias, rows, self.sizes)
 
     def to_bitmap(self, buffers: Mapping[str, Tensor | None], shape: tuple[int, int]) -> BitmapTensor:
         """Return the row-major form, on the weight's device."""
-        arrays = self._arrays(buffers)
+        arrays = self.arrays(buffers)
         if self.packing == "dense":
             return BitmapTensor.from_dense(arrays[0])
-        return self._packed(arrays, shape).to_bitmap()
+        return self.packed(arrays, shape).to_bitmap()
 
-    def _packed(self, arrays: tuple[Tensor, ...], shape: tuple[int, int]) -> Packing:
+    def packed(self, arrays: tuple[Tensor, ...], shape: tuple[int, int]) -> Packing:
+        """Return ``arrays`` of a weight of ``shape`` as a packing; "dense" is none."""
         if self.packing == "delta":
             return DeltaRows(arrays[0], arrays[1], arrays[2], arrays[3], shape)
         if self.packing == "fragment":
@@ -127,7 +128,8 @@ class DeviceWeight:
         )
         return f"{kernel} up to {self.max_tokens} tokens{loses}, unpack + torch beyond: {self.why}"
 
-    def _arrays(self, buffers: Mapping[str, Tensor | None]) -> tuple[Tensor, ...]:
+    def arrays(self, buffers: Mapping[str, Tensor | None]) -> tuple[Tensor, ...]:
+        """Return the packing's arrays out of a layer's buffers."""
         arrays = tuple(buffers[name] for name in self.names)
         return tuple(array for array in arrays if array is not None)
 

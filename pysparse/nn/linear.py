@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,9 @@ from pysparse.nn.dispatch import Dispatch
 from pysparse.nn.packing import check_pattern
 from pysparse.nn.shared_input import InputGroup
 from pysparse.ops.costs import Choice
+
+if TYPE_CHECKING:
+    from pysparse.nn.stacked import RowStack
 
 _CANONICAL = ("compressed", "bitmask", "row_offsets", "shape")
 
@@ -44,7 +47,9 @@ class SparseLinear(nn.Module):
     bias: nn.Parameter | None
     _prepared: ops.Prepared | None = None  # for one token, while the weight stays where it is
     _gated: ops.Prepared | None = None  # the same, of this layer as a gate with its up
-    _seat: tuple[InputGroup, int] | None = None  # among siblings called with the same input, see fuse_
+    _seat: tuple[InputGroup | RowStack, int] | None = (
+        None  # among siblings called with the same input, see fuse_
+    )
 
     def __init__(
         self,
@@ -106,6 +111,8 @@ class SparseLinear(nn.Module):
         self._dispatch.clear()
         self._drop_prepared()
         self._drop_device_weight()
+        if self._seat is not None and self._seat[0].stacked:
+            self._seat = None
 
     def _drop_prepared(self) -> None:
         """Let go of the weight's arrays where a call keeps them."""
@@ -123,6 +130,11 @@ class SparseLinear(nn.Module):
     def is_packed(self) -> bool:
         """Tell whether the layer holds the kernels' packing."""
         return self._buffers["masks"] is not None or self._device_weight is not None
+
+    @property
+    def is_on_device(self) -> bool:
+        """Tell whether the packing is one for a CUDA device."""
+        return self._device_weight is not None
 
     def bitmap(self) -> BitmapTensor:
         """Return the weight in its row-major form; a view of the buffers in the canonical state, else a copy."""
@@ -208,7 +220,7 @@ class SparseLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return [..., out_features] for ``x`` [..., in_features] of the weight's dtype."""
         seat = self._seat
-        if seat is not None and not torch.compiler.is_dynamo_compiling():
+        if seat is not None and (seat[0].stacked or not torch.compiler.is_dynamo_compiling()):
             return seat[0].linear(seat[1], self, x)
         return self.multiply(x)
 

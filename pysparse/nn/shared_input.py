@@ -75,6 +75,8 @@ class InputGroup:
     no inference tensors (which have no version) of over 256 KiB. A copy of a group (deepcopy, pickle) watches anew.
     """
 
+    stacked = False
+
     def __init__(self, names: tuple[str, ...]) -> None:
         """Watch as many layers as there are ``names``; seats are positions in it."""
         self.names = names

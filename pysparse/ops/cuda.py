@@ -125,7 +125,7 @@ def _op(name: str, x: Tensor, bias: Tensor | None = None) -> Callable[..., Tenso
     if plain and not (
         torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
     ):
-        return _OPS[name][0]
+        return OPERATIONS[name][0]
     operation: Callable[..., Tensor] = getattr(torch.ops.pysparse, name).default
     return operation
 
@@ -178,8 +178,11 @@ def _on_cuda(weights: tuple[Tensor, ...]) -> None:
         raise ValueError(f"the packed weight is on {weights[0].device}, its kernels run on CUDA devices only")
 
 
-def _check(x: Tensor, bias: Tensor | None, *weights: Tensor) -> int:
-    """Return the dtype's code; ValueError unless dtypes and devices agree and addresses are aligned."""
+def _check(x: Tensor, bias: Tensor | None, *weights: Tensor, second: int = 4) -> int:
+    """Return the dtype's code; ValueError unless dtypes and devices agree and addresses are aligned.
+
+    ``second`` is the alignment that the second array needs.
+    """
     values = weights[0]
     code = _DTYPE_CODES.get(values.dtype)
     if code is None or x.dtype is not values.dtype or (bias is not None and bias.dtype is not values.dtype):
@@ -191,18 +194,23 @@ def _check(x: Tensor, bias: Tensor | None, *weights: Tensor) -> int:
     others = (x, *weights) if bias is None else (x, *weights, bias)
     if any(tensor.device != values.device for tensor in others):
         raise ValueError(f"all tensors must be on one device, got {sorted({str(t.device) for t in others})}")
-    _check_addresses(weights[:2])
+    _check_addresses(*weights[:2], second=second)
     return code
 
 
-def _check_addresses(weights: tuple[Tensor, ...]) -> None:
-    """Raise ValueError unless arrays that vectors are loaded from are aligned and without gaps."""
-    for array in weights:
-        if array.data_ptr() % 16 or not array.is_contiguous():
+def _check_addresses(*arrays: Tensor, second: int = 4) -> None:
+    """Raise ValueError unless the first array is aligned for vectors, the next one for words, both without gaps."""
+    for array, bytes_ in zip(arrays, (16, second), strict=False):
+        if array.data_ptr() % bytes_ or not array.is_contiguous():
             raise ValueError(
-                "packed arrays must be contiguous and start at multiples of 16 bytes; this one's strides are "
-                f"{array.stride()}, its address is {array.data_ptr() % 16} above a multiple"
+                f"packed arrays must be contiguous and this one start at a multiple of {bytes_} bytes; its strides are "
+                f"{array.stride()}, its address is {array.data_ptr() % bytes_} above a multiple"
             )
+
+
+def _place_bytes(m: int) -> int:
+    """Return the bytes of the words that places of groups of ``m`` columns are read in."""
+    return place_bits(m) & ~1
 
 
 def _aligned(x: Tensor) -> Tensor:
@@ -245,7 +253,7 @@ def _delta_unpack(
     first_row: int,
     rows: int,
 ) -> Tensor:
-    _check_addresses((values, deltas))
+    _check_addresses(values, deltas)
     dense = values.new_empty((rows, cols))
     backend.cuda().delta_unpack(
         values.data_ptr(), deltas.data_ptr(), row_groups.data_ptr(), chunk_cols.data_ptr(), dense.data_ptr(),
@@ -257,7 +265,7 @@ def _delta_unpack(
 def _nm_linear(
     x: Tensor, values: Tensor, places: Tensor, bias: Tensor | None, out_features: int, n: int, m: int
 ) -> Tensor:
-    code = _check(x, bias, values, places)
+    code = _check(x, bias, values, places, second=_place_bytes(m))
     cols, tokens = x.shape[-1], _tokens(x)
     check_nm_sizes(values, places, n, m, (out_features, cols))
     if tokens > max_tokens(NMRows.name, cols, x.device.index):
@@ -281,7 +289,7 @@ def _nm_unpack(
     first_row: int,
     rows: int,
 ) -> Tensor:
-    _check_addresses((values, places))
+    _check_addresses(values, places, second=_place_bytes(m))
     check_nm_sizes(values, places, n, m, (total_rows, cols))
     dense = values.new_empty((rows, cols))
     backend.cuda().nm_unpack(
@@ -349,7 +357,7 @@ def _strip_unpack(
     first_row: int,
     rows: int,
 ) -> Tensor:
-    _check_addresses((stream,))
+    _check_addresses(stream)
     dense = stream.new_empty((rows, cols))
     backend.cuda().strip_unpack(
         packing, stream.data_ptr(), 0 if offsets is None else offsets.data_ptr(), dense.data_ptr(), first_row, rows,
@@ -478,7 +486,7 @@ def _nm_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 _Backward = Callable[[Any, Tensor], tuple[Tensor | None, ...]]
-_OPS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor], _Backward | None]] = {
+OPERATIONS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor], _Backward | None]] = {
     "delta_linear": (_delta_linear, _delta_linear_fake, _delta_backward),
     "fragment_linear": (_fragment_linear, _fragment_linear_fake, _fragment_backward),
     "pair_linear": (_pair_linear, _pair_linear_fake, _pair_backward),
@@ -488,7 +496,7 @@ _OPS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor], _Backward | 
     "pair_unpack": (_pair_unpack, _pair_unpack_fake, None),
     "nm_rows_unpack": (_nm_unpack, _nm_unpack_fake, None),
 }
-for _name, (_run, _fake, _gradient) in _OPS.items():
+for _name, (_run, _fake, _gradient) in OPERATIONS.items():
     _library.impl(_name, _run, "CUDA")
     torch.library.register_fake(f"pysparse::{_name}", _fake, lib=_library)
     if _gradient is not None:
