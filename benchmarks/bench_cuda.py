@@ -131,8 +131,8 @@ def packed_candidate(
     packing: Packing = PACKINGS[name].from_bitmap(bitmap)
     base, constants = arrays(packing), sizes(packing)
     copies = [tuple(t.clone() for t in base) for _ in range(copies_of(packing.nbytes))]
-    rows = weight.shape[0]
-    calls = [lambda x, a=a: ops.call_arrays(name, x, a, None, rows, constants) for a in copies]
+    shape = packing.shape
+    calls = [lambda x, a=a: ops.call_arrays(name, x, a, None, shape, constants) for a in copies]
     return Candidate(name, sparsity, packing.nbytes, calls, weight, pattern)
 
 

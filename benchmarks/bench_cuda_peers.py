@@ -37,8 +37,8 @@ Calls = list[Callable[[Tensor], Tensor]]
 def ours(name: str, weight: Tensor) -> Packed:
     """Hold ``weight`` as one of our packings."""
     packed = PACKINGS[name].from_bitmap(BitmapTensor.from_dense(weight))
-    held, constants, rows = arrays(packed), sizes(packed), weight.shape[0]
-    return Packed(packed.nbytes, {1: lambda x: ops.call_arrays(name, x, held, None, rows, constants)})
+    held, constants, shape = arrays(packed), sizes(packed), packed.shape
+    return Packed(packed.nbytes, {1: lambda x: ops.call_arrays(name, x, held, None, shape, constants)})
 
 
 def cublas(weight: Tensor) -> Packed:

@@ -18,6 +18,7 @@ from pysparse.nn import SparseLinear, densify_, fuse_, unfuse_
 from pysparse.nn.device import DeviceWeight
 from pysparse.nn.stacked import RowStack, shared_inputs, why_apart
 from pysparse.ops import cuda
+from pysparse.ops.cuda_input import check_delta, check_pair
 from pysparse.ops.equal_calls import let_inductor_merge
 
 pytestmark = pytest.mark.skipif(
@@ -130,12 +131,13 @@ class Counted:
         y = x.double() @ weight.T
         return (y if bias is None else y + bias.double()).to(x.dtype)
 
-    def delta(self, x, values, deltas, row_groups, chunk_cols, bias):
-        shape = row_groups.numel() - 1, x.shape[-1]
-        return self.product(x, DeltaRows(values, deltas, row_groups, chunk_cols, shape), bias)
+    def delta(self, x, values, deltas, row_groups, chunk_cols, bias, rows, cols):
+        check_delta(values, deltas, row_groups, chunk_cols, rows)
+        return self.product(x, DeltaRows(values, deltas, row_groups, chunk_cols, (rows, cols)), bias)
 
-    def pair(self, x, stream, bias, rows):
-        return self.product(x, PairBlocks(stream, (rows, x.shape[-1])), bias)
+    def pair(self, x, stream, bias, rows, cols):
+        check_pair(stream, (rows, cols))
+        return self.product(x, PairBlocks(stream, (rows, cols)), bias)
 
     def since(self):
         calls, self.calls = self.calls, 0

@@ -15,6 +15,7 @@ from pysparse.formats.bitmap import BitmapTensor
 PACKED_DTYPES = (torch.bfloat16, torch.float16)
 STRIP_ROWS, BLOCK_COLS = 16, 64
 UNIT_BYTES = 16  # blocks start at multiples of this
+CHUNK_GROUPS = 64  # groups of 8 in a run of DeltaRows
 NM_GROUPS = (4, 8, 16)  # columns of a group of NMRows
 
 
@@ -265,6 +266,11 @@ class NMRows:
     def nbytes(self) -> int:
         """Bytes of the arrays."""
         return _nbytes(self)
+
+
+def chunk_slots(rows: int, groups: int) -> int:
+    """Return the length of DeltaRows' ``chunk_cols``, as the core's ``delta_chunk_slots`` does."""
+    return groups // CHUNK_GROUPS + rows + 1
 
 
 def place_bits(m: int) -> int:

@@ -7,18 +7,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pysparse import backend
 from pysparse.formats.device import (
+    CHUNK_GROUPS,
     STRIP_ROWS,
     UNIT_BYTES,
     DeltaRows,
     FragmentBitmap,
     NMRows,
     PairBlocks,
+    chunk_slots,
 )
 
 Packing = DeltaRows | FragmentBitmap | PairBlocks | NMRows
-_CHUNK_GROUPS = 64  # of a run of DeltaRows, kChunkGroups in device_layout.h
 
 
 def stack_rows(parts: Sequence[Packing]) -> tuple[Packing, list[Packing]]:
@@ -83,8 +83,7 @@ def _stack_delta(parts: list[DeltaRows], shape: tuple[int, int]) -> tuple[DeltaR
     values, own_values = join([part.values for part in parts])
     deltas, own_deltas = join([part.deltas for part in parts])
     row_groups = torch.empty(shape[0] + 1, dtype=torch.int32, device=values.device)
-    slots = backend.core().delta_chunk_slots(shape[0], sum(counts))
-    chunk_cols = torch.zeros(slots, dtype=torch.int32, device=values.device)
+    chunk_cols = torch.zeros(chunk_slots(shape[0], sum(counts)), dtype=torch.int32, device=values.device)
     row = group = 0
     for part, count in zip(parts, counts, strict=True):
         rows = part.shape[0]
@@ -105,8 +104,8 @@ def _stack_delta(parts: list[DeltaRows], shape: tuple[int, int]) -> tuple[DeltaR
 def _slots(row_groups: Tensor, first_row: int) -> Tensor:
     """Return the slots of all chunks, row after row: ``chunk_slot`` of device_layout.h."""
     begin, end = row_groups[:-1].long(), row_groups[1:].long()
-    chunks = (end - begin + _CHUNK_GROUPS - 1) // _CHUNK_GROUPS
-    start = begin // _CHUNK_GROUPS + torch.arange(len(begin), device=begin.device) + first_row
+    chunks = (end - begin + CHUNK_GROUPS - 1) // CHUNK_GROUPS
+    start = begin // CHUNK_GROUPS + torch.arange(len(begin), device=begin.device) + first_row
     before = chunks.cumsum(0) - chunks
     return (start - before).repeat_interleave(chunks) + torch.arange(int(chunks.sum()), device=begin.device)
 

@@ -77,10 +77,10 @@ class DeviceWeight:
         x: Tensor,
         buffers: Mapping[str, Tensor | None],
         bias: Tensor | None,
-        rows: int,
+        shape: tuple[int, int],
         dispatch: Dispatch,
     ) -> Tensor:
-        """Return ``x @ W.T + bias``; ``x`` is [..., cols] on the weight's device.
+        """Return ``x @ W.T + bias`` for a weight of ``shape`` (N, K); ``x`` is [..., K] on the weight's device.
 
         ``dispatch.prefill`` "packed" keeps a dense copy for the tokens with which the kernel would lose.
         """
@@ -89,11 +89,11 @@ class DeviceWeight:
             x = x.to(arrays[0].dtype)  # packed weights keep their dtype: autocast moves the input instead
         if self.packing == "dense":
             return functional.linear(x, arrays[0], bias)
-        if dispatch.prefill == "packed" and x.numel() > self.pays_to * x.shape[-1]:
+        if dispatch.prefill == "packed" and x.numel() > self.pays_to * shape[1]:
             if dispatch.dense is None:
-                dispatch.dense = ops.packed_unpack(self.packed(arrays, (rows, x.shape[-1])))
+                dispatch.dense = ops.packed_unpack(self.packed(arrays, shape))
             return functional.linear(x, dispatch.dense, bias)
-        return ops.call_arrays(self.packing, x, arrays, bias, rows, self.sizes)
+        return ops.call_arrays(self.packing, x, arrays, bias, shape, self.sizes)
 
     def to_bitmap(self, buffers: Mapping[str, Tensor | None], shape: tuple[int, int]) -> BitmapTensor:
         """Return the row-major form, on the weight's device."""

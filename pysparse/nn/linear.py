@@ -311,8 +311,11 @@ class SparseLinear(nn.Module):
     def _forward_slow(self, x: Tensor) -> Tensor:
         """Pack at first use where there are kernels; where there are none, say so once and multiply densely."""
         if self._device_weight is not None:
+            if x.size(-1) != self.in_features:
+                raise ValueError(f"x has {x.size(-1)} features, the layer takes {self.in_features}")
+            shape = (self.out_features, self.in_features)
             return self._device_weight.linear(
-                x, self._buffers, self._parameters["bias"], self.out_features, self._dispatch
+                x, self._buffers, self._parameters["bias"], shape, self._dispatch
             )
         if not self.is_packed and self.pack().is_packed:
             return self.forward(x)

@@ -104,7 +104,7 @@ class RowStack:
         return self._part(output, seat)
 
     def _product(self, x: Tensor) -> Tensor:
-        return self.weight.linear(x, self.buffers, self.bias, self.rows, self._dispatch)
+        return self.weight.linear(x, self.buffers, self.bias, (self.rows, self.cols), self._dispatch)
 
     def _part(self, output: Tensor, seat: int) -> Tensor:
         return output.narrow(-1, self.starts[seat], self.heights[seat])

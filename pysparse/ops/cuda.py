@@ -16,12 +16,22 @@ from torch.nn import functional
 
 from pysparse import backend
 from pysparse.formats.device import (
+    PACKINGS,
     DeltaRows,
     FragmentBitmap,
     NMRows,
     PairBlocks,
-    check_nm_sizes,
     place_bits,
+)
+from pysparse.ops.cuda_input import (
+    address,
+    aligned,
+    check_delta,
+    check_fragment,
+    check_input,
+    check_nm,
+    check_pair,
+    dtype_code,
 )
 
 DELTA_TOKENS = 8  # columns of this many tokens fit in shared memory beside each other (delta, nm)
@@ -33,34 +43,38 @@ _COLUMN_SLACK = {DeltaRows.name: 16, NMRows.name: 128}  # columns past the last 
 # piece is two launches and a thinner product.
 _UNPACK_BYTES = 128 << 20
 
-_DTYPE_CODES = {torch.bfloat16: 0, torch.float16: 1}
 _FRAGMENT, _PAIR = 0, 1
 
 _library = torch.library.Library("pysparse", "FRAGMENT")
 _library.define(
-    "delta_linear(Tensor x, Tensor values, Tensor deltas, Tensor row_groups, Tensor chunk_cols, Tensor? bias) -> Tensor"
+    "delta_linear(Tensor x, Tensor values, Tensor deltas, Tensor row_groups, Tensor chunk_cols, Tensor? bias, "
+    "int out_features, int in_features) -> Tensor"
 )
 _library.define(
     "delta_unpack(Tensor values, Tensor deltas, Tensor row_groups, Tensor chunk_cols, int cols, int first_row, "
     "int rows) -> Tensor"
 )
 _library.define(
-    "fragment_linear(Tensor x, Tensor stream, Tensor offsets, Tensor? bias, int out_features, int largest_block)"
-    " -> Tensor"
+    "fragment_linear(Tensor x, Tensor stream, Tensor offsets, Tensor? bias, int out_features, int in_features, "
+    "int largest_block) -> Tensor"
 )
 _library.define(
     "fragment_unpack(Tensor stream, Tensor offsets, int total_rows, int cols, int first_row, int rows) -> Tensor"
 )
-_library.define("pair_linear(Tensor x, Tensor stream, Tensor? bias, int out_features) -> Tensor")
+_library.define(
+    "pair_linear(Tensor x, Tensor stream, Tensor? bias, int out_features, int in_features) -> Tensor"
+)
 _library.define("pair_unpack(Tensor stream, int total_rows, int cols, int first_row, int rows) -> Tensor")
 _library.define(
-    "nm_rows_linear(Tensor x, Tensor values, Tensor places, Tensor? bias, int out_features, int n, int m) -> Tensor"
+    "nm_rows_linear(Tensor x, Tensor values, Tensor places, Tensor? bias, int out_features, int in_features, "
+    "int n, int m) -> Tensor"
 )
 _library.define(
     "nm_rows_unpack(Tensor values, Tensor places, int n, int m, int total_rows, int cols, int first_row, int rows)"
     " -> Tensor"
 )
 
+_LINEAR = {packing: f"{'nm_rows' if packing == 'nm' else packing}_linear" for packing in PACKINGS}
 Packing = DeltaRows | FragmentBitmap | PairBlocks | NMRows
 
 
@@ -72,15 +86,8 @@ def packed_linear(x: Tensor, weight: Packing, bias: Tensor | None = None) -> Ten
     token NaN (a dense product meets 0 * Inf). Raises ValueError for other shapes, dtypes or devices, and
     torch.OutOfMemoryError where the device has no room for the result or the workspace.
     """
-    if x.shape[-1:] != weight.shape[1:]:
-        raise ValueError(f"x has {x.shape[-1]} features, the weight takes {weight.shape[1]}")
     _on_cuda(arrays(weight))
-    return call_packed_linear(x, weight, bias)
-
-
-def call_packed_linear(x: Tensor, weight: Packing, bias: Tensor | None) -> Tensor:
-    """Run the product without the check of the feature count."""
-    return call_arrays(weight.name, x, arrays(weight), bias, weight.shape[0], sizes(weight))
+    return call_arrays(weight.name, x, arrays(weight), bias, weight.shape, sizes(weight))
 
 
 def arrays(weight: Packing) -> tuple[Tensor, ...]:
@@ -104,16 +111,11 @@ def call_arrays(
     x: Tensor,
     arrays: tuple[Tensor, ...],
     bias: Tensor | None,
-    rows: int,
+    shape: tuple[int, int],
     sizes: tuple[int, ...] = (),
 ) -> Tensor:
     """Run the product on the arrays and sizes of a packing: what a layer calls, and a compiler traces."""
-    if packing == "delta":
-        return _op("delta_linear", x, bias)(x, *arrays, bias)
-    if packing == "pair":
-        return _op("pair_linear", x, bias)(x, *arrays, bias, rows)
-    name = "fragment_linear" if packing == "fragment" else "nm_rows_linear"
-    return _op(name, x, bias)(x, *arrays, bias, rows, *sizes)
+    return _op(_LINEAR[packing], x, bias)(x, *arrays, bias, *shape, *sizes)
 
 
 def _op(name: str, x: Tensor, bias: Tensor | None = None) -> Callable[..., Tensor]:
@@ -178,47 +180,6 @@ def _on_cuda(weights: tuple[Tensor, ...]) -> None:
         raise ValueError(f"the packed weight is on {weights[0].device}, its kernels run on CUDA devices only")
 
 
-def _check(x: Tensor, bias: Tensor | None, *weights: Tensor, second: int = 4) -> int:
-    """Return the dtype's code; ValueError unless dtypes and devices agree and addresses are aligned.
-
-    ``second`` is the alignment that the second array needs.
-    """
-    values = weights[0]
-    code = _DTYPE_CODES.get(values.dtype)
-    if code is None or x.dtype is not values.dtype or (bias is not None and bias.dtype is not values.dtype):
-        raise ValueError(
-            f"x is {x.dtype}, the weight {values.dtype}"
-            + (f", the bias {bias.dtype}" if bias is not None else "")
-            + ": CUDA kernels take bfloat16 or float16, the same for all"
-        )
-    others = (x, *weights) if bias is None else (x, *weights, bias)
-    if any(tensor.device != values.device for tensor in others):
-        raise ValueError(f"all tensors must be on one device, got {sorted({str(t.device) for t in others})}")
-    _check_addresses(*weights[:2], second=second)
-    return code
-
-
-def _check_addresses(*arrays: Tensor, second: int = 4) -> None:
-    """Raise ValueError unless the first array is aligned for vectors, the next one for words, both without gaps."""
-    for array, bytes_ in zip(arrays, (16, second), strict=False):
-        if array.data_ptr() % bytes_ or not array.is_contiguous():
-            raise ValueError(
-                f"packed arrays must be contiguous and this one start at a multiple of {bytes_} bytes; its strides are "
-                f"{array.stride()}, its address is {array.data_ptr() % bytes_} above a multiple"
-            )
-
-
-def _place_bytes(m: int) -> int:
-    """Return the bytes of the words that places of groups of ``m`` columns are read in."""
-    return place_bits(m) & ~1
-
-
-def _aligned(x: Tensor) -> Tensor:
-    """Return ``x`` contiguous and at a multiple of 16 bytes, as vector loads need it."""
-    x = x.contiguous()
-    return x if x.data_ptr() % 16 == 0 else x.clone()
-
-
 def _tokens(x: Tensor) -> int:
     return x.shape[:-1].numel()
 
@@ -228,20 +189,31 @@ def _stream(device: torch.device) -> int:
 
 
 def _delta_linear(
-    x: Tensor, values: Tensor, deltas: Tensor, row_groups: Tensor, chunk_cols: Tensor, bias: Tensor | None
+    x: Tensor,
+    values: Tensor,
+    deltas: Tensor,
+    row_groups: Tensor,
+    chunk_cols: Tensor,
+    bias: Tensor | None,
+    rows: int,
+    cols: int,
 ) -> Tensor:
-    code = _check(x, bias, values, deltas, row_groups, chunk_cols)
-    rows, cols, tokens = row_groups.numel() - 1, x.shape[-1], _tokens(x)
+    check_input(x, bias, values, (rows, cols))
+    check_delta(values, deltas, row_groups, chunk_cols, rows)
+    tokens = _tokens(x)
     if tokens > max_tokens(DeltaRows.name, cols, x.device.index):
         return _many(x, bias, DeltaRows(values, deltas, row_groups, chunk_cols, (rows, cols)))
-    x = _aligned(x)
+    x, bias = aligned(x), _dense(bias)
     y = x.new_empty((*x.shape[:-1], rows))
     backend.cuda().delta_linear(
-        code, x.data_ptr(), tokens, cols, values.data_ptr(), deltas.data_ptr(), row_groups.data_ptr(),
-        chunk_cols.data_ptr(), 0 if bias is None else bias.data_ptr(), y.data_ptr(), rows, x.device.index,
-        _stream(x.device),
+        dtype_code(values), x.data_ptr(), tokens, cols, values.data_ptr(), deltas.data_ptr(), row_groups.data_ptr(),
+        chunk_cols.data_ptr(), address(bias), y.data_ptr(), rows, x.device.index, _stream(x.device),
     )  # fmt: skip
     return y
+
+
+def _dense(bias: Tensor | None) -> Tensor | None:
+    return None if bias is None else bias.contiguous()
 
 
 def _delta_unpack(
@@ -253,7 +225,7 @@ def _delta_unpack(
     first_row: int,
     rows: int,
 ) -> Tensor:
-    _check_addresses(values, deltas)
+    check_delta(values, deltas, row_groups, chunk_cols, row_groups.numel() - 1)
     dense = values.new_empty((rows, cols))
     backend.cuda().delta_unpack(
         values.data_ptr(), deltas.data_ptr(), row_groups.data_ptr(), chunk_cols.data_ptr(), dense.data_ptr(),
@@ -263,18 +235,18 @@ def _delta_unpack(
 
 
 def _nm_linear(
-    x: Tensor, values: Tensor, places: Tensor, bias: Tensor | None, out_features: int, n: int, m: int
+    x: Tensor, values: Tensor, places: Tensor, bias: Tensor | None, rows: int, cols: int, n: int, m: int
 ) -> Tensor:
-    code = _check(x, bias, values, places, second=_place_bytes(m))
-    cols, tokens = x.shape[-1], _tokens(x)
-    check_nm_sizes(values, places, n, m, (out_features, cols))
+    check_input(x, bias, values, (rows, cols))
+    check_nm(values, places, n, m, (rows, cols))
+    tokens = _tokens(x)
     if tokens > max_tokens(NMRows.name, cols, x.device.index):
-        return _many(x, bias, NMRows(values, places, n, m, (out_features, cols)))
-    x = _aligned(x)
-    y = x.new_empty((*x.shape[:-1], out_features))
+        return _many(x, bias, NMRows(values, places, n, m, (rows, cols)))
+    x, bias = aligned(x), _dense(bias)
+    y = x.new_empty((*x.shape[:-1], rows))
     backend.cuda().nm_linear(
-        code, x.data_ptr(), tokens, cols, values.data_ptr(), places.data_ptr(), n, place_bits(m),
-        0 if bias is None else bias.data_ptr(), y.data_ptr(), out_features, x.device.index, _stream(x.device),
+        dtype_code(values), x.data_ptr(), tokens, cols, values.data_ptr(), places.data_ptr(), n, place_bits(m),
+        address(bias), y.data_ptr(), rows, x.device.index, _stream(x.device),
     )  # fmt: skip
     return y
 
@@ -289,8 +261,7 @@ def _nm_unpack(
     first_row: int,
     rows: int,
 ) -> Tensor:
-    _check_addresses(values, places, second=_place_bytes(m))
-    check_nm_sizes(values, places, n, m, (total_rows, cols))
+    check_nm(values, places, n, m, (total_rows, cols))
     dense = values.new_empty((rows, cols))
     backend.cuda().nm_unpack(
         values.data_ptr(), places.data_ptr(), n, place_bits(m), dense.data_ptr(), first_row, rows, total_rows, cols,
@@ -315,37 +286,37 @@ def _strip_linear(
     rows: int,
     largest: int,
 ) -> Tensor:
-    code = _DTYPE_CODES[stream.dtype]
+    code = dtype_code(stream)
     cols, tokens, device = x.shape[-1], _tokens(x), x.device.index
-    x = _aligned(x)
+    x, bias = aligned(x), _dense(bias)
     y = x.new_empty((*x.shape[:-1], rows))
     if tokens == 0:
         return y
     floats = _workspace(packing, code, tokens, cols, rows, largest, device)
     workspace = torch.empty(floats, dtype=torch.float32, device=x.device) if floats else None
     backend.cuda().strip_linear(
-        packing, code, x.data_ptr(), tokens, cols, stream.data_ptr(), 0 if offsets is None else offsets.data_ptr(),
-        largest, 0 if bias is None else bias.data_ptr(), y.data_ptr(), rows,
-        0 if workspace is None else workspace.data_ptr(), device, _stream(x.device),
+        packing, code, x.data_ptr(), tokens, cols, stream.data_ptr(), address(offsets), largest, address(bias),
+        y.data_ptr(), rows, address(workspace), device, _stream(x.device),
     )  # fmt: skip
     return y
 
 
 def _fragment_linear(
-    x: Tensor, stream: Tensor, offsets: Tensor, bias: Tensor | None, out_features: int, largest_block: int
+    x: Tensor, stream: Tensor, offsets: Tensor, bias: Tensor | None, rows: int, cols: int, largest_block: int
 ) -> Tensor:
-    _check(x, bias, stream, offsets)
+    check_input(x, bias, stream, (rows, cols))
+    check_fragment(stream, offsets, (rows, cols))
     if _tokens(x) > STRIP_TOKENS:
-        return _many(x, bias, FragmentBitmap(stream, offsets, largest_block, (out_features, x.shape[-1])))
-    return _strip_linear(_FRAGMENT, x, stream, offsets, bias, out_features, largest_block)
+        return _many(x, bias, FragmentBitmap(stream, offsets, largest_block, (rows, cols)))
+    return _strip_linear(_FRAGMENT, x, stream, offsets, bias, rows, largest_block)
 
 
-def _pair_linear(x: Tensor, stream: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
-    _check(x, bias, stream)
+def _pair_linear(x: Tensor, stream: Tensor, bias: Tensor | None, rows: int, cols: int) -> Tensor:
+    check_input(x, bias, stream, (rows, cols))
+    check_pair(stream, (rows, cols))
     if _tokens(x) > STRIP_TOKENS:
-        return _many(x, bias, PairBlocks(stream, (out_features, x.shape[-1])))
-    largest = backend.core().PAIR_BLOCK_BYTES
-    return _strip_linear(_PAIR, x, stream, None, bias, out_features, largest)
+        return _many(x, bias, PairBlocks(stream, (rows, cols)))
+    return _strip_linear(_PAIR, x, stream, None, bias, rows, backend.core().PAIR_BLOCK_BYTES)
 
 
 def _strip_unpack(
@@ -357,10 +328,13 @@ def _strip_unpack(
     first_row: int,
     rows: int,
 ) -> Tensor:
-    _check_addresses(stream)
+    if offsets is None:
+        check_pair(stream, (total_rows, cols))
+    else:
+        check_fragment(stream, offsets, (total_rows, cols))
     dense = stream.new_empty((rows, cols))
     backend.cuda().strip_unpack(
-        packing, stream.data_ptr(), 0 if offsets is None else offsets.data_ptr(), dense.data_ptr(), first_row, rows,
+        packing, stream.data_ptr(), address(offsets), dense.data_ptr(), first_row, rows,
         total_rows, cols, stream.device.index, _stream(stream.device),
     )  # fmt: skip
     return dense
@@ -391,19 +365,26 @@ def _many(x: Tensor, bias: Tensor | None, weight: Packing) -> Tensor:
 
 
 def _delta_linear_fake(
-    x: Tensor, values: Tensor, deltas: Tensor, row_groups: Tensor, chunk_cols: Tensor, bias: Tensor | None
+    x: Tensor,
+    values: Tensor,
+    deltas: Tensor,
+    row_groups: Tensor,
+    chunk_cols: Tensor,
+    bias: Tensor | None,
+    rows: int,
+    cols: int,
 ) -> Tensor:
-    return x.new_empty((*x.shape[:-1], row_groups.shape[0] - 1))
+    return x.new_empty((*x.shape[:-1], rows))
 
 
 def _fragment_linear_fake(
-    x: Tensor, stream: Tensor, offsets: Tensor, bias: Tensor | None, out_features: int, largest_block: int
+    x: Tensor, stream: Tensor, offsets: Tensor, bias: Tensor | None, rows: int, cols: int, largest_block: int
 ) -> Tensor:
-    return x.new_empty((*x.shape[:-1], out_features))
+    return x.new_empty((*x.shape[:-1], rows))
 
 
-def _pair_linear_fake(x: Tensor, stream: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
-    return x.new_empty((*x.shape[:-1], out_features))
+def _pair_linear_fake(x: Tensor, stream: Tensor, bias: Tensor | None, rows: int, cols: int) -> Tensor:
+    return x.new_empty((*x.shape[:-1], rows))
 
 
 def _delta_unpack_fake(
@@ -429,9 +410,9 @@ def _pair_unpack_fake(stream: Tensor, total_rows: int, cols: int, first_row: int
 
 
 def _nm_linear_fake(
-    x: Tensor, values: Tensor, places: Tensor, bias: Tensor | None, out_features: int, n: int, m: int
+    x: Tensor, values: Tensor, places: Tensor, bias: Tensor | None, rows: int, cols: int, n: int, m: int
 ) -> Tensor:
-    return x.new_empty((*x.shape[:-1], out_features))
+    return x.new_empty((*x.shape[:-1], rows))
 
 
 def _nm_unpack_fake(
@@ -448,16 +429,12 @@ def _nm_unpack_fake(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    """Keep the weight's arrays and sizes; x is only asked for its width, the weight is frozen."""
-    ctx.cols = inputs[0].shape[-1]
-    ctx.inputs = [None if i == 0 else value for i, value in enumerate(inputs)]
-    ctx.rows = output.shape[-1]
+    """Keep the weight's arrays and sizes, not x: the weight is frozen."""
+    ctx.inputs = (None, *inputs[1:])
 
 
-def _backward(
-    grad: Tensor, weight: Packing, ctx: Any, bias_at: int, inputs: int
-) -> tuple[Tensor | None, ...]:
-    result: list[Tensor | None] = [None] * inputs
+def _backward(ctx: Any, grad: Tensor, weight: Packing, bias_at: int) -> tuple[Tensor | None, ...]:
+    result: list[Tensor | None] = [None] * len(ctx.inputs)
     if ctx.needs_input_grad[0]:
         result[0] = grad @ packed_unpack(weight)
     if ctx.needs_input_grad[bias_at]:
@@ -466,23 +443,23 @@ def _backward(
 
 
 def _delta_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    _, values, deltas, row_groups, chunk_cols, _ = ctx.inputs
-    weight = DeltaRows(values, deltas, row_groups, chunk_cols, (ctx.rows, ctx.cols))
-    return _backward(grad, weight, ctx, 5, 6)
+    _, values, deltas, row_groups, chunk_cols, _, *shape = ctx.inputs
+    return _backward(ctx, grad, DeltaRows(values, deltas, row_groups, chunk_cols, (shape[0], shape[1])), 5)
 
 
 def _fragment_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    _, stream, offsets, _, _, largest = ctx.inputs
-    return _backward(grad, FragmentBitmap(stream, offsets, largest, (ctx.rows, ctx.cols)), ctx, 3, 6)
+    _, stream, offsets, _, rows, cols, largest = ctx.inputs
+    return _backward(ctx, grad, FragmentBitmap(stream, offsets, largest, (rows, cols)), 3)
 
 
 def _pair_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return _backward(grad, PairBlocks(ctx.inputs[1], (ctx.rows, ctx.cols)), ctx, 2, 4)
+    _, stream, _, rows, cols = ctx.inputs
+    return _backward(ctx, grad, PairBlocks(stream, (rows, cols)), 2)
 
 
 def _nm_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    _, values, places, _, _, n, m = ctx.inputs
-    return _backward(grad, NMRows(values, places, n, m, (ctx.rows, ctx.cols)), ctx, 3, 7)
+    _, values, places, _, rows, cols, n, m = ctx.inputs
+    return _backward(ctx, grad, NMRows(values, places, n, m, (rows, cols)), 3)
 
 
 _Backward = Callable[[Any, Tensor], tuple[Tensor | None, ...]]
