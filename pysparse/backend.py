@@ -51,8 +51,18 @@ class KernelKey:
         return f"{self.op}-{self.format}-{self.dtype}-{self.isa}"
 
 
+def switched_on(variable: str) -> bool:
+    """Tell whether an environment variable says yes (1, true, yes, on); ValueError where it says neither yes nor no."""
+    text = os.environ.get(variable, "").strip().lower()
+    if text in ("1", "true", "yes", "on"):
+        return True
+    if text in ("", "0", "false", "no", "off"):
+        return False
+    raise ValueError(f"{variable}={os.environ[variable]}: choose 1 or 0")
+
+
 def _load_core() -> tuple[ModuleType | None, str]:
-    if os.environ.get(DISABLE_VARIABLE, "0") not in ("", "0"):
+    if switched_on(DISABLE_VARIABLE):
         return None, f"disabled by {DISABLE_VARIABLE}={os.environ[DISABLE_VARIABLE]}"
     try:
         from pysparse import _core
@@ -62,14 +72,14 @@ def _load_core() -> tuple[ModuleType | None, str]:
 
 
 def _load_cuda() -> tuple[ModuleType | None, str]:
-    if os.environ.get(DISABLE_VARIABLE, "0") not in ("", "0"):
+    if switched_on(DISABLE_VARIABLE):
         return None, f"disabled by {DISABLE_VARIABLE}={os.environ[DISABLE_VARIABLE]}"
     try:
         return import_module("pysparse._cuda"), ""
     except ModuleNotFoundError as error:
         return None, "this build has none" if error.name == "pysparse._cuda" else str(error)
-    except ImportError as error:  # for another platform: the CPU half works alone
-        return None, str(error)
+    except Exception as error:  # for another platform, half written, ...: the CPU half works alone
+        return None, f"{type(error).__name__}: {error}"
 
 
 _core, _missing_reason = _load_core()
@@ -252,7 +262,7 @@ def _reported_hashes() -> dict[str, str]:
 
 def experimental() -> bool:
     """Tell whether PYSPARSE_EXPERIMENTAL asks for kernels that no GPU report vouches for."""
-    return os.environ.get(EXPERIMENTAL_VARIABLE, "0") not in ("", "0")
+    return switched_on(EXPERIMENTAL_VARIABLE)
 
 
 def cuda_gate(format: str) -> str:
@@ -264,7 +274,10 @@ def cuda_gate(format: str) -> str:
     missing = cuda_missing_reason()
     if missing:
         return missing
-    if not experimental() and _reported_hashes().get(format) != cuda().SOURCE_HASHES[format]:
+    built = cuda().SOURCE_HASHES.get(format)
+    if built is None:
+        return f"this build has no {format} kernels: build it anew"
+    if not experimental() and _reported_hashes().get(format) != built:
         return (
             f"the {format} kernel's sources differ from those that a GPU report vouches for; "
             f"set {EXPERIMENTAL_VARIABLE}=1 to use it all the same"

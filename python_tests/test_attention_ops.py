@@ -1,5 +1,6 @@
 """The attention operations beside a float64 masked softmax, and what they promise about keys and lists."""
 
+import dataclasses
 import math
 
 import attention_cases as cases
@@ -200,6 +201,32 @@ def test_lists_are_refused_before_they_are_followed(dtype, changes, said):
     case = cases.draw(11, dtype, rows=50, past=100)
     with pytest.raises(ValueError, match=said):
         broken(case, **changes)
+
+
+def test_lists_and_states_of_another_kind_are_named(dtype):
+    case = cases.draw(11, dtype, rows=50, past=100)
+    stripes, blocks = random_stripes(case, 64), random_blocks(case, 64, 64)
+    place = {"q_offset": 100}
+    meta = [tensor.to("meta") for tensor in (case.q, case.k, case.v)]
+    for index, run in ((stripes, ops.stripe_attention), (blocks, ops.block_sparse_attention)):
+        with pytest.raises(ValueError, match="q is on meta, the lists of the index on cpu, cpu"):
+            run(*meta, index, **place)
+    state = ops.anchor_state(case.q, case.k, case.v, REGION, **place)
+    for changes, said in (
+        (
+            {"max": state.max.to("meta")},
+            r"state.max is float32 \(1, 2, 50\) on cpu, got .* \(1, 2, 50\) on meta",
+        ),
+        ({"out": state.out.double()}, "state.out is float32 .* got torch.float64"),
+        (
+            {"denominator": state.denominator[..., :-1]},
+            r"state.denominator is .* got torch.float32 \(1, 2, 49\)",
+        ),
+    ):
+        with pytest.raises(ValueError, match=said):
+            ops.stripe_attention(
+                case.q, case.k, case.v, stripes, dataclasses.replace(state, **changes), **place
+            )
 
 
 @pytest.mark.parametrize(

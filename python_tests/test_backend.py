@@ -98,6 +98,36 @@ def test_import_and_answers_survive_without_the_core():
     )  # one warning, not one a call
 
 
+@pytest.mark.parametrize(
+    ("text", "on"), [("", False), ("0", False), ("false", False), ("1", True), ("On", True)]
+)
+def test_switches_of_the_environment_say_yes_or_no(monkeypatch, text, on):
+    monkeypatch.setenv(backend.EXPERIMENTAL_VARIABLE, text)
+    assert backend.experimental() is on
+
+
+def test_a_switch_that_says_neither_is_named(monkeypatch):
+    monkeypatch.setenv(backend.EXPERIMENTAL_VARIABLE, "banana")
+    with pytest.raises(ValueError, match="PYSPARSE_EXPERIMENTAL=banana: choose 1 or 0"):
+        backend.experimental()
+
+
+@pytest.mark.parametrize("error", ["OSError('half written')", "RuntimeError('wrong numpy')"])
+def test_import_survives_whatever_the_cuda_module_raises(error):
+    code = (
+        "import sys, importlib.abc, importlib.machinery\n"
+        "class Broken(importlib.abc.MetaPathFinder, importlib.abc.Loader):\n"
+        "    def find_spec(self, name, path, target=None):\n"
+        "        if name == 'pysparse._cuda': return importlib.machinery.ModuleSpec(name, self)\n"
+        f"    def exec_module(self, module): raise {error}\n"
+        "sys.meta_path.insert(0, Broken())\n"
+        "from pysparse import backend\nprint(backend.cuda_missing_reason())"
+    )
+    done = forked.run(code)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == error.replace("('", ": ").replace("')", "")
+
+
 @needs_core
 def test_core_holds_no_weak_symbols_of_newer_cpus():
     """Code outside the target regions must run on any x86-64: no 512-bit register in it."""

@@ -12,7 +12,7 @@ import reference
 import torch
 from cuda_weights import groups_only, pairs_only
 
-from pysparse import backend
+from pysparse import backend, ops
 from pysparse.formats import PACKINGS, BitmapTensor, NMRows
 from pysparse.formats.device import nm_pattern
 from pysparse.nn import SparseLinear
@@ -291,6 +291,43 @@ def test_the_attention_crossover_lies_between_the_lengths_that_show_it(monkeypat
     assert crossover((1000, 1.2), (4000, 2.0)) == 1000
     assert crossover((1000, 1.05 / 2), (4000, 1.05 * 2)) == 2000  # half way, in logarithms
     assert crossover() is None
+
+
+def sparse(sparsity=0.8, dtype=torch.bfloat16):
+    return BitmapTensor.from_dense(reference.sparse_matrix(1024, 1024, sparsity, dtype))
+
+
+@pytest.mark.skipif(not backend.cuda_missing_reason(), reason="this machine runs the CUDA kernels")
+def test_without_kernels_a_layer_on_a_gpu_holds_its_weight_densely_and_says_why(monkeypatch):
+    monkeypatch.setattr(backend, "_warned", set())
+    bitmap, reason = sparse(), backend.cuda_missing_reason()
+    with pytest.warns(RuntimeWarning, match=f"sparse layers on CUDA hold their weights densely: {reason}"):
+        DeviceWeight.choose(bitmap)
+    weight, (array,) = DeviceWeight.choose(bitmap)  # said once: a second warning would be an error here
+    assert torch.equal(array, bitmap.to_dense())
+    assert weight.describe(torch.bfloat16, "auto") == f"dense torch: {reason}"
+
+
+def test_float32_on_a_gpu_is_held_densely(monkeypatch):
+    monkeypatch.setattr(backend, "_warned", set())
+    bitmap = sparse(dtype=torch.float32)
+    with pytest.warns(RuntimeWarning, match=r"float32 on cuda \(bfloat16 and float16 have one\)"):
+        weight, (array,) = DeviceWeight.choose(bitmap)
+    assert weight.packing == "dense"
+    assert torch.equal(array, bitmap.to_dense())
+
+
+@pytest.mark.skipif(not backend.cuda_missing_reason(), reason="this machine runs the CUDA kernels")
+def test_without_a_gpu_the_prediction_is_that_for_an_h200():
+    assert predict(sparse(0.7)).packing == "delta"
+    assert [ops.max_tokens("delta", cols) for cols in (4096, 14336, 28672, 60000)] == [8, 8, 4, 0]
+    assert ops.max_tokens("fragment", 60000) == 64
+
+
+def test_a_gpu_that_tells_no_rates_is_not_scaled():
+    costs = device_costs(Gpu("a vGPU", 0.0, 100.0))
+    assert costs.lines == device_costs().lines
+    assert costs.gpu == "NVIDIA H200, as a vGPU tells no rates of its own"
 
 
 def test_without_a_device_the_gate_says_why_and_import_works():

@@ -90,6 +90,20 @@ def test_what_two_of_four_tensors_cannot_hold_is_said(weight, message):
         check_semi_structured(BitmapTensor.from_dense(weight))
 
 
+@pytest.mark.parametrize("wrong", [None, torch.zeros(2, 2), [[1.0]], 3])
+def test_what_is_no_matrix_of_cupys_is_said(wrong):
+    with pytest.raises(ValueError, match=f"expected a CSR matrix of CuPy's, got a {type(wrong).__name__}"):
+        from_cupyx(wrong)
+
+
+def test_what_speaks_no_dlpack_is_said():
+    offsets = torch.tensor([0, 1], dtype=torch.int32)
+    with pytest.raises(ValueError, match="expected an array that speaks DLPack, got a list"):
+        csr_from_dlpack(offsets, [0], torch.ones(1), (1, 1))
+    with pytest.raises(ValueError, match="torch cannot take the array's memory"):
+        csr_from_dlpack(offsets, np.array(["a"]), torch.ones(1), (1, 1))
+
+
 def test_two_of_four_tensors_live_on_a_gpu():
     bitmap = BitmapTensor.from_dense(pairs(32, 64))
     check_semi_structured(bitmap)

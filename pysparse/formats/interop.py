@@ -25,7 +25,7 @@ def csr_from_dlpack(row_offsets: Any, col_indices: Any, values: Any, shape: tupl
     widened, which copies R + 1 numbers. ValueError for other types, arrays on different devices, and a matrix that
     :meth:`CsrTensor.validate` refuses (unsorted or repeated columns, indices outside).
     """
-    offsets, indices, data = (from_dlpack(array) for array in (row_offsets, col_indices, values))
+    offsets, indices, data = (_taken(array) for array in (row_offsets, col_indices, values))
     if indices.dtype != torch.int32 or offsets.dtype not in (torch.int32, torch.int64):
         raise ValueError(
             f"offsets are int32 or int64, indices int32; got {offsets.dtype} and {indices.dtype}"
@@ -38,11 +38,23 @@ def csr_from_dlpack(row_offsets: Any, col_indices: Any, values: Any, shape: tupl
     return result
 
 
+def _taken(array: Any) -> Tensor:
+    if not hasattr(array, "__dlpack__"):
+        raise ValueError(f"expected an array that speaks DLPack, got a {type(array).__name__}")
+    try:
+        return from_dlpack(array)
+    except (BufferError, RuntimeError, TypeError) as error:  # a dtype or a device that torch does not know
+        raise ValueError(f"torch cannot take the array's memory: {error}") from error
+
+
 def from_cupyx(matrix: Any) -> CsrTensor:
     """Take a ``cupyx.scipy.sparse.csr_matrix`` of float32 without copying values or columns.
 
     Raises as :func:`csr_from_dlpack`; for float64 or complex values, convert first: rounding would need a copy.
     """
+    missing = [name for name in ("indptr", "indices", "data", "shape") if not hasattr(matrix, name)]
+    if missing or not hasattr(matrix.indptr, "__dlpack__"):
+        raise ValueError(f"expected a CSR matrix of CuPy's, got a {type(matrix).__name__}")
     return csr_from_dlpack(matrix.indptr, matrix.indices, matrix.data, matrix.shape)
 
 

@@ -88,6 +88,21 @@ def _core() -> tuple[bool, str]:
     return True, f"loaded, {len(backend.kernels())} kernels, level {backend.isa()}"
 
 
+def _cuda() -> tuple[bool, str]:
+    missing = backend.cuda_missing_reason()
+    if missing and not torch.cuda.is_available():
+        return True, f"not used: {missing}"
+    if missing:
+        return (
+            False,
+            f"torch sees {torch.cuda.get_device_name()}, the sparse kernels do not run there: {missing}",
+        )
+    gates = {name: backend.cuda_gate(name) for name in backend.cuda().SOURCE_HASHES}
+    closed = [f"{name} ({why})" for name, why in gates.items() if why]
+    used = ", ".join(name for name, why in gates.items() if not why) or "none"
+    return True, f"kernels used: {used}" + (f"; not used: {'; '.join(closed)}" if closed else "")
+
+
 def _threads() -> tuple[bool, str]:
     threads, cores = torch.get_num_threads(), usable_cores()
     if threads > cores:
@@ -137,6 +152,7 @@ def _extras() -> tuple[bool, str]:
 
 _CHECKS: dict[str, Callable[[], tuple[bool, str]]] = {
     "compiled core": _core,
+    "CUDA kernels": _cuda,
     "threads": _threads,
     "one OpenMP": _openmp,
     "transformers": _transformers,

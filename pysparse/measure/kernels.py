@@ -106,13 +106,28 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def kernel_table() -> list[dict[str, object]]:
-    """Return a JSON-ready row per compiled kernel: does this CPU support it, does the core take it now."""
+    """Return a JSON-ready row per compiled kernel: does this machine support it, is it taken now.
+
+    Kernels of a CUDA build are listed, too: supported where a device is there, taken where a GPU report vouches for
+    their sources (a layer still weighs them against the dense product).
+    """
     rows: list[dict[str, object]] = []
     for key in backend.kernels():
         taken = chosen_kernel(key.op, key.format, key.dtype) == key
         row = {"op": key.op, "format": key.format, "dtype": key.dtype, "isa": key.isa}
         rows.append({**row, "supported": key.supported, "taken": taken})
+    for key in backend.cuda_kernels():
+        row = {"op": key.op, "format": key.format, "dtype": key.dtype, "isa": key.isa}
+        rows.append(
+            {**row, "supported": key.supported, "taken": key.supported and not backend.cuda_gate(_group(key))}
+        )
     return rows
+
+
+def _group(key: backend.KernelKey) -> str:
+    """Return the name of a CUDA kernel's sources in reports."""
+    groups = {"select": "pruning", "sweep": "pruning"}
+    return key.format if key.op in ("linear", "unpack") else groups.get(key.op, key.op)
 
 
 _TOKENS = (1, 4, 16, 32, 64, 256, 1024)

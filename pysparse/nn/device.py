@@ -46,26 +46,34 @@ class DeviceWeight:
     why: str
 
     @classmethod
-    def choose(cls, bitmap: BitmapTensor) -> tuple[DeviceWeight | None, tuple[Tensor, ...]]:
+    def choose(cls, bitmap: BitmapTensor) -> tuple[DeviceWeight, tuple[Tensor, ...]]:
         """Pack ``bitmap`` (on a CUDA device) in the form that decoding is predicted to be fastest with.
 
-        Returns None where no kernel may be used: no CUDA build, float32 values, kernels that no report vouches
-        for. The cause is said once.
+        Densely where no gain is predicted, and where no kernel may be used: no CUDA build, no driver, float32 values,
+        kernels that no report vouches for. Such a cause is said once.
         """
-        if bitmap.dtype not in PACKED_DTYPES or not backend.available():
-            return None, ()
+        missing = _missing(bitmap.dtype)
+        if missing:
+            return cls._dense(bitmap, missing, warn=True)
         found = predict(bitmap, expected_tokens())
         if found.packing == "dense":
-            return cls("dense", bitmap.nnz, (), 0, 0, found.why), (bitmap.to_dense(),)
+            return cls._dense(bitmap, found.why)
         closed = backend.cuda_gate(found.packing)
         if closed:
-            backend.warn_once(f"cuda-{closed}", f"sparse layers on CUDA run without sparse kernels: {closed}")
-            return None, ()
+            return cls._dense(bitmap, closed, warn=True)
         packed = PACKINGS[found.packing].from_bitmap(bitmap)
         limit = ops.max_tokens(found.packing, bitmap.shape[1], bitmap.device.index)
         pays_to = min(limit, found.pays_to)
         weight = cls(found.packing, bitmap.nnz, packed_sizes(packed), limit, pays_to, found.why)
         return weight, tuple(getattr(packed, field) for field in _FIELDS[found.packing])
+
+    @classmethod
+    def _dense(
+        cls, bitmap: BitmapTensor, why: str, warn: bool = False
+    ) -> tuple[DeviceWeight, tuple[Tensor, ...]]:
+        if warn:
+            backend.warn_once(f"cuda-{why}", f"sparse layers on CUDA hold their weights densely: {why}")
+        return cls("dense", bitmap.nnz, (), 0, 0, why), (bitmap.to_dense(),)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -149,6 +157,14 @@ def expected_tokens() -> int:
     if not (text.isdecimal() and 1 <= int(text) <= 1 << 20):
         raise ValueError(f"{TOKENS_VARIABLE}={text} is not a number of tokens from 1 to {1 << 20}")
     return int(text)
+
+
+def _missing(dtype: torch.dtype) -> str:
+    """Return why no kernel runs a layer of ``dtype`` on the CUDA devices here, or an empty string."""
+    if dtype not in PACKED_DTYPES:
+        have = " and ".join(str(one).removeprefix("torch.") for one in PACKED_DTYPES)
+        return f"no sparse kernel for {str(dtype).removeprefix('torch.')} on cuda ({have} have one)"
+    return backend.missing_reason() or backend.cuda_missing_reason()
 
 
 def predict(bitmap: BitmapTensor, tokens: int = 1) -> Prediction:

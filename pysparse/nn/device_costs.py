@@ -129,4 +129,10 @@ def device_costs(gpu: Gpu | None = None) -> DeviceCosts:
         for kernel, by_tokens in report["costs"].items()
     }
     measured, costs = Gpu(report["gpu"], **report["rates"]), DeviceCosts(report["gpu"], lines)
-    return costs if gpu is None or gpu.name == measured.name else costs.scaled(measured, gpu)
+    if gpu is None or gpu.name == measured.name:
+        return costs
+    if not (
+        gpu.gigabytes_per_second > 0 and gpu.multiprocessor_gigahertz > 0
+    ):  # drivers of some parts tell no clocks
+        return replace(costs, gpu=f"{measured.name}, as {gpu.name} tells no rates of its own")
+    return costs.scaled(measured, gpu)

@@ -161,8 +161,8 @@ class SparseLinear(nn.Module):
     def pack(self) -> SparseLinear:
         """Validate the canonical buffers and turn them into the kernels' packing; a no-op when packed.
 
-        Without the compiled core, on another device than the CPU, or for float16, the canonical buffers are
-        validated and stay. Raises ValueError when they contradict each other.
+        On the CPU without the compiled core or for float16, and on devices that are not CUDA's, the canonical buffers
+        are validated and stay. Raises ValueError when they contradict each other.
         """
         if self.is_packed:
             return self
@@ -179,10 +179,8 @@ class SparseLinear(nn.Module):
         return self
 
     def _pack_for_device(self, bitmap: BitmapTensor) -> None:
-        """Choose a packing and hold its arrays as buffers; where none may be used, stay canonical."""
+        """Choose a packing, which may be the dense matrix, and hold its arrays as buffers."""
         weight, arrays = DeviceWeight.choose(bitmap)
-        if weight is None:
-            return
         for name, array in zip(weight.names, arrays, strict=True):
             self.register_buffer(name, array, persistent=False)
         self._device_weight = weight

@@ -159,10 +159,12 @@ def stripe_attention(
     of Hq. Raises as :func:`flash_attention`, and for lists that break these rules, before any of them is read.
     """
     scale, offset = _checked(q, k, v, scale, q_offset, key_range)
-    _check_index(q, index.shape, index.group_size, offset)
+    _check_index(q, index.shape, index.group_size, offset, index.offsets, index.keys)
     if index.key_length != k.shape[2]:
         raise ValueError(f"the index is over {index.key_length} keys, k has {k.shape[2]}")
     parts = (None, None, None) if state is None else (state.out, state.max, state.denominator)
+    if state is not None:
+        _check_state(q, state)
     out, lse = torch.ops.pysparse.stripe_attention(
         q, k, v, index.offsets, index.keys, index.shape[1], index.group_size, *parts, key_range, scale, offset
     )
@@ -197,7 +199,7 @@ def block_sparse_attention(
     divisor of Hq. Raises as :func:`flash_attention`, and for an index of another size.
     """
     scale, offset = _checked(q, k, v, scale, q_offset, key_range, causal)
-    _check_index(q, index.shape, index.block_q, offset)
+    _check_index(q, index.shape, index.block_q, offset, index.offsets, index.blocks)
     out, lse = torch.ops.pysparse.block_sparse_attention(
         q, k, v, index.offsets, index.blocks, index.shape[1], index.block_q, index.block_k, key_range, scale, causal,
         offset,
@@ -211,7 +213,7 @@ def block_sparse_state(
 ) -> AttentionState:  # fmt: skip
     """Return :func:`block_sparse_attention`'s result as a state, for stripes to continue. Raises as that does."""
     scale, offset = _checked(q, k, v, scale, q_offset, key_range, causal)
-    _check_index(q, index.shape, index.block_q, offset)
+    _check_index(q, index.shape, index.block_q, offset, index.offsets, index.blocks)
     return AttentionState(
         *torch.ops.pysparse.block_sparse_state(
             q, k, v, index.offsets, index.blocks, index.shape[1], index.block_q, index.block_k, key_range, scale,
@@ -326,7 +328,21 @@ def _check_range(q: Tensor, k: Tensor, key_range: Tensor | None) -> None:
         )
 
 
-def _check_index(q: Tensor, shape: tuple[int, int, int], size: int, q_offset: int) -> None:
+def _check_state(q: Tensor, state: AttentionState) -> None:
+    for name, wanted in (("out", q.shape), ("max", q.shape[:3]), ("denominator", q.shape[:3])):
+        part: Tensor = getattr(state, name)
+        if part.dtype != torch.float32 or part.shape != wanted or part.device != q.device:
+            raise ValueError(
+                f"state.{name} is float32 {tuple(wanted)} on {q.device}, got {part.dtype} {tuple(part.shape)} on "
+                f"{part.device}"
+            )
+
+
+def _check_index(q: Tensor, shape: tuple[int, int, int], size: int, q_offset: int, *lists: Tensor) -> None:
+    if any(array.device != q.device for array in lists):
+        raise ValueError(
+            f"q is on {q.device}, the lists of the index on {', '.join(str(a.device) for a in lists)}"
+        )
     groups = groups_of(q_offset, q.shape[2], size)
     if shape[0] != q.shape[0] or shape[1] < 1 or q.shape[1] % shape[1] or shape[2] < groups:
         raise ValueError(

@@ -85,6 +85,8 @@ def _launch(
 ) -> tuple[Tensor, Tensor] | Parts:  # fmt: skip
     """Run the attention kernel; return (out, log-sum-exp), or the state."""
     common.bounds_of(k, key_range)  # refuses ranges outside the keys
+    if any(tensor.device != q.device for tensor in (*(lists or ()), *(before or ()))):
+        raise ValueError(f"q is on {q.device}, its lists and state must be, too")
     (q, q_place), (k, k_place), (v, v_place) = _place(q), _place(k), _place(v)
     before = None if before is None else tuple(part.contiguous() for part in before)  # type: ignore[assignment]
     kept, valid = _ranges(q, key_range)

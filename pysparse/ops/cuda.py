@@ -38,6 +38,7 @@ DELTA_TOKENS = 8  # columns of this many tokens fit in shared memory beside each
 STRIP_TOKENS = 64  # beyond, unpacking and torch's product take less time than the kernels' narrow tiles
 # What a thread block may hold of x (227 KB on sm_90, 99 KB on sm_86): bytes per column for 1, 2, 4, 8 tokens.
 _COLUMN_BYTES = {1: 4, 2: 4, 4: 8, 8: 16}
+_H200_BYTES = 227 << 10
 _COLUMN_SLACK = {DeltaRows.name: 16, NMRows.name: 128}  # columns past the last that rows may reach
 # Scratch for rows unpacked at a time. In cache-sized pieces (24 MB) it takes 1.4 times as long on an H200: each
 # piece is two launches and a thinner product.
@@ -153,11 +154,15 @@ def packed_unpack(weight: Packing, first_row: int = 0, rows: int | None = None) 
 def max_tokens(packing: str, cols: int, device: int | None = None) -> int:
     """Return the most tokens that the kernel of ``packing`` takes at once for ``cols`` input features.
 
-    ``device`` is the index of a CUDA device, by default the current one.
+    ``device`` is the index of a CUDA device, by default the current one; where none runs the kernels, the answer is
+    that for an H200.
     """
     if packing not in _COLUMN_SLACK:
         return STRIP_TOKENS
-    room = _shared_bytes(torch.cuda.current_device() if device is None else device)
+    if backend.cuda_missing_reason():
+        room = _H200_BYTES
+    else:
+        room = _shared_bytes(torch.cuda.current_device() if device is None else device)
     return _fitting_tokens(cols + _COLUMN_SLACK[packing], room)
 
 
