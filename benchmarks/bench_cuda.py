@@ -9,9 +9,7 @@ are four times the second-level cache; dense and sparse graphs of one shape and 
 from __future__ import annotations
 
 import argparse
-import json
-import subprocess
-import sys
+import itertools
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -19,15 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from cuda_run import MOST_ERROR, Run
 from torch import Tensor
 from torch.nn import functional
 
-from pysparse import backend, ops
+from pysparse import ops
 from pysparse.formats import PACKINGS, BitmapTensor
 from pysparse.formats.device import keeps_pairs
-from pysparse.measure.machine import machine_card
 from pysparse.models.cuda_engines import random_keep
-from pysparse.nn.device_costs import Gpu
 from pysparse.ops.cuda import Packing, arrays, sizes
 
 SHAPES = [(1024, 4096), (4096, 4096), (11008, 4096), (4096, 11008), (14336, 4096), (8192, 28672)]
@@ -252,6 +249,23 @@ def prefills() -> list[dict[str, Any]]:
     return [prefill(*case) for case in [*cases, *(((11008, 4096), None, n) for n in (8, 32, 512))]]
 
 
+def csr_copies(weight: Tensor) -> list[Tensor]:
+    """Return copies of ``weight`` as torch's CSR with int32 indices, enough to exceed the cache ``CACHES`` times."""
+    csr = weight.to_sparse_csr()
+    held = (csr.crow_indices().int(), csr.col_indices().int(), csr.values())
+    count = copies_of(sum(part.nbytes for part in held))
+    return [
+        torch.sparse_csr_tensor(*(part.clone() for part in held), size=weight.shape, check_invariants=False)
+        for _ in range(count)
+    ]
+
+
+def in_turn(copies: list[Tensor], x: Tensor) -> Callable[[], Tensor]:
+    """Return the product with the next copy at each call: one comes again when all the others have been used."""
+    following = itertools.cycle(copies)
+    return lambda: next(following) @ x
+
+
 def cusparse(shapes: list[str], sparsities: list[float]) -> list[dict[str, Any]]:
     """Time torch's CSR product (cuSPARSE, int32 indices) beside cuBLAS: plain calls, for it may allocate."""
     result = []
@@ -259,32 +273,33 @@ def cusparse(shapes: list[str], sparsities: list[float]) -> list[dict[str, Any]]
         rows, cols = (int(n) for n in text.split("x"))
         for sparsity in sparsities[::2]:
             weight = random_weight(rows, cols, sparsity, 5)
-            csr = weight.to_sparse_csr()
-            arrays = (csr.crow_indices().int(), csr.col_indices().int(), csr.values())
-            csr = torch.sparse_csr_tensor(*arrays, size=weight.shape)
+            held = {
+                "cusparse": csr_copies(weight),
+                "cublas": [weight.clone() for _ in range(copies_of(weight.nbytes))],
+            }
             for tokens in (1, 8):
                 x = torch.randn(cols, tokens, device="cuda").bfloat16()
-                calls = {"cusparse": lambda csr=csr, x=x: csr @ x, "cublas": lambda w=weight, x=x: w @ x}
-                error = error_of(calls["cusparse"]().T, x.T, weight)
-                times = {name: plain_median(call) for name, call in calls.items()}
+                error = error_of((held["cusparse"][0] @ x).T, x.T, weight)
+                times = plain_medians({name: in_turn(copies, x) for name, copies in held.items()})
                 ratio = round(times["cublas"] / times["cusparse"], 3)
-                case = {"rows": rows, "cols": cols, "sparsity": sparsity, "tokens": tokens}
+                case = {"rows": rows, "cols": cols, "sparsity": sparsity, "tokens": tokens, "cold": True}
                 result.append(case | times | {"ratio": ratio, "error": error})
     return result
 
 
-def plain_median(call: Callable[[], Tensor]) -> float:
-    """Return the median microseconds of ten calls back to back, over REPLAYS rounds; weights stay in the cache."""
-    times = []
+def plain_medians(calls: dict[str, Callable[[], Tensor]]) -> dict[str, float]:
+    """Return the median microseconds of each call, ten back to back, over REPLAYS rounds in which they take turns."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(REPLAYS):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        for _ in range(10):
-            call()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) * 100)
-    return round(sorted(times)[len(times) // 2], 2)
+        for name, call in calls.items():
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            for _ in range(10):
+                call()
+            end.record()
+            end.synchronize()
+            times[name].append(start.elapsed_time(end) * 100)
+    return {name: round(sorted(taken)[len(taken) // 2], 2) for name, taken in times.items()}
 
 
 def ceilings() -> dict[str, float]:
@@ -365,34 +380,6 @@ def blocks(sparsities: list[float], count: int = 4) -> list[dict[str, Any]]:
     return result
 
 
-def clocks() -> str:
-    """Return what nvidia-smi says of the card now."""
-    fields = "name,driver_version,clocks.sm,clocks.mem,power.draw,temperature.gpu"
-    done = subprocess.run(
-        ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return done.stdout.strip()
-
-
-def card() -> dict[str, Any]:
-    """Return the machine card with what belongs to the GPU."""
-    properties, gpu = torch.cuda.get_device_properties(0), Gpu.of(torch.device("cuda", 0))
-    return machine_card() | {
-        "gpu": properties.name,
-        "gigabytes_per_second": round(gpu.gigabytes_per_second, 1),
-        "multiprocessor_gigahertz": round(gpu.multiprocessor_gigahertz, 1),
-        "multiprocessors": properties.multi_processor_count,
-        "l2_bytes": properties.L2_cache_size,
-        "capability": list(torch.cuda.get_device_capability()),
-        "torch_cuda": torch.version.cuda,
-        "kernel_architectures": backend.cuda().ARCHITECTURES,
-        "clocks_at_start": clocks(),
-    }
-
-
 def print_table(rows: list[Row]) -> None:
     """Print one line per kernel and token count of a shape: microseconds and ratio by sparsity."""
     first = rows[0]
@@ -401,7 +388,7 @@ def print_table(rows: list[Row]) -> None:
     for kernel in ("delta", "fragment", "pair", "nm"):
         line = [
             f"{r.pattern or f'{r.sparsity:.0%}'} {r.microseconds:.2f} us {r.gigabytes_per_second:.0f} GB/s "
-            f"{r.ratio:.2f}x" + ("" if r.error < 4e-3 else f" WRONG {r.error:.1e}")
+            f"{r.ratio:.2f}x" + ("" if r.error < MOST_ERROR else f" WRONG {r.error:.1e}")
             for r in rows
             if r.kernel == kernel
         ]
@@ -409,20 +396,8 @@ def print_table(rows: list[Row]) -> None:
             print(f"  {kernel:9s}", " | ".join(line), flush=True)
 
 
-def attempt(name: str, report: dict[str, Any], part: Callable[[], Any]) -> None:
-    """Run one part of the report; its failure is written down and does not lose the others."""
-    start = time.perf_counter()
-    try:
-        report[name] = part()
-        print(f"{name}: {json.dumps(report[name])[:1500]}", flush=True)
-    except Exception as error:  # whatever a part dies of, the rest of a short lease is worth having
-        report.setdefault("failed", {})[name] = f"{type(error).__name__}: {error}"
-        print(f"{name} FAILED: {error}", file=sys.stderr, flush=True)
-    report.setdefault("seconds", {})[name] = round(time.perf_counter() - start, 1)
-
-
-def main() -> int:
-    """Measure, print and write the report; 1 when a kernel was wrong or a part failed."""
+def arguments() -> argparse.Namespace:
+    """Return what the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seconds", type=float, default=200, help="no new shape is started after so long")
@@ -434,45 +409,45 @@ def main() -> int:
         "--patterns", nargs="*", default=PATTERNS, help="n:m, on the shapes of PATTERN_SHAPES"
     )
     parser.add_argument("--shapes", nargs="+", default=[f"{m}x{k}" for m, k in SHAPES])
-    options = parser.parse_args()
-    start = time.perf_counter()
-    hashes = {name: backend.cuda().SOURCE_HASHES[name] for name in PACKINGS}  # of what runs here, no more
-    report: dict[str, Any] = {"machine": card(), "source_hashes": hashes, "rows": []}
-    save = lambda: options.out.write_text(json.dumps(report, indent=1))  # noqa: E731
-    attempt("ceilings", report, ceilings)
-    attempt("call_overhead_microseconds", report, call_overhead)
-    wrong = []
+    return parser.parse_args()
+
+
+def one_shape(text: str, options: argparse.Namespace, report: dict[str, Any]) -> str:
+    """Check and time all kernels on one shape, ROWSxCOLS; add the rows and the wrong results to the report."""
+    begin = time.perf_counter()
+    rows, cols = (int(n) for n in text.split("x"))
+    ready = list(candidates((rows, cols), options.sparsity, options.patterns, seed=rows + cols))
+    packed = time.perf_counter() - begin
+    for tokens in options.tokens:
+        timed = measure((rows, cols), ready, tokens)
+        report["wrong"] += [
+            f"{r.kernel} {text} {r.sparsity} {r.tokens}" for r in timed if not r.error < MOST_ERROR
+        ]
+        set_shares(timed, report.get("ceilings", {}))
+        report["rows"] += [asdict(r) for r in timed]
+        print_table(timed)
+    return f"{packed:.1f} s to make the weights, {time.perf_counter() - begin - packed:.1f} s to time them"
+
+
+def main() -> int:
+    """Measure, print and write the report; 1 when a kernel was wrong, a part failed or a shape was left out."""
+    options, start = arguments(), time.perf_counter()
+    run = Run.start(options.out)
+    run.part("ceilings", ceilings)
+    run.part("call_overhead_microseconds", call_overhead)
+    done = []
     for text in options.shapes:
         if time.perf_counter() - start > options.seconds:
-            report.setdefault("skipped", []).append(text)
+            run.report.setdefault("skipped", []).append(text)
             continue
-        shape = tuple(int(n) for n in text.split("x"))
-
-        def one_shape(shape: tuple[int, int] = shape, text: str = text) -> str:
-            begin = time.perf_counter()
-            ready = list(candidates(shape, options.sparsity, options.patterns, seed=sum(shape)))
-            packed = time.perf_counter() - begin
-            for tokens in options.tokens:
-                rows = measure(shape, ready, tokens)
-                wrong.extend(f"{r.kernel} {text} {r.sparsity} {r.tokens}" for r in rows if not r.error < 4e-3)
-                set_shares(rows, report.get("ceilings", {}))
-                report["rows"] += [asdict(r) for r in rows]
-                print_table(rows)
-            return f"{packed:.1f} s to make the weights, {time.perf_counter() - begin - packed:.1f} s to time them"
-
-        attempt(f"shape_{text}", report, one_shape)
+        done.append(run.part(f"shape_{text}", lambda text=text: one_shape(text, options, run.report)))
         torch.cuda.empty_cache()
-        save()
-    attempt("prefill", report, prefills)
-    save()
-    attempt("cusparse", report, lambda: cusparse(options.shapes, options.sparsity))
-    attempt("llama_2_7b_blocks", report, lambda: blocks([0.5, 0.7, 0.9]))
-    report["clocks_at_end"] = clocks()
-    report["wrong"] = wrong
-    save()
-    print(f"\n{len(report['rows'])} figures in {time.perf_counter() - start:.0f} s; wrong: {wrong or 'none'}; "
-          f"failed: {list(report.get('failed', {})) or 'none'}")  # fmt: skip
-    return 1 if wrong or report.get("failed") else 0
+    if done.count(True) == len(options.shapes):
+        run.vouch_for(*PACKINGS)
+    run.part("prefill", prefills)
+    run.part("cusparse", lambda: cusparse(options.shapes, options.sparsity))
+    run.part("llama_2_7b_blocks", lambda: blocks([0.5, 0.7, 0.9]))
+    return run.close()
 
 
 if __name__ == "__main__":

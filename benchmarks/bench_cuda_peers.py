@@ -12,18 +12,18 @@ peer's calls can be captured (said by "graph"); of Flash-LLM's and SpInfer's num
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from bench_cuda import REPLAYS, attempt, capture, card, clocks, copies_of, error_of, random_weight
+from bench_cuda import REPLAYS, capture, copies_of, error_of, random_weight
+from cuda_run import Run
 from rivals.cuda_peers import PEERS, Missing, Packed
 from torch import Tensor
 from torch.nn import functional
 
-from pysparse import backend, ops
+from pysparse import ops
 from pysparse.formats import PACKINGS, BitmapTensor
 from pysparse.ops.cuda import arrays, sizes
 
@@ -97,11 +97,11 @@ def one(name: str, maker: Callable[[Tensor], Packed], weight: Tensor, tokens: in
     }  # fmt: skip
 
 
-def case(text: str, sparsity: float | None, libraries: dict[str, str | None]) -> list[dict[str, Any]]:
-    """Return the rows of all participants on one weight, ratios over cuBLAS, and who is missing."""
+def case(text: str, sparsity: float | None, libraries: dict[str, str | None], report: dict[str, Any]) -> str:
+    """Add the rows of all participants on one weight, ratios over cuBLAS, and who is missing."""
     rows, cols = (int(n) for n in text.split("x"))
     weight = random_weight(rows, cols, sparsity, 5).half()
-    result: list[dict[str, Any]] = []
+    missed = 0
     for tokens in TOKENS:
         dense = 0.0
         for name, maker in makers(sparsity, libraries).items():
@@ -109,12 +109,17 @@ def case(text: str, sparsity: float | None, libraries: dict[str, str | None]) ->
             try:
                 row = one(name, maker, weight, tokens)
             except Missing as missing:
-                result.append(place | {"kernel": name, "tokens": tokens, "missing": str(missing)})
+                report["rows"].append(place | {"kernel": name, "tokens": tokens, "missing": str(missing)})
+                missed += 1
                 continue
             dense = dense or row["microseconds"]
-            result.append(place | row | {"ratio": round(dense / row["microseconds"], 3)})
+            report["rows"].append(place | row | {"ratio": round(dense / row["microseconds"], 3)})
+            if not row["error"] < MOST_ERROR:
+                print(f"WRONG: {report['rows'][-1]}")
+                if name.startswith("pysparse"):
+                    report["wrong"].append(f"{name} {text} {sparsity or '2:4'} {tokens}")
         torch.cuda.empty_cache()
-    return result
+    return f"{missed} not here"
 
 
 def main() -> int:
@@ -126,17 +131,12 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="one shape, 70 %% and 2:4")
     options = parser.parse_args()
     libraries = {"flash-llm": options.flash_llm, "spinfer": options.spinfer}
-    report: dict[str, Any] = {"machine": card(), "source_hashes": backend.cuda().SOURCE_HASHES, "rows": []}
+    run = Run.start(options.out)
     for text in SHAPES[:1] if options.quick else SHAPES:
         for sparsity in [0.7, None] if options.quick else SPARSITIES:
-            part = f"{text}_{sparsity or '2:4'}"
-            attempt(part, report, lambda: case(text, sparsity, libraries))  # noqa: B023 it is called at once
-            report["rows"] += report.pop(part, [])
-            options.out.write_text(json.dumps(report | {"clocks_at_end": clocks()}, indent=1) + "\n")
-    wrong = [row for row in report["rows"] if not row.get("error", 0.0) < MOST_ERROR]
-    for row in wrong:
-        print(f"WRONG: {row}")
-    return 1 if report.get("failed") or any(row["kernel"].startswith("pysparse") for row in wrong) else 0
+            part = lambda text=text, sparsity=sparsity: case(text, sparsity, libraries, run.report)  # noqa: E731
+            run.part(f"{text}_{sparsity or '2:4'}", part)
+    return run.close()
 
 
 if __name__ == "__main__":

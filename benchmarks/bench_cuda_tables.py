@@ -10,7 +10,6 @@ Tables are larger than the second-level cache, ids follow a Zipf law; random wei
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -18,11 +17,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from bench_cuda import attempt, capture, card, clocks
+from bench_cuda import capture
+from cuda_run import Run
 from torch import Tensor
 from torch.nn import functional
 
-from pysparse import backend, ops
+from pysparse import ops
 from pysparse.methods.obs import sweep
 from pysparse.nn.embedding import SparseEmbedding, SparseEmbeddingBag
 from pysparse.pruning import Unstructured
@@ -234,18 +234,14 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--groups", nargs="+", choices=GROUPS, default=list(GROUPS))
     options = parser.parse_args()
-    report: Report = {"machine": card(), "source_hashes": {}, "rows": [], "wrong": []}
+    run = Run.start(options.out)
     for name in options.groups:
-        before = len(report["rows"]), len(report["wrong"]), len(report.get("failed", {}))
-        attempt(name, report, lambda name=name: GROUPS[name](report))
+        before = len(run.report["wrong"])
+        ended = run.part(name, lambda name=name: GROUPS[name](run.report))
         torch.cuda.empty_cache()
-        after = len(report["wrong"]), len(report.get("failed", {}))
-        if len(report["rows"]) > before[0] and after == before[1:]:  # vouches for what ran to its end
-            report["source_hashes"][name] = backend.cuda().SOURCE_HASHES[name]
-        report["clocks_at_end"] = clocks()
-        options.out.write_text(json.dumps(report, indent=1) + "\n")
-    print(f"wrong: {report['wrong'] or 'none'}; failed: {list(report.get('failed', {})) or 'none'}")
-    return 1 if report["wrong"] or report.get("failed") else 0
+        if ended and len(run.report["wrong"]) == before:  # vouches for what ran to its end
+            run.vouch_for(name)
+    return run.close()
 
 
 if __name__ == "__main__":

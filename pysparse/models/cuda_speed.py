@@ -20,6 +20,7 @@ from pysparse.models.static_decode import WARMUP_STEPS, StaticDecoder
 
 _RECOMPILATIONS = 1 << 12  # of one function: several models of some ten blocks each
 OnRound = Callable[[str, int, int], None]
+OnMeasured = Callable[[str, Mapping[str, Any]], None]
 
 
 def compile_blocks_(model: nn.Module) -> nn.Module:
@@ -47,17 +48,23 @@ def compare_on_cuda(
     difference: dict[str, dict[str, float]],
     notes: tuple[str, ...] = (),
     on_round: OnRound | None = None,
+    on_measured: OnMeasured | None = None,
 ) -> BenchResult:
     """Time the models (on one CUDA device, one dtype), interleaved; the first one is the baseline.
 
     Decoding is greedy with a static KV cache, a CUDA graph a step (:class:`StaticDecoder`), timed by events around
     each step. Prefill (the forward pass without the head) and the first token run eagerly. Model bytes are those of
-    parameters and buffers. Raises ValueError when prompt and new tokens are longer than a model takes.
+    parameters and buffers. ``on_measured`` is given "decode" and "prefill" with their figures as soon as there are any,
+    for a run that may be cut off. Raises ValueError when prompt and new tokens are longer than a model takes.
     """
     card = machine_card() | gpu_card()
     with evaluating(*models.values()):
         decode = _decode(models, settings, on_round)
+        if on_measured is not None:
+            on_measured("decode", decode)
         prefill = _prefill(models, settings, on_round)
+        if on_measured is not None:
+            on_measured("prefill", prefill)
     stated = {
         **to_jsonable(settings),
         "threads": torch.get_num_threads(),
