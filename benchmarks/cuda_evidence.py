@@ -87,6 +87,10 @@ def check_rows(path: Path, report: Report) -> None:
     """ValueError where a kernel whose hash is named has too few rows, or rows that no line can be fitted to."""
     linear = [name for name in report["source_hashes"] if name in PACKINGS]
     if linear:
+        if dark := [key for key in MACHINE[2:] if not number(path, report["machine"], key)]:
+            raise ValueError(
+                f"{path}: the GPU tells no {' and no '.join(dark)}, by which costs are scaled to others"
+            )
         check_linear(path, linear, report["rows"])
     for name in report["source_hashes"].keys() - set(linear):
         if name == "attention":

@@ -144,6 +144,7 @@ def test_an_excuse_is_for_what_was_found_and_goes_into_the_file(folder):
         ({"rows": [*linear_rows(), row("delta", 64, microseconds=float("nan"))]}, "microseconds is nan"),
         ({"rows": [*linear_rows(), row("delta", 64, error="nan")]}, "error is 'nan'"),
         ({"rows": [*linear_rows(), row("delta", 64, microseconds=0)]}, "no time or no bytes"),
+        ({"machine": MACHINE | {"gigabytes_per_second": 0.0}}, "the GPU tells no gigabytes_per_second"),
         ({"source_hashes": {}, "cut_off": "in shape_64x64"}, "vouches for no kernel: in shape_64x64"),
         ({"source_hashes": {"other": "1"}}, "'other' is no kernel"),
         ({"source_hashes": {"pruning": "1"}}, "vouches for pruning without a row"),
