@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import statistics
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -123,13 +124,28 @@ def stripes_and_region(
     return seen
 
 
-def measure(length: int, shares: list[float], report: dict[str, Any]) -> str:
-    """Check and time everything at one length."""
+@dataclass(frozen=True, slots=True)
+class Work:
+    """One length: its tensors, what is timed on them, how right each result is and how much it was asked for."""
+
+    q: Tensor  # [1, HEADS, length, DIM]
+    k: Tensor  # [1, KEY_HEADS, length, DIM]
+    v: Tensor
+    region: ops.AnchorRegion
+    state: ops.AttentionState  # of the region
+    calls: dict[str, Call]
+    checks: dict[str, float]
+    extra: dict[str, dict[str, float]]
+
+
+def exact_work(length: int) -> Work:
+    """Return tensors of a length with everything that needs no lists of keys."""
     q = torch.randn(1, HEADS, length, DIM, device="cuda").bfloat16()
     k, v = (torch.randn(1, KEY_HEADS, length, DIM, device="cuda").bfloat16() for _ in range(2))
     region = ops.AnchorRegion()
     state = ops.anchor_state(q, k, v, region)
-    calls = dense_rivals(q, k, v) | {
+    rivals = dense_rivals(q, k, v)
+    calls = rivals | {
         "flash": lambda: ops.flash_attention(q, k, v)[0],
         "anchor region": lambda: ops.anchor_state(q, k, v, region).out,
         "identify": lambda: ops.identify_stripes(q, k, state.max, region, ops.StripeRule(theta=-2.0)).keys,
@@ -139,41 +155,48 @@ def measure(length: int, shares: list[float], report: dict[str, Any]) -> str:
         "flash": error(calls["flash"](), q, k, v, lambda rows: (key <= rows[:, None]).expand(HEADS, -1, -1))
     }
     every, close = pairs_of(length, region)
-    extra: dict[str, dict[str, float]] = {
-        name: {"pairs": HEADS * every} for name in (*dense_rivals(q, k, v), "flash")
-    }
+    extra = {name: {"pairs": HEADS * every} for name in (*rivals, "flash")}
     extra["anchor region"] = {"pairs": HEADS * close}
+    return Work(q, k, v, region, state, calls, checks, extra)
+
+
+def add_share(work: Work, share: float) -> None:
+    """Add random stripes and blocks that keep ``share`` of the candidates."""
+    q, k, v, region, state = work.q, work.k, work.v, work.region, work.state
+    length, stripes, blocks_name = q.shape[2], f"stripes {share:.0%}", f"blocks {share:.0%}"
+    index, blocks = random_stripes(length, region, share), random_blocks(length, share)
+    parts = (state.out, state.max, state.denominator)
+    # The operation checks its lists; the time of the kernels is that of lists just identified.
+    lists = (index.offsets, index.keys, HEADS, region.group_size, *parts, None, DIM**-0.5, 0)
+    work.calls[stripes] = lambda: torch.ops.pysparse.stripe_attention(q, k, v, *lists)[0]
+    work.calls[blocks_name] = lambda: ops.block_sparse_attention(q, k, v, blocks)[0]
+    if length <= 16384:  # the mask of a longer prompt would be gigabytes
+        seen = stripes_and_region(index, region, length)
+        work.checks[stripes] = error(work.calls[stripes](), q, k, v, seen)
+    if share == 0.1:
+        work.calls["gathered stripes 10%"] = lambda: attention_portable.stripe_attention(
+            q, k, v, index, parts, [(0, length)], DIM**-0.5, 0
+        )[0]
+    work.extra[stripes] = {
+        "pairs": index.nnz * region.group_size,
+        "stripes": index.nnz,
+        "density": index.nnz / (HEADS * length**2 / 2 / 2048),
+    }
+    # A head's last blocks are half seen.
+    pairs = (blocks.nnz - HEADS * -(-length // 128) / 2) * 128**2
+    work.extra[blocks_name] = {"pairs": pairs, "blocks": blocks.nnz}
+
+
+def measure(length: int, shares: list[float], report: dict[str, Any]) -> str:
+    """Check and time everything at one length."""
+    work = exact_work(length)
     for share in shares:
-        index, blocks = random_stripes(length, region, share), random_blocks(length, share)
-        with_state = (
-            index.offsets, index.keys, HEADS, region.group_size, state.out, state.max, state.denominator, None,
-            DIM**-0.5, 0,
-        )  # fmt: skip
-        # The operation checks its lists; the time of the kernels is that of lists just identified.
-        calls[f"stripes {share:.0%}"] = lambda a=with_state: torch.ops.pysparse.stripe_attention(q, k, v, *a)[
-            0
-        ]
-        calls[f"blocks {share:.0%}"] = lambda b=blocks: ops.block_sparse_attention(q, k, v, b)[0]
-        if length <= 16384:  # the mask of a longer prompt would be gigabytes
-            seen = stripes_and_region(index, region, length)
-            checks[f"stripes {share:.0%}"] = error(calls[f"stripes {share:.0%}"](), q, k, v, seen)
-        if share == 0.1:
-            parts = (state.out, state.max, state.denominator)
-            calls["gathered stripes 10%"] = lambda i=index, p=parts: attention_portable.stripe_attention(
-                q, k, v, i, p, [(0, length)], DIM**-0.5, 0
-            )[0]
-        extra[f"stripes {share:.0%}"] = {
-            "pairs": index.nnz * region.group_size,
-            "stripes": index.nnz,
-            "density": index.nnz / (HEADS * length**2 / 2 / 2048),
-        }
-        # A head's last blocks are half seen.
-        pairs = (blocks.nnz - HEADS * -(-length // 128) / 2) * 128**2
-        extra[f"blocks {share:.0%}"] = {"pairs": pairs, "blocks": blocks.nnz}
-    report["errors"][str(length)] = checks
-    report["wrong"] += [f"{name} at {length}" for name, e in checks.items() if not e < MOST_ATTENTION_ERROR]
-    times = interleaved(calls)
-    rows = figures(length, times, extra, shares, report["bf16_teraflops"])
+        add_share(work, share)
+    report["errors"][str(length)] = work.checks
+    wrong = [name for name, e in work.checks.items() if not e < MOST_ATTENTION_ERROR]
+    report["wrong"] += [f"{name} at {length}" for name in wrong]
+    times = interleaved(work.calls)
+    rows = figures(length, times, work.extra, shares, report["bf16_teraflops"])
     report["rows"] += rows
     for row in rows:
         rate = f", {row['teraflops']:4.0f} TFLOP/s" if "teraflops" in row else ""
