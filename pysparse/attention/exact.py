@@ -1,7 +1,7 @@
 """Exact attention by torch, some rows at a time, for what the compiled kernels do not express.
 
-Sliding windows, soft-capped logits, learned sinks, gradients, dropout, other dtypes and devices: memory grows
-with the number of keys, and a windowed layer reads the keys of its window only.
+Sliding windows, soft-capped logits, learned sinks, position biases, gradients, dropout, other dtypes and devices:
+memory grows with the number of keys, and a windowed layer reads the keys of its window only.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ class Shape:
     softcap: float | None = None
     sinks: Tensor | None = None  # [Hq]: a logit that takes its share and gives nothing
     dropout: float = 0.0
+    bias: Tensor | None = None  # [B or 1, Hq or 1, N, M]: added to the scaled logits, as T5's
     mask: Tensor | None = (
         None  # [B or 1, Hq or 1, N, M], bool or additive; instead of all the rest about positions
     )
@@ -55,6 +56,8 @@ def exact_attention(query: Tensor, key: Tensor, value: Tensor, shape: Shape) -> 
         end = min(query.shape[2], begin + ROWS_AT_ONCE)
         low, high, mask = _seen(shape, begin, end, key)
         rows = query[:, :, begin:end]
+        if shape.bias is not None:
+            mask = _biased(mask, shape.bias[:, :, begin:end, low:high])
         parts.append(_rows(rows, key[:, :, low:high], value[:, :, low:high], mask, shape))
     if not parts:
         return query.new_zeros(*query.shape[:3], value.shape[-1])
@@ -77,6 +80,13 @@ def _seen(shape: Shape, begin: int, end: int, key: Tensor) -> tuple[int, int, Te
     start, stop = shape.key_range.to(key.device).view(-1, 1, 1, 1, 2).unbind(-1)
     inside = (column >= start) & (column < stop) & (row < stop) & (row >= start)
     return low, high, mask & inside
+
+
+def _biased(mask: Tensor, bias: Tensor) -> Tensor:
+    """Return an additive mask of ``bias``, with the least number where a bool ``mask`` hides a key."""
+    if mask.dtype == torch.bool:
+        return torch.where(mask, bias, torch.finfo(bias.dtype).min)
+    return mask + bias
 
 
 def _rows(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, shape: Shape) -> Tensor:

@@ -44,24 +44,27 @@ _logger = logging.getLogger("pysparse")
 _library = torch.library.Library("pysparse", "FRAGMENT")
 _library.define(
     "prompt_attention(Tensor query, Tensor key, Tensor value, Tensor extent, float scale, float softcap, "
-    "Tensor? sinks, int options, int layer) -> Tensor"
+    "Tensor? sinks, Tensor? bias, int options, int layer) -> Tensor"
 )
 
 
 def attention_forward(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
     dropout: float = 0.0, scaling: float | None = None, softcap: float | None = None, s_aux: Tensor | None = None,
-    **kwargs: Any,
+    position_bias: Tensor | None = None, **kwargs: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
     """Attention as transformers calls it: query [B, Hq, N, D], key and value [B, Hk, M, D] -> [B, N, Hq, D], None.
 
     Prompts go to the compiled kernels, and on a CPU a decoding step without a mask; a mask that is more than
-    padding, gradients and dropout go to torch, which is logged.
+    padding, a bias of positions (T5), gradients and dropout go to torch, which is logged. ValueError for models that
+    choose keys by ``indices``, ``block_indices`` or ``sinks`` of their own.
     """
+    _check_known(kwargs)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     layer = getattr(module, "layer_idx", None)
     layer = -1 if layer is None else layer
-    plain = attention_mask is None and softcap is None and s_aux is None and not dropout
+    composed = softcap is not None or s_aux is not None
+    plain = attention_mask is None and not composed and position_bias is None and not dropout
     if plain and ops.can_row_attend(query, key, value):
         _record(layer, DENSE, DECODING, Tally(1, 1, 1.0))
         return ops.call_row_attention(query, key, value, scale), None
@@ -69,28 +72,50 @@ def attention_forward(
         _count_torch(
             query, layer, DECODING if query.shape[2] == 1 else "mask is more than causal and padding"
         )
-        if softcap is None and s_aux is None:
-            if attention_mask is None and query.shape[2] == 1 and query.is_cpu and not dropout:
-                return one_row_attention(query, key, value, scale), None
+        if plain and query.shape[2] == 1 and query.is_cpu:
+            return one_row_attention(query, key, value, scale), None
+        if not composed:
             return sdpa_attention_forward(
-                module, query, key, value, attention_mask, dropout, scaling, **kwargs
+                module,
+                query,
+                key,
+                value,
+                attention_mask,
+                dropout,
+                scaling,
+                position_bias=position_bias,
+                **kwargs,
             )
         mask = _everything(query, key) if attention_mask is None else attention_mask
-        shape = Shape(scale, softcap=softcap, sinks=s_aux, dropout=dropout, mask=mask)
+        shape = Shape(scale, softcap=softcap, sinks=s_aux, dropout=dropout, bias=position_bias, mask=mask)
         return exact_attention(query, key, value, shape).transpose(1, 2).contiguous(), None
-    if dropout or (torch.is_grad_enabled() and (query.requires_grad or key.requires_grad)):
+    if dropout or (torch.is_grad_enabled() and _wants_gradient(query, key, position_bias)):
         _count_torch(
             query, layer, "dropout" if dropout else "gradients are wanted: the kernels have no backward"
         )
-        shape = _shape(attention_mask, scale, softcap, s_aux, dropout)
+        shape = _shape(attention_mask, scale, softcap, s_aux, position_bias, dropout)
         return exact_attention(query, key, value, shape).transpose(1, 2).contiguous(), None
     options = getattr(module, _ATTRIBUTE, None)
     if options is None:
         options = _NAMES[str(module.config._attn_implementation)]  # type: ignore[union-attr]
     out: Tensor = torch.ops.pysparse.prompt_attention(
-        query, key, value, attention_mask, scale, softcap or 0.0, s_aux, options, layer
+        query, key, value, attention_mask, scale, softcap or 0.0, s_aux, position_bias, options, layer
     )
     return out, None
+
+
+def _check_known(kwargs: dict[str, Any]) -> None:
+    """Raise ValueError for arguments that choose keys or add logits in ways unknown here: they must not be ignored."""
+    unknown = [name for name in ("indices", "block_indices", "sinks") if kwargs.get(name) is not None]
+    if unknown:
+        raise ValueError(
+            f"this model's attention depends on {' and '.join(unknown)}, which pysparse's does not know; choose "
+            "another attn_implementation, such as 'sdpa' or 'eager'"
+        )
+
+
+def _wants_gradient(*tensors: Tensor | None) -> bool:
+    return any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 def _everything(query: Tensor, key: Tensor) -> Tensor:
@@ -98,17 +123,22 @@ def _everything(query: Tensor, key: Tensor) -> Tensor:
 
 
 def _shape(
-    extent: Tensor, scale: float, softcap: float | None, sinks: Tensor | None, dropout: float = 0.0
+    extent: Tensor,
+    scale: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+    bias: Tensor | None,
+    dropout: float = 0.0,
 ) -> Shape:
     key_range, q_offset, window = unpack_extent(extent)
-    return Shape(scale, q_offset, key_range, window, softcap, sinks, dropout)
+    return Shape(scale, q_offset, key_range, window, softcap, sinks, dropout, bias)
 
 
 def _prompt_attention(
     query: Tensor, key: Tensor, value: Tensor, extent: Tensor, scale: float, softcap: float,
-    sinks: Tensor | None, options: int, layer: int,
+    sinks: Tensor | None, bias: Tensor | None, options: int, layer: int,
 ) -> Tensor:  # fmt: skip
-    shape = _shape(extent, scale, softcap or None, sinks)
+    shape = _shape(extent, scale, softcap or None, sinks, bias)
     reason = _why_torch(query, key, value, shape)
     if reason:
         start = time.perf_counter()
@@ -128,6 +158,8 @@ def _why_torch(query: Tensor, key: Tensor, value: Tensor, shape: Shape) -> str:
         return "soft-capped logits"
     if shape.sinks is not None:
         return "learned sinks"
+    if shape.bias is not None:
+        return "a bias of positions"
     if shape.window is not None:
         return "sliding window"  # reads the keys of the window only
     if not query.dtype == key.dtype == value.dtype:
@@ -145,7 +177,7 @@ def _why_torch(query: Tensor, key: Tensor, value: Tensor, shape: Shape) -> str:
 
 def _prompt_attention_fake(
     query: Tensor, key: Tensor, value: Tensor, extent: Tensor, scale: float, softcap: float,
-    sinks: Tensor | None, options: int, layer: int,
+    sinks: Tensor | None, bias: Tensor | None, options: int, layer: int,
 ) -> Tensor:  # fmt: skip
     batch, heads, rows, _ = query.shape
     return query.new_empty(batch, rows, heads, value.shape[-1])
