@@ -140,14 +140,14 @@ class CompactLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return [..., out_features] for ``x`` [..., in_features]."""
         seat = self._seat
-        if seat is not None and not torch.compiler.is_dynamo_compiling():
+        if seat is not None and not ops.is_traced():
             return seat[0].linear(seat[1], self, x)
         return self.multiply(x)
 
     def multiply(self, x: Tensor) -> Tensor:
         """Compute :meth:`forward` by this layer alone."""
-        bias, compiling = self._parameters["bias"], torch.compiler.is_dynamo_compiling()
-        prepared = None if compiling else self._prepared  # addresses are nothing for a graph
+        bias, traced = self._parameters["bias"], ops.is_traced()
+        prepared = None if traced else self._prepared  # addresses are nothing for a graph
         if (
             prepared is not None
             and prepared.takes(x)
@@ -167,7 +167,7 @@ class CompactLinear(nn.Module):
             way = (dispatch.decided(tokens) or self._decide(tokens)) if x.dtype is self._dtype else ""
             if way and (way != dispatch.kernel or tokens > ops.DECODE_TOKENS):
                 return dispatch.run(way, x, self.packed(), bias)
-        elif dispatch.unasked and self.has_bitmap and not compiling:
+        elif dispatch.unasked and self.has_bitmap and not traced:
             self._prepare(x.dtype, bias)
         return self._multiply(x)
 
@@ -186,7 +186,7 @@ class CompactLinear(nn.Module):
         """Return what a call shared with other layers needs of this one; None unless it would decode ``x`` itself."""
         if not self.has_bitmap or x.dtype is not self._dtype or self._dtype not in ops.KERNEL_DTYPES:
             return None
-        if x.size(-1) != self.in_features or torch.compiler.is_dynamo_compiling():
+        if x.size(-1) != self.in_features or ops.is_traced():
             return None
         if x.numel() > self._dispatch.unasked * self.in_features:
             tokens = x.numel() // self.in_features

@@ -37,10 +37,7 @@ class DenseLinear(nn.Linear):
         if not _dense_kernel_applies(x, weight):
             return functional.linear(x, self.weight, bias)
         # A graph is compiled once for all machines and numbers of tokens: it keeps the compiled kernel.
-        if (
-            not torch.compiler.is_dynamo_compiling()
-            and x.numel() // self.in_features not in self.kernel_tokens()
-        ):
+        if not ops.is_traced() and x.numel() // self.in_features not in self.kernel_tokens():
             return functional.linear(x, self.weight, bias)
         return ops.dense_linear(x, self.weight, bias)
 

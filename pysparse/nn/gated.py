@@ -69,14 +69,16 @@ class GatedPlan:
             return None
         if _is_watched(gate) or _is_watched(up) or _is_watched(self.activation_module):
             return None
-        compiling = torch.compiler.is_dynamo_compiling()
-        prepared = None if compiling else gate._gated
+        if torch._C._get_tracing_state() is not None:
+            return None  # its graphs know no lists of optional tensors
+        traced = ops.is_traced()
+        prepared = None if traced else gate._gated
         if prepared is not None and is_ready(prepared, (gate, up), x):
             return prepared.gated(x, self.activation)
         operands = shared_operands((gate, up), x)
         if operands is None or gate.out_features != up.out_features or kin(gate) != kin(up):
             return None
-        if not compiling:
+        if not traced:
             gate._gated = prepare((gate, up), operands, x)
         return call_gated(x, operands, self.activation)
 

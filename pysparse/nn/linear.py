@@ -218,18 +218,14 @@ class SparseLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return [..., out_features] for ``x`` [..., in_features] of the weight's dtype."""
         seat = self._seat
-        if seat is not None and (seat[0].stacked or not torch.compiler.is_dynamo_compiling()):
+        if seat is not None and (seat[0].stacked or not ops.is_traced()):
             return seat[0].linear(seat[1], self, x)
         return self.multiply(x)
 
     def multiply(self, x: Tensor) -> Tensor:
         """Compute :meth:`forward` by this layer alone."""
-        buffers, bias, compiling = (
-            self._buffers,
-            self._parameters["bias"],
-            torch.compiler.is_dynamo_compiling(),
-        )
-        prepared = None if compiling else self._prepared  # addresses are nothing for a graph
+        buffers, bias, traced = self._buffers, self._parameters["bias"], ops.is_traced()
+        prepared = None if traced else self._prepared  # addresses are nothing for a graph
         if (
             prepared is not None
             and prepared.takes(x)
@@ -252,7 +248,7 @@ class SparseLinear(nn.Module):
             way = dispatch.decided(tokens) or self._decide(tokens)
             if way != "bitmap" or tokens > ops.DECODE_TOKENS:
                 return dispatch.run(way, x, self._tiled(), bias)
-        elif dispatch.unasked and x.dtype is values.dtype and not compiling:
+        elif dispatch.unasked and x.dtype is values.dtype and not traced:
             self._prepare(ops.Operand(values, masks, tile_offsets, bias, self.out_features))
         return ops.call_bitmap_linear(x, values, masks, tile_offsets, bias, self.out_features)
 
@@ -278,7 +274,7 @@ class SparseLinear(nn.Module):
             return None
         if x.dtype is not values.dtype or x.dtype not in ops.KERNEL_DTYPES or x.size(-1) != self.in_features:
             return None
-        if x.numel() > self._dispatch.unasked * self.in_features and not torch.compiler.is_dynamo_compiling():
+        if x.numel() > self._dispatch.unasked * self.in_features and not ops.is_traced():
             tokens = x.numel() // self.in_features
             way = self._dispatch.decided(tokens) or self._decide(tokens)
             if tokens > ops.DECODE_TOKENS or way != "bitmap":

@@ -57,7 +57,7 @@ class FusedNorm(Mixin):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return the base class's result; see :func:`pysparse.ops.rms_norm` for the order of the sum."""
-        if len(args) == 1 and not kwargs and not torch.compiler.is_dynamo_compiling():
+        if len(args) == 1 and not kwargs and not ops.is_traced():
             x, weight = args[0], self._parameters.get("weight")
             if weight is not None and _kernel_applies(x, weight):
                 return ops.call_rms_norm(

@@ -21,6 +21,7 @@ from pysparse.nn.device import DeviceWeight
 from pysparse.nn.dispatch import Dispatch
 from pysparse.ops import cuda
 from pysparse.ops.equal_calls import let_inductor_merge
+from pysparse.ops.traced import is_traced
 
 if TYPE_CHECKING:
     from pysparse.nn.linear import SparseLinear
@@ -91,7 +92,9 @@ class RowStack:
         if not self._holds(seat, layer) or self._addresses[seat] != _address(self._biases[seat]):
             layer._seat = None  # its weight or bias is another one by now
             return layer.multiply(x)
-        if type(x) is not Tensor or not self._takes(x) or x.is_inference() or self._needs_gradient(x):
+        if is_traced() or type(x) is not Tensor or not self._takes(x):
+            return layer.multiply(x)
+        if x.is_inference() or self._needs_gradient(x):
             return layer.multiply(x)
         stamp, last = self._stamp(x), self._last
         output = last.output

@@ -98,6 +98,7 @@ from pysparse.ops.shapley_entries import EntryDraw, EntrySamples, EntryTotals, f
 from pysparse.ops.shapley_heads import Crosses, DeepHead, Mlp, head_marginals, head_shapley
 from pysparse.ops.shapley_heads_cuda import head_marginals_torch, head_shapley_cuda
 from pysparse.ops.sweep_pattern import SweepPattern
+from pysparse.ops.traced import is_traced
 
 __all__ = [
     "ACTIVATIONS",
@@ -180,6 +181,7 @@ __all__ = [
     "int8_unpack",
     "inverse_cholesky_leaf",
     "is_kernel_dtype",
+    "is_traced",
     "masked_lowrank_linear",
     "masked_lowrank_weight",
     "max_tokens",

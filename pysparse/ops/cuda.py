@@ -33,6 +33,7 @@ from pysparse.ops.cuda_input import (
     check_pair,
     dtype_code,
 )
+from pysparse.ops.traced import is_traced
 
 DELTA_TOKENS = 8  # columns of this many tokens fit in shared memory beside each other (delta, nm)
 STRIP_TOKENS = 64  # beyond, unpacking and torch's product take less time than the kernels' narrow tiles
@@ -124,7 +125,7 @@ def _op(name: str, x: Tensor, bias: Tensor | None = None) -> Callable[..., Tenso
 
     Else return the function behind it: torch's dispatcher is a large part of a small call's time.
     """
-    plain = type(x) is Tensor and x.is_cuda and not torch.compiler.is_compiling()
+    plain = type(x) is Tensor and x.is_cuda and not is_traced()
     if plain and not (
         torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
     ):

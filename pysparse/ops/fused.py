@@ -25,6 +25,7 @@ from pysparse.ops.linear import (
     call_bitmap_linear,
     needs_dispatcher,
 )
+from pysparse.ops.traced import is_traced
 
 
 class Operand(NamedTuple):
@@ -182,6 +183,7 @@ class Prepared:
             and type(x) is Tensor
             and x.is_cpu
             and x.is_contiguous()
+            and not is_traced()
         )
 
     def linear(self, x: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from torch.nn import functional
 from pysparse import backend
 from pysparse.formats.pairs import ColumnPairs
 from pysparse.formats.tiled import TiledBitmap
+from pysparse.ops.traced import is_traced
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16)
 
@@ -73,7 +74,7 @@ def needs_dispatcher(x: Tensor, bias: Tensor | None) -> bool:
 
     Where none does, the dispatcher's three or four microseconds are saved.
     """
-    if torch.compiler.is_dynamo_compiling() or type(x) is not Tensor or not x.is_cpu:
+    if type(x) is not Tensor or not x.is_cpu or is_traced():
         return True
     return torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
 

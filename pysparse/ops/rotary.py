@@ -7,6 +7,7 @@ from torch import Tensor
 
 from pysparse import backend
 from pysparse.ops.linear import _DTYPE_CODES
+from pysparse.ops.traced import is_traced
 
 
 def rotary(query: Tensor, key: Tensor, cosine: Tensor, sine: Tensor) -> tuple[Tensor, Tensor]:
@@ -49,7 +50,7 @@ def call_rotary(query: Tensor, key: Tensor, cosine: Tensor, sine: Tensor) -> tup
 
 def can_rotate(query: Tensor, key: Tensor, cosine: Tensor, sine: Tensor) -> bool:
     """Tell whether the compiled kernels take these as they are: no copy, no gradient, no tracer."""
-    if torch.compiler.is_dynamo_compiling():
+    if is_traced():
         return False
     dtype = query.dtype
     for part in (query, key, cosine, sine):

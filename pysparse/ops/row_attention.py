@@ -7,6 +7,7 @@ from torch import Tensor
 
 from pysparse import backend
 from pysparse.ops.linear import _DTYPE_CODES
+from pysparse.ops.traced import is_traced
 
 
 def row_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
@@ -50,7 +51,7 @@ def call_row_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) 
 
 def can_row_attend(query: Tensor, key: Tensor, value: Tensor) -> bool:
     """Tell whether the compiled kernels take these as they are: no copy, no gradient, no tracer."""
-    if torch.compiler.is_dynamo_compiling() or not (type(query) is type(key) is type(value) is Tensor):
+    if is_traced() or not (type(query) is type(key) is type(value) is Tensor):
         return False
     if not (query.is_cpu and query.dtype in _DTYPE_CODES and query.dtype is key.dtype is value.dtype):
         return False
