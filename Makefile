@@ -13,7 +13,7 @@ export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow bench lint format wheel sanitize sanitize-thread cuda-check gpu-report clean
+.PHONY: help demo test test-slow bench lint format wheel try-wheel sanitize sanitize-thread cuda-check gpu-report clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -54,17 +54,34 @@ format: $(VENV)/dev ## rewrite the sources in the project's format
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CPP)
 
-wheel: $(BIN)/python ## build a wheel and try it in a clean environment
+# CUDA=ON compiles the CUDA kernels, too: for six GPUs, or for those of CUDA_ARCHS=80,90 alone.
+CUDA ?= OFF
+CUDA_ARCHS ?=
+wheel: $(BIN)/python ## build a wheel and try it in a clean environment; CUDA=ON: with the CUDA kernels
 	$(PIP) build
-	rm -rf dist $(VENV)-wheel
-	$(BIN)/python -m build --wheel --outdir dist
+	rm -rf dist
+	$(BIN)/python -m build --wheel --outdir dist -C cmake.define.PYSPARSE_CUDA=$(CUDA) \
+		$(if $(CUDA_ARCHS),-C cmake.define.PYSPARSE_CUDA_ARCHS=$(CUDA_ARCHS))
+	$(MAKE) try-wheel
+
+TORCH ?= $(shell sed -n 's/^torch==//p' constraints.txt)
+try-wheel: ## install the wheel of dist/ beside TORCH=2.11.0 (the pinned one) in a clean environment, and try it
+	rm -rf $(VENV)-wheel
 	$(PYTHON) -m venv $(VENV)-wheel
-	$(VENV)-wheel/bin/pip install -q --disable-pip-version-check -c constraints.txt dist/*.whl
+	sed 's/^torch==.*/torch==$(TORCH)/' constraints.txt >dist/constraints.txt
+	$(VENV)-wheel/bin/pip install -q --disable-pip-version-check -c dist/constraints.txt dist/*.whl
 	cd dist && ../$(VENV)-wheel/bin/pysparse doctor
 	cd dist && ../$(VENV)-wheel/bin/pysparse demo --no-speed --windows 2 --output demo_output
+	if $(PYTHON) -m zipfile -l dist/*.whl | grep -q /_cuda; then cd dist && ../$(VENV)-wheel/bin/python -c \
+		"from pysparse import backend; print('CUDA kernels for', backend.cuda().ARCHITECTURES)"; fi
 
-cuda-check: $(VENV)/dev ## compile the CUDA sources for sm_80 and sm_90, and by NVRTC where it is installed
-	$(BIN)/python -m pytest --slow $(addprefix python_tests/test_cuda_,code.py build.py nvrtc.py)
+# cmake, nvdisasm, NVRTC: what these tests would be skipped without.
+$(VENV)/cuda-check: $(VENV)/dev
+	$(PIP) -e '.[cuda-check]' $(STRICT)
+	@touch $@
+
+cuda-check: $(VENV)/cuda-check ## with nvcc: warnings, registers and machine code, also NVRTC's; link, install and load a build
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest --slow $(addprefix python_tests/test_cuda_,code.py build.py nvrtc.py)
 
 # A second environment over the first one's packages, so that the instrumented module shadows the plain one.
 # $(1): suffix of the environment, $(2): value of PYSPARSE_SANITIZE

@@ -1,5 +1,8 @@
 """The attention operations on a GPU, by the compiled kernels and by torch's own, against a float64 masked softmax."""
 
+import math
+from contextlib import contextmanager
+
 import attention_cases as cases
 import pytest
 import torch
@@ -13,6 +16,7 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(bool(reason), reason=f"no CUDA kernels: {reason}"),
 ]
+MARGIN = 4096  # elements on both sides of a result: 16 rows of the widest head
 REGION = ops.AnchorRegion(group_size=128, init=48, local=32)
 SHAPES = [
     {"rows": 1}, {"rows": 70}, {"rows": 515, "past": 70, "dim": 128, "heads": 4, "key_heads": 2},
@@ -110,3 +114,82 @@ def test_dense_in_a_graph(monkeypatch):
     out.fill_(float("nan"))
     graph.replay()
     close((out, lse), case, case.causal_mask())
+
+
+@contextmanager
+def guarded_results(monkeypatch):
+    """Results begin as NaN and lie between margins of NaN, which must still be there at the end."""
+    margins = []
+
+    def new_empty(like, shape, dtype=None):
+        size = math.prod(shape)
+        whole = torch.full((size + 2 * MARGIN,), float("nan"), dtype=dtype or like.dtype, device=like.device)
+        margins.extend((whole[:MARGIN], whole[MARGIN + size :]))
+        return whole[MARGIN : MARGIN + size].view(shape)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "new_empty", new_empty)
+        patch.setattr(torch, "empty_like", lambda x: new_empty(x, x.shape))
+        yield
+    assert margins  # or the results came from elsewhere
+    assert all(margin.isnan().all() for margin in margins)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_results_are_written_whole_and_nothing_beside_them(shape, monkeypatch):
+    monkeypatch.setenv(backend.EXPERIMENTAL_VARIABLE, "1")
+    case = cases.draw(8, torch.bfloat16, **shape)
+    (q, k, v), stripes = on_gpu(case), random_stripes(case, 128)
+    on_device = index_on_gpu(stripes)
+    with guarded_results(monkeypatch):
+        alone = ops.stripe_attention(q, k, v, on_device, **case.span)
+    close(alone, case, cases.stripe_mask(case, stripes))
+    own_group = ops.AnchorRegion(128, 0, 0)  # disjoint from every stripe
+    with guarded_results(monkeypatch):
+        state = ops.anchor_state(q, k, v, own_group, **case.span)
+    near = cases.anchor_mask(case, own_group)
+    close((state.out, state.lse), case, near)
+    with guarded_results(monkeypatch):
+        both = ops.stripe_attention(q, k, v, on_device, state, **case.span)
+    close(both, case, cases.stripe_mask(case, stripes) | near)
+    blocks = random_blocks(case, 128, 64)
+    on_device = index_on_gpu(blocks)
+    with guarded_results(monkeypatch):
+        chosen = ops.block_sparse_attention(q, k, v, on_device, **case.span)
+    close(chosen, case, cases.block_mask(case, blocks) & case.causal_mask())
+
+
+@pytest.mark.parametrize("kind", ["stripes", "blocks"])
+def test_stripes_and_blocks_in_a_graph(kind):
+    """The launches alone: the operations check their lists first, and that waits for the GPU."""
+    before, case = (
+        cases.draw(seed, torch.bfloat16, rows=515, past=70, dim=128, heads=4, key_heads=2) for seed in (9, 10)
+    )
+    index = random_stripes(case, 128) if kind == "stripes" else random_blocks(case, 128, 64)
+    lists = index_on_gpu(index)
+    q, k, v = on_gpu(before)
+    scale, (_, heads, groups) = case.q.shape[-1] ** -0.5, index.shape
+
+    def launch():
+        if kind == "stripes":
+            sizes = (heads, groups, 128)
+            return attention_cuda._stripes(
+                q, k, v, lists.offsets, lists.keys, sizes, None, None, scale, case.q_offset
+            )
+        return attention_cuda._launch(
+            q, k, v, None, scale, True, case.q_offset, attention_cuda._BLOCKS, spans=(128, 0, 0),
+            lists=(lists.offsets, lists.blocks), list_sizes=(heads, groups, 64),
+        )  # fmt: skip
+
+    launch()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out, lse = launch()
+    for held, new in zip((q, k, v), on_gpu(case), strict=True):
+        held.copy_(new)
+    for result in (out, lse):
+        result.fill_(float("nan"))
+    graph.replay()
+    mask = cases.stripe_mask(case, index) if kind == "stripes" else cases.block_mask(case, index)
+    close((out, lse), case, mask)

@@ -1,5 +1,7 @@
 """Every CUDA kernel against the float64 oracle, and the layers over them. Needs a GPU and a build with CUDA."""
 
+import random
+
 import pytest
 import reference
 import torch
@@ -23,6 +25,13 @@ PATTERNS = [(1, 4), (2, 4), (3, 4), (1, 8), (2, 8), (4, 8), (1, 16), (2, 16), (4
 DTYPES = [torch.bfloat16, torch.float16]
 SIZES = [(1, 1), (16, 64), (17, 65), (15, 63), (33, 129), (100, 257), (3, 1000), (48, 1024), (1024, 520)]
 TOKENS = [1, 2, 3, 4, 5, 8, 9, 16, 17, 32, 33, 64, 65, 200]
+
+
+def random_problem(seed):
+    """Draw (rows, cols, tokens, sparsity): sizes evenly by their logarithm, odd ones as often as even ones."""
+    draw = random.Random(seed)
+    rows, cols = (round(2 ** draw.uniform(0, 11.5)) for _ in range(2))
+    return rows, cols, round(2 ** draw.uniform(0, 6.3)), round(draw.random(), 2)
 
 
 @pytest.fixture(autouse=True)
@@ -97,6 +106,30 @@ def test_each_pattern_matches_the_oracle(n, m, dtype):
         for tokens in (1, 2, 3, 8):
             x = torch.randn(tokens, cols).to("cuda", dtype)
             check(ops.packed_linear(x, packed, bias), x, weight, bias)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("seed", range(24))
+def test_random_shapes_match_the_oracle(name, dtype, seed):
+    rows, cols, tokens, sparsity = random_problem(seed)
+    weight = matrix(name, rows, cols, sparsity, dtype)
+    if name == "nm":
+        n, m = PATTERNS[seed % len(PATTERNS)]
+        weight = groups_only(reference.sparse_matrix(rows, cols, sparsity, dtype), n, m).cuda()
+        packed = NMRows.from_bitmap(BitmapTensor.from_dense(weight), n, m)
+    else:
+        packed = pack(name, weight)
+    first = rows // 2 // 16 * 16
+    assert torch.equal(ops.packed_unpack(packed), weight), (rows, cols, sparsity)
+    assert torch.equal(ops.packed_unpack(packed, first, rows - first), weight[first:]), (rows, cols, first)
+    x, bias = torch.randn(tokens, cols).to("cuda", dtype), torch.randn(rows).to("cuda", dtype)
+    bias = bias if seed % 2 else None
+    y = ops.packed_linear(x, packed, bias)
+    if tokens <= ops.max_tokens(name, cols):
+        check(y, x, weight, bias)
+    else:
+        assert torch.equal(y, functional.linear(x, weight, bias))
 
 
 @pytest.mark.parametrize("name", NAMES)

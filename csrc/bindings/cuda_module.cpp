@@ -21,9 +21,9 @@ Product product(int dtype, uintptr_t x, int64_t tokens, int64_t cols, uintptr_t 
 }
 
 Rows part(uintptr_t dense, int64_t first_row, int64_t rows, int64_t total_rows, int64_t cols) {
-  if (first_row < 0 || rows < 0 || first_row + rows > total_rows)
-    throw std::invalid_argument("rows " + std::to_string(first_row) + " to " +
-                                std::to_string(first_row + rows) + " are outside a matrix with " +
+  if (first_row < 0 || rows < 0 || first_row > total_rows || rows > total_rows - first_row)
+    throw std::invalid_argument(std::to_string(rows) + " rows from row " +
+                                std::to_string(first_row) + " on are outside a matrix with " +
                                 std::to_string(total_rows));
   return {pointer<void>(dense), narrow_size(first_row, "first_row"), narrow_size(rows, "rows"),
           narrow_size(total_rows, "total_rows"), narrow_size(cols, "cols")};
@@ -32,6 +32,22 @@ Rows part(uintptr_t dense, int64_t first_row, int64_t rows, int64_t total_rows, 
 StripWeight strips(int packing, uintptr_t stream, uintptr_t offsets, int64_t largest_block) {
   return {pointer<const uint8_t>(stream), pointer<const int32_t>(offsets),
           narrow_size(largest_block, "largest_block"), static_cast<Packing>(packing)};
+}
+
+constexpr int64_t kStripTokens = 64;  // as strip.cuh has it, which only nvcc reads
+
+int64_t workspace_floats(int packing, int dtype, int64_t tokens, int64_t cols, int64_t rows,
+                         int64_t largest_block, int device) {
+  if (tokens < 1 || tokens > kStripTokens)
+    throw std::invalid_argument("tokens is " + std::to_string(tokens) +
+                                ", strip kernels take 1 to " + std::to_string(kStripTokens));
+  const int64_t floats = strip_workspace(strips(packing, 0, 0, largest_block),
+                                         product(dtype, 0, tokens, cols, 0, 0, rows), device);
+  if (floats < 0)
+    throw std::runtime_error(
+        "device " + std::to_string(device) +
+        " does not answer; CUDA devices that the driver shows: " + std::to_string(device_count()));
+  return floats;
 }
 
 }  // namespace
@@ -96,14 +112,7 @@ PYBIND11_MODULE(_cuda, module) {
                     {device, pointer<void>(stream)}),
           "nm_unpack");
   });
-  module.def("strip_workspace", [](int packing, int dtype, int64_t tokens, int64_t cols,
-                                   int64_t rows, int64_t largest_block, int device) {
-    const int64_t floats = strip_workspace(strips(packing, 0, 0, largest_block),
-                                           product(dtype, 0, tokens, cols, 0, 0, rows), device);
-    if (floats < 0)
-      throw std::invalid_argument("strip kernels take 1 to 32 tokens on an existing device");
-    return floats;
-  });
+  module.def("strip_workspace", workspace_floats);
   module.def("strip_linear",
              [](int packing, int dtype, uintptr_t x, int64_t tokens, int64_t cols,
                 uintptr_t weights, uintptr_t offsets, int64_t largest_block, uintptr_t bias,
