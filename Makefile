@@ -81,6 +81,9 @@ $(VENV)/cuda-check: $(VENV)/dev
 	@touch $@
 
 cuda-check: $(VENV)/cuda-check ## with nvcc: warnings, registers and machine code, also NVRTC's; link, install and load a build
+	command -v nvcc
+	cd python_tests && ../$(BIN)/python -c "import test_cuda_code as c, test_cuda_nvrtc as n; \
+		assert c.disassembler() and not n.missing(), n.missing() or 'no nvdisasm'"
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest --slow $(addprefix python_tests/test_cuda_,code.py build.py nvrtc.py)
 
 # A second environment over the first one's packages, so that the instrumented module shadows the plain one.
