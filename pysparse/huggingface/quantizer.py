@@ -8,6 +8,7 @@ about mismatched or missing tensors stand between a file and the kernels.
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from contextvars import ContextVar
 from typing import Any
@@ -33,6 +34,7 @@ from pysparse.huggingface.layout import (
 from pysparse.huggingface.packing import packed_state_dict
 from pysparse.huggingface.reader import Checkpoint
 from pysparse.nn import CompactLinear, DenseLinear, Packing, SparseLinear, densify_, fuse_
+from pysparse.nn.convert import on_conversion
 from pysparse.nn.packing import RowMajor
 from pysparse.nn.structure import apply_structure, structure_of
 
@@ -221,6 +223,45 @@ def attach_quantizer(model: Any) -> None:
     structure = structure_of(model)
     if structure is not None and getattr(model, "hf_quantizer", None) is None:
         model.hf_quantizer = PysparseQuantizer(PysparseConfig(Layout({}, structure=structure)))
+
+
+def follow_conversion(model: nn.Module) -> None:
+    """Let transformers' models in ``model`` save themselves as what :func:`pysparse.sparsify_` made of them.
+
+    Their own ``save_pretrained`` would write packed layers under names that a loader takes for rubbish, and fill the
+    layers with random numbers. A model that :func:`pysparse.densify_` made ordinary again is saved as one.
+    """
+    library = sys.modules.get("transformers.modeling_utils")
+    models = [m for m in model.modules() if isinstance(m, library.PreTrainedModel)] if library else []
+    for one in models:
+        present = getattr(one, "hf_quantizer", None)
+        if not any(isinstance(module, SparseLinear | CompactLinear) for module in one.modules()):
+            if isinstance(present, _Following):
+                present.leave(one)
+        elif present is None:
+            one.hf_quantizer = _Following(one)
+
+
+class _Following(PysparseQuantizer):
+    """The quantizer of a model that became sparse in memory: it goes when the model is an ordinary one again."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__(PysparseConfig(Layout({}, structure=structure_of(model))))
+        self._renamed = vars(model).get("_weight_conversions")
+        model._weight_conversions = []  # what is packed goes to disk under the model's own names
+
+    def leave(self, model: Any) -> None:
+        model.hf_quantizer = None
+        if self._renamed is None:
+            del model._weight_conversions
+        else:
+            model._weight_conversions = self._renamed
+        if getattr(model.config, "quantization_config", None) is not None:  # there since it was saved
+            del model.config.quantization_config
+        attach_quantizer(model)
+
+
+on_conversion(follow_conversion)
 
 
 class _Patterns(set[str]):

@@ -22,6 +22,7 @@ from pysparse.nn.packing import Packing, grid_of
 
 Filter = Callable[[nn.Module, str], bool]
 _NOT_A_TARGET = Verdict(False, "not a target")
+_FOLLOWERS: list[Callable[[nn.Module], None]] = []
 
 
 @dataclass(slots=True)
@@ -82,7 +83,18 @@ def sparsify_(
     report = _convert(model, verdicts, packing, OPTIMIZE[optimize], dense_kernels)
     if fuse:
         fuse_(model)
+    _tell(model)
     return report
+
+
+def on_conversion(tell: Callable[[nn.Module], None]) -> None:
+    """Have ``tell(model)`` called after each :func:`sparsify_` and :func:`densify_`: by what saves models, say."""
+    _FOLLOWERS.append(tell)
+
+
+def _tell(model: nn.Module) -> None:
+    for follower in _FOLLOWERS:
+        follower(model)
 
 
 def _linears(model: nn.Module, packing: Packing) -> list[tuple[str, Any]]:
@@ -170,6 +182,7 @@ def densify_(model: nn.Module) -> nn.Module:
             linear = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
             linear.weight, linear.bias = module.weight, module.bias
             _replace(model, path, linear.train(module.training))
+    _tell(model)
     return model
 
 
