@@ -25,7 +25,6 @@ from pysparse.ops.linear import (
     call_bitmap_linear,
     needs_dispatcher,
 )
-from pysparse.ops.traced import is_traced
 
 
 class Operand(NamedTuple):
@@ -175,7 +174,7 @@ class Prepared:
         )
 
     def takes(self, x: Tensor) -> bool:
-        """Tell whether ``x`` is one token that may go to the kernel past torch's dispatcher, outside torch.compile."""
+        """Tell whether ``x`` is one token that may go to the kernel past torch's dispatcher, as nothing is traced."""
         return (
             x.numel() == self.cols
             and x.dtype is self.dtype
@@ -183,7 +182,6 @@ class Prepared:
             and type(x) is Tensor
             and x.is_cpu
             and x.is_contiguous()
-            and not is_traced()
         )
 
     def linear(self, x: Tensor) -> Tensor:

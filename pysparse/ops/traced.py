@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 import torch
+from torch.compiler import is_dynamo_compiling
+
+# By name: the question is asked several times a layer, and looking each of these up takes as long as its answer.
+_modes = torch._C._len_torch_dispatch_stack
+_tracer = torch._C._get_tracing_state
+_transform = torch._C._functorch.maybe_current_level
 
 
 def is_traced() -> bool:
@@ -12,9 +18,4 @@ def is_traced() -> bool:
     dispatch mode counts what is called: a kernel reached past torch's dispatcher would be missing in the result.
     """
     # Under torch.compile the first answer is a constant of the graph, and nothing else is asked.
-    return (
-        torch.compiler.is_dynamo_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._get_tracing_state() is not None
-        or torch._C._functorch.maybe_current_level() is not None
-    )
+    return is_dynamo_compiling() or _modes() > 0 or _tracer() is not None or _transform() is not None
