@@ -8,6 +8,7 @@ import reference
 import torch
 from test_nm import nm_matrix
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pysparse import backend
 from pysparse.formats import Int8Bitmap, NMInt8, NMTensor, TiledInt8
@@ -124,8 +125,10 @@ def test_layers_copy_pickle_and_change_dtype(kind):
     torch.testing.assert_close(narrow(x.bfloat16()).float(), y, atol=0.1, rtol=0.1)
     if "values" in KINDS[kind][0]:  # scales keep their 32 bits
         assert torch.equal(narrow.packed().scales, layer.packed().scales)
-    with pytest.raises(RuntimeError, match="CPU kernels only, not on meta: call densify_"):
-        layer.to("meta")
+    with FakeTensorMode():
+        elsewhere = torch.empty(0, device="cuda")
+    with pytest.raises(RuntimeError, match="CPU kernels only, not on cuda:0: call densify_"):
+        layer._apply(lambda _: elsewhere)
 
 
 def test_sparsify_and_densify_a_model():

@@ -1,5 +1,8 @@
 """Pruned embedding tables: lookups beside the dense table at every level, files, modules, bad input."""
 
+import resource
+import signal
+
 import pytest
 import torch
 from safetensors import safe_open
@@ -79,7 +82,11 @@ def test_bags_are_those_of_torch(level, dtype, mode, weighted):
     expected = torch.zeros(5, 24, dtype=torch.float64).index_add_(0, bags, rows)
     if mode == "mean":
         expected /= sizes.clamp(min=1)[:, None]
-    actual = module(ids, offsets, weights)
+    if weighted and mode == "mean":  # the module refuses it, as torch does
+        ends = torch.cat([offsets, torch.tensor([900])])
+        actual = ops.sparse_embedding_bag(ids, ends, weights, True, *module._arrays())
+    else:
+        actual = module(ids, offsets, weights)
     epsilon = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}[dtype]
     bound = (
         epsilon * expected.abs() + 695 * 2.0**-24 * rows.abs().max() * (1 if mode == "mean" else 30) + 1e-7
@@ -203,3 +210,86 @@ def test_what_does_not_fit_is_refused():
         bag(torch.arange(9), torch.tensor([0, 5, 3]))
     with pytest.raises(ValueError, match="offsets"):
         bag(torch.arange(9))
+
+
+@pytest.mark.parametrize("mode", ["sum", "mean"])
+def test_the_last_offset_may_be_the_end_of_the_last_bag(mode, tmp_path):
+    dense = nn.EmbeddingBag(30, 4, mode=mode, include_last_offset=True)
+    bag = SparseEmbeddingBag.from_dense(dense)
+    ids = torch.randint(0, 30, (20,))
+    # torch leaves out ids behind the end too, but divides the last bag's sum by their number as well
+    for given in ([0, 5, 9], [0], [0, 5, 5, 9, 20])[0 if mode == "sum" else 1 :]:
+        offsets = torch.tensor(given)
+        torch.testing.assert_close(bag(ids, offsets), dense(ids, offsets).detach())
+    bag.save(tmp_path / "bag.safetensors")
+    again = SparseEmbeddingBag.load(tmp_path / "bag.safetensors")
+    for copy in (again, again.to_dense()):
+        torch.testing.assert_close(copy(ids, offsets), dense(ids, offsets).detach())
+        assert (copy.mode, copy.include_last_offset) == (mode, True)
+    with pytest.raises(ValueError, match="at least the end of the last bag"):
+        bag(ids, torch.tensor([], dtype=torch.int64))
+
+
+def test_bags_refuse_what_torch_refuses():
+    ids, weights = torch.arange(20), torch.ones(20)
+    means, sums = (
+        SparseEmbeddingBag.from_dense(nn.EmbeddingBag(30, 4, mode=mode)) for mode in ("mean", "sum")
+    )
+    for module in (means, torch.compile(sums, backend="eager", fullgraph=True)):
+        with pytest.raises(ValueError, match="begin with 0, got 2"):
+            module(ids, torch.tensor([2, 5]))
+    with pytest.raises(ValueError, match="'sum', as in torch; this bag's is 'mean'"):
+        means(ids, torch.tensor([0, 5]), weights)
+    with pytest.raises(ValueError, match=r"shape \(5, 4\), the ids \(4, 5\)"):
+        sums(ids.view(4, 5), None, weights.view(5, 4))
+    with pytest.raises(ValueError, match="int64 or int32"):
+        sums(ids, torch.tensor([0.0, 5.5]))
+
+
+def test_options_that_matter_to_gradients_come_back_and_another_forward_is_refused():
+    options = {"padding_idx": 3, "sparse": True, "scale_grad_by_freq": True}
+    dense = nn.Embedding(30, 4, **options)
+    small = SparseEmbedding.from_dense(dense)
+    assert torch.equal(small(torch.arange(30)), dense(torch.arange(30)))
+    again = small.to_dense()
+    assert {name: getattr(again, name) for name in options} == options
+
+    class Scaled(nn.Embedding):
+        def forward(self, ids):
+            return 2 * super().forward(ids)
+
+    with pytest.raises(ValueError, match="Scaled has a forward of its own"):
+        SparseEmbedding.from_dense(Scaled(30, 4))
+
+
+def test_files_that_cannot_be_read_or_written_say_so(tmp_path):
+    module = SparseEmbedding.from_dense(torch.randn(30, 12))
+    path = tmp_path / "table.safetensors"
+    module.save(path)
+    whole = path.read_bytes()
+    for size in (0, 5, 60, len(whole) - 1):
+        path.write_bytes(whole[:size])
+        with pytest.raises(ValueError, match=r"table\.safetensors is damaged or cut off"):
+            SparseEmbedding.load(path)
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        SparseEmbedding.load(tmp_path / "nowhere.safetensors")
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        module.save(tmp_path / "nowhere" / "table.safetensors")
+    with pytest.raises(IsADirectoryError):
+        SparseEmbedding.load(tmp_path)
+
+
+def test_a_disk_that_fills_up_leaves_the_old_file(tmp_path):
+    path = tmp_path / "table.safetensors"
+    SparseEmbedding.from_dense(torch.randn(30, 12)).save(path)
+    before = path.read_bytes()
+    limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"File too large.*table\.safetensors"):
+            SparseEmbedding.from_dense(torch.randn(3000, 12)).save(path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+    assert path.read_bytes() == before

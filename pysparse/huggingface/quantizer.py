@@ -21,6 +21,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from pysparse import backend
 from pysparse.formats import BitmapTensor, Int8Bitmap
+from pysparse.formats.bitmap import VALUE_DTYPES
 from pysparse.huggingface.fitting import Fit, PackedLayer, PackedTensor, kept_in_float32
 from pysparse.huggingface.layout import (
     BITMASK,
@@ -109,6 +110,21 @@ class PysparseQuantizer(HfQuantizer):
                 "device_map: packed layers cannot be offloaded to disk; leave out 'disk', or load with "
                 'pysparse.from_pretrained(..., format="dense") and offload that'
             )
+        if "meta" in map(str, places):
+            raise ValueError(
+                "device_map: packed weights are read from their files, so there is no loading to 'meta'; load to 'cpu' "
+                "and then model.to('meta')"
+            )
+
+    def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """Return ``dtype``; ValueError for one that packed values have no form for."""
+        if dtype not in VALUE_DTYPES and self.quantization_config.layout.nnz:
+            names = ", ".join(str(held).removeprefix("torch.") for held in VALUE_DTYPES)
+            raise ValueError(
+                f"dtype {str(dtype).removeprefix('torch.')}: packed layers hold {names}; load with one of these, then "
+                f"pysparse.densify_(model).to({dtype})"
+            )
+        return dtype
 
     @property
     def is_trainable(self) -> bool:

@@ -5,16 +5,14 @@ from __future__ import annotations
 import copy
 import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from pysparse.formats.embedding import EmbeddingTable
+from pysparse.formats.tensor_file import read_tensors, write_tensors
 from pysparse.nn import SparseEmbedding
 from pysparse.nn.ctr import CtrModel
 
@@ -99,30 +97,24 @@ def quantise_embedding(model: CtrModel, bits: int) -> tuple[CtrModel, AffineValu
 
 def save_affine(path: str | os.PathLike[str], embedding: SparseEmbedding, bits: int) -> None:
     """Write a packed table with its values in ``bits`` bits, as safetensors, beside and then renamed."""
-    table, target = embedding.table, Path(path)
+    table = embedding.table
     codes = affine_values(table.values.float().cpu().numpy(), bits)
-    arrays = {name: getattr(table, name).cpu().contiguous() for name in _ARRAYS[1:]}
+    arrays = {name: getattr(table, name) for name in _ARRAYS[1:]}
     metadata = {
         "format": FORMAT, "dims": str(table.dims), "bits": str(bits), "count": str(codes.count),
         "scale": codes.scale.hex(), "zero_point": codes.zero_point.hex(),
         "per_field": str(int(embedding.per_field)),
     }  # fmt: skip
-    beside = target.with_name(target.name + ".part")
-    save_file({"codes": torch.from_numpy(codes.codes), **arrays}, beside, metadata)
-    os.replace(beside, target)
+    write_tensors(path, {"codes": torch.from_numpy(codes.codes), **arrays}, metadata)
 
 
 def load_affine(path: str | os.PathLike[str]) -> SparseEmbedding:
     """Read what :func:`save_affine` wrote. Raises ValueError, naming the offence, for a file that is not sound."""
+    arrays, metadata = read_tensors(path, FORMAT, _ARRAYS)
     try:
-        with safe_open(os.fspath(path), framework="pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != FORMAT or set(file.keys()) != set(_ARRAYS):
-                raise ValueError(f"{path} is not a {FORMAT} file: format {metadata.get('format')!r}")
-            arrays = {name: file.get_tensor(name) for name in _ARRAYS}
         numbers = {name: int(metadata[name]) for name in ("dims", "bits", "count", "per_field")}
         scale, zero_point = (float.fromhex(metadata[name]) for name in ("scale", "zero_point"))
-    except (SafetensorError, KeyError) as error:
+    except KeyError as error:
         raise ValueError(f"{path} is damaged: {error}") from error
     codes = AffineValues(arrays.pop("codes").numpy(), scale, zero_point, numbers["bits"], numbers["count"])
     values = torch.from_numpy(codes.values()).to(arrays["codebook"].dtype)

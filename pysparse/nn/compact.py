@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from pysparse import backend, ops
 from pysparse.formats import BitmapTensor, Int8Bitmap, NMInt8, NMTensor, TiledInt8
+from pysparse.nn.conversion import converted, without_data
 from pysparse.nn.dispatch import Dispatch
 from pysparse.nn.packing import Packing, RowMajor, grid_of, row_major
 from pysparse.nn.shared_input import InputGroup
@@ -41,6 +42,7 @@ class CompactLinear(nn.Module):
     ``state_dict()`` holds the tensors of the file whatever the packing: ``compressed`` (int8 or float [nnz],
     row-major), ``bitmask``, ``row_offsets``, ``shape`` as a :class:`SparseLinear` has them, and ``scales``
     (float32 [R, G]) where the values are int8. The packing itself is the layer's; a file has it in config.json.
+    On the device meta these are the buffers.
     """
 
     bias: nn.Parameter | None
@@ -97,10 +99,19 @@ class CompactLinear(nn.Module):
             arrays["indices"] = matrix.indices
         if not isinstance(weight, NMTensor):
             arrays |= {"scales": weight.scales, "row_sums": weight.row_sums}
-        for name, array in arrays.items():
-            self.register_buffer(name, array, persistent=False)
+        self._hold(arrays)
         self.prefill = self._prefill
         self._drop_prepared()
+
+    def _hold(self, arrays: dict[str, Tensor]) -> None:
+        """Make ``arrays`` the layer's buffers, and the only ones."""
+        self._buffers.clear()
+        for name, array in arrays.items():
+            self.register_buffer(name, array, persistent=False)
+
+    @property
+    def _has_data(self) -> bool:
+        return "values" in self._buffers
 
     def _drop_prepared(self) -> None:
         """Let go of the weight's arrays where a call keeps them."""
@@ -126,7 +137,9 @@ class CompactLinear(nn.Module):
         self._prefill, self._prepared = mode, None
 
     def packed(self) -> Compact:
-        """Return the weight as a container over the layer's buffers."""
+        """Return the weight as a container over the layer's buffers; RuntimeError on meta."""
+        if not self._has_data:
+            raise without_data(self)
         b, shape = self._buffers, (self.out_features, self.in_features)
         arrays: dict[str, Any] = {name: array for name, array in b.items() if array is not None}
         if self._kind is TiledInt8:
@@ -157,6 +170,8 @@ class CompactLinear(nn.Module):
             return prepared.linear(x)
         if x.size(-1) != self.in_features:
             raise ValueError(f"x has {x.size(-1)} features, the layer takes {self.in_features}")
+        if not self._has_data:
+            raise without_data(self)
         if x.dtype is not self._dtype and torch.is_autocast_enabled("cpu"):
             x = x.to(self._dtype)  # packed weights keep their dtype: autocast moves the input instead
         if self._dtype not in ops.KERNEL_DTYPES:
@@ -186,7 +201,7 @@ class CompactLinear(nn.Module):
         """Return what a call shared with other layers needs of this one; None unless it would decode ``x`` itself."""
         if not self.has_bitmap or x.dtype is not self._dtype or self._dtype not in ops.KERNEL_DTYPES:
             return None
-        if x.size(-1) != self.in_features or ops.is_traced():
+        if x.size(-1) != self.in_features or not self._has_data or ops.is_traced():
             return None
         if x.numel() > self._dispatch.unasked * self.in_features:
             tokens = x.numel() // self.in_features
@@ -252,17 +267,27 @@ class CompactLinear(nn.Module):
         return linear.train(self.training)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CompactLinear:
-        """Convert dtypes; scales stay float32. RuntimeError for a device without kernels."""
-        moved = fn(torch.empty(0, dtype=self._dtype))
-        if moved.device.type != "cpu":
+        """Convert dtypes; scales stay float32. On meta the tensors of the file are the buffers.
+
+        Before anything changes: RuntimeError for a device without kernels, ValueError for a dtype that the layer
+        cannot hold.
+        """
+        device = next(b.device for b in self._buffers.values() if b is not None)
+        after = converted(self, fn, torch.empty(0, dtype=self._dtype, device=device))
+        if after.device.type not in ("cpu", "meta"):
             raise RuntimeError(
-                f"int8 and n:m layers have CPU kernels only, not on {moved.device}: call densify_(model) first"
+                f"int8 and n:m layers have CPU kernels only, not on {after.device}: call densify_(model) first"
             )
+        if after.is_meta and self._has_data:
+            self._hold(state_of(row_major(self.packed())))
         scales = self._buffers.get("scales")
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if scales is not None:
+            scales = (
+                torch.empty_like(scales, device=after.device) if scales.device != after.device else scales
+            )
             self._buffers["scales"] = scales
-        self._dtype = moved.dtype
+        self._dtype = after.dtype
         self._dispatch.clear()
         self._drop_prepared()
         return self
@@ -280,6 +305,10 @@ class CompactLinear(nn.Module):
     @property
     def nnz(self) -> int:
         """Number of stored weights."""
+        if not self._has_data:
+            return next(
+                b.numel() for name, b in self._buffers.items() if name == "compressed" and b is not None
+            )
         return self.bitmap().nnz
 
     @property
@@ -305,6 +334,8 @@ class CompactLinear(nn.Module):
     @property
     def kernel(self) -> str:
         """Name the kernel that a few tokens run on now, and how many are computed and why."""
+        if not self._has_data:
+            return "none: no data yet (device meta)"
         if self._dtype not in ops.KERNEL_DTYPES:
             return f"unpack + dense torch: no kernel for {self._dtype}"
         format = "bitmap-int8" if self._kind is TiledInt8 else _PACKINGS[self._kind]
@@ -332,7 +363,8 @@ class CompactLinear(nn.Module):
         )
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        for name, tensor in state_of(row_major(self.packed())).items():
+        state: Any = state_of(row_major(self.packed())) if self._has_data else self._buffers
+        for name, tensor in state.items():
             destination[prefix + name] = tensor
         if self.bias is not None:
             destination[prefix + "bias"] = self.bias if keep_vars else self.bias.detach()
@@ -356,7 +388,7 @@ class CompactLinear(nn.Module):
         if len(given) != len(names):
             return
         try:
-            self._load(given)
+            self._load(given, bool(local_metadata.get("assign_to_params_buffers", False)))
         except ValueError as error:
             error_msgs.append(f"{prefix.rstrip('.')}: {error}")
 
@@ -364,7 +396,7 @@ class CompactLinear(nn.Module):
     def _state_names(self) -> tuple[str, ...]:
         return _FLOAT if self._kind is NMTensor else _INT8
 
-    def _load(self, given: dict[str, Tensor]) -> None:
+    def _load(self, given: dict[str, Tensor], assign: bool) -> None:
         shape, stated = (self.out_features, self.in_features), given["shape"].flatten().tolist()
         if stated != list(shape):
             raise ValueError(f"shape says {stated}, the layer is {list(shape)}")
@@ -378,7 +410,9 @@ class CompactLinear(nn.Module):
         )
         rows.validate()
         self._set_weight(self.packing.pack(rows))
-        if self.bias is not None:
+        if self.bias is not None and (assign or self.bias.is_meta):
+            self.bias = nn.Parameter(given["bias"], requires_grad=self.bias.requires_grad)
+        elif self.bias is not None:
             with torch.no_grad():
                 self.bias.copy_(given["bias"])
 

@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from pysparse import backend, ops
 from pysparse.formats import BitmapTensor, TiledBitmap
+from pysparse.nn.conversion import converted, without_data
 from pysparse.nn.device import DeviceWeight
 from pysparse.nn.dispatch import Dispatch
 from pysparse.nn.packing import check_pattern
@@ -168,7 +169,7 @@ class SparseLinear(nn.Module):
             return self
         bitmap = self.bitmap()
         if bitmap.device.type == "meta":
-            raise RuntimeError("this SparseLinear has no data yet (device meta): load a checkpoint first")
+            raise without_data(self)
         bitmap.validate()
         if backend.available() and bitmap.device.type == "cpu" and ops.is_kernel_dtype(bitmap.dtype):
             tiled = TiledBitmap.from_bitmap(bitmap)
@@ -187,16 +188,19 @@ class SparseLinear(nn.Module):
         self.compressed = self.bitmask = self.row_offsets = self.shape = None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseLinear:
-        """Move or convert the layer; packings belong to one kind of device, so they are made again there."""
+        """Move or convert the layer; packings belong to one kind of device, so they are made again there.
+
+        On meta the layer is canonical. ValueError, before anything changes, for a dtype that it cannot hold.
+        """
+        before = self._first_buffer()
+        after = converted(self, fn, before)
         self._dispatch.clear()
         self._drop_prepared()
-        before = self._first_buffer()
-        after = fn(before.new_empty(0)) if self.is_packed else before
-        moved = after.device.type != before.device.type
+        moved = self.is_packed and after.device.type != before.device.type
         if moved or (self._device_weight is not None and after.dtype != before.dtype):
             self._set_canonical(self.bitmap())
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        return self.pack() if moved else self
+        return self.pack() if moved and not after.is_meta else self
 
     def _first_buffer(self) -> Tensor:
         """Return a buffer of the weight's dtype, whatever the state."""
@@ -366,8 +370,10 @@ class SparseLinear(nn.Module):
         """Name the kernel that a forward pass runs now, and why."""
         if self._device_weight is not None:
             return self._device_weight.describe(self.dtype, self.prefill)
-        if not self.is_packed:
-            cause = backend.missing_reason() or f"not packed (dtype {self.dtype})"
+        if self._first_buffer().is_meta:
+            return "none: no data yet (device meta)"
+        if not self.is_packed or self.dtype not in ops.KERNEL_DTYPES:
+            cause = backend.missing_reason() or f"no kernel for {self.dtype}"
             return f"unpack + dense torch: {cause}"
         many = self.choice(256)
         return (
@@ -429,7 +435,7 @@ class SparseLinear(nn.Module):
             missing.append(prefix + "bias")
         elif bias.shape != (self.out_features,):
             errors.append(f"{prefix}bias has shape {tuple(bias.shape)}, expected ({self.out_features},)")
-        elif metadata.get("assign_to_params_buffers", False) or self.bias is None:
+        elif metadata.get("assign_to_params_buffers", False) or self.bias is None or self.bias.is_meta:
             self.bias = nn.Parameter(bias, requires_grad=False)
         else:
             with torch.no_grad():

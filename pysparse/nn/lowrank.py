@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from pysparse.formats import BitmapTensor
+from pysparse.formats.bitmap import VALUE_DTYPES
+from pysparse.nn.conversion import converted
 from pysparse.ops import LowRankTerm, masked_lowrank_linear, masked_lowrank_weight
 
 
@@ -144,6 +147,12 @@ class MaskedLowRank(nn.Module):
         else:
             y = masked_lowrank_linear(x, *arrays, self.values, self._term())
         return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MaskedLowRank:
+        """Move or convert the layer; ValueError, before anything changes, for a dtype that it cannot compute in."""
+        converted(self, fn, self.values, "merge it first", (*VALUE_DTYPES, torch.float64))
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
 
     def extra_repr(self) -> str:
         """Return what ``print`` shows."""

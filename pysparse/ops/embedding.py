@@ -65,7 +65,8 @@ def sparse_embedding_bag(
     """Return sums (or means) [bags, dims] of the rows of each bag; bag b is ids[offsets[b] : offsets[b + 1]].
 
     ``ids`` [N], ``offsets`` int64 [bags + 1], ``weights`` float32 [N] or None; sums are float32, rounded once. An
-    empty bag is zero. Raises as :func:`sparse_embedding`, and ValueError for offsets that do not rise within [0, N].
+    empty bag is zero. Raises as :func:`sparse_embedding`, and ValueError for offsets that do not rise from 0 to at
+    most N.
     """
     result: Tensor = torch.ops.pysparse.sparse_embedding_bag(
         ids, offsets, weights, mean, values, records, codebook, field_rows, columns
@@ -134,6 +135,9 @@ def _torch_lookup(
 def _check_bags(ids: Tensor, offsets: Tensor, weights: Tensor | None) -> None:
     if offsets.dtype != torch.int64 or offsets.dim() != 1 or not len(offsets):
         raise ValueError(f"offsets are int64 [bags + 1], got {offsets.dtype} {tuple(offsets.shape)}")
+    capturing = offsets.is_cuda and torch.cuda.is_current_stream_capturing()
+    if len(offsets) > 1 and not capturing and int(offsets[0]):
+        raise ValueError(f"offsets begin with 0, got {int(offsets[0])}: ids before it would be in no bag")
     if weights is not None and (weights.dtype != torch.float32 or weights.numel() != ids.numel()):
         raise ValueError(
             f"weights are float32, one for each of {ids.numel()} ids; got {weights.dtype} {tuple(weights.shape)}"
