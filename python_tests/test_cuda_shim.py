@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 import reference
 import torch
-from cuda_weights import groups_only, matrix_for
+from cuda_weights import groups_only, matrix_for, pack_for_stacking, stackable_weights
 
 from pysparse import backend, ops
 from pysparse.formats import PACKINGS, BitmapTensor, NMRows
 from pysparse.formats.device import place_bits
+from pysparse.formats.stacked import stack_rows
 
 HERE = Path(__file__).parent / "cuda_shim"
 SOURCES = Path(__file__).parents[1] / "csrc"
@@ -132,6 +133,16 @@ def test_kernels_on_host_threads_match_the_oracle(library, name, rows, cols, tok
     x, bias = torch.randn(tokens, cols).bfloat16(), torch.randn(rows).bfloat16()
     team = 4 if card is TINY else 1
     reference.assert_close(run(library, name, packed, x, bias, card, team), x, weight, bias)
+
+
+@pytest.mark.parametrize("name", PACKINGS)
+def test_the_whole_of_a_stack_and_its_parts_are_weights_of_their_own(library, name):
+    """Parts begin where their words do, not at multiples of 16 bytes, and count from their own first row."""
+    dense = stackable_weights(name, (16, 48, 32), 700)
+    whole, parts = stack_rows([pack_for_stacking(name, weight) for weight in dense])
+    for packed, weight in ((whole, torch.cat(dense)), *zip(parts, dense, strict=True)):
+        x, bias = torch.randn(2, 700).bfloat16(), torch.randn(len(weight)).bfloat16()
+        reference.assert_close(run(library, name, packed, x, bias), x, weight, bias)
 
 
 def test_unpacking_rows_wider_than_shared_memory(library):

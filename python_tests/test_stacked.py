@@ -1,19 +1,17 @@
-"""Device packings one after the other, and the layers over them: what of it needs no GPU, then the rest on one."""
+"""Layers of a GPU that share an input as one weight: what of it needs no GPU, then the rest on one."""
 
 import copy
 import pickle
 import shutil
 
 import pytest
-import reference
 import torch
-from cuda_weights import groups_only, matrix_for
+from cuda_weights import pack_for_stacking, stackable_weights
 from torch import nn
 from torch.nn import functional
 
 from pysparse import backend
-from pysparse.formats import PACKINGS, BitmapTensor, DeltaRows, FragmentBitmap, NMRows, PairBlocks
-from pysparse.formats.stacked import stack_rows
+from pysparse.formats import PACKINGS, DeltaRows, PairBlocks
 from pysparse.nn import SparseLinear, densify_, fuse_, unfuse_
 from pysparse.nn.device import DeviceWeight
 from pysparse.nn.stacked import RowStack, shared_inputs, why_apart
@@ -33,88 +31,6 @@ def by_inductor(test):
     """Mark a test that compiles for the CPU; what torch imports for it is deprecated by torch."""
     test = pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")(test)
     return pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor's CPU code needs g++")(test)
-
-
-HEIGHTS = [(16, 32, 7), (48, 16), (16, 16, 16, 16)]
-
-
-def pattern_of(name):
-    return (3, 16) if name == "nm" else None
-
-
-def weights(name, heights, cols, sparsity=0.6, dtype=torch.bfloat16):
-    """Return matrices that the packing ``name`` can hold; one row of each is empty, one full where it may be."""
-    found = []
-    for rows in heights:
-        weight = matrix_for(name, rows, cols, sparsity, dtype)
-        if name == "nm":
-            weight = groups_only(reference.sparse_matrix(rows, cols, 0.0, dtype), *pattern_of(name))
-        weight[rows // 2] = 0
-        if name in ("delta", "fragment"):
-            weight[0] = torch.randn(cols).to(dtype)
-        found.append(weight)
-    return found
-
-
-def pack(name, weight):
-    bitmap = BitmapTensor.from_dense(weight)
-    return (
-        NMRows.from_bitmap(bitmap, *pattern_of(name)) if name == "nm" else PACKINGS[name].from_bitmap(bitmap)
-    )
-
-
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("heights", HEIGHTS, ids=str)
-@pytest.mark.parametrize("cols", [1, 130, 3000])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_stacked_rows_are_those_of_one_packed_matrix(name, heights, cols, dtype):
-    dense = weights(name, heights, cols, dtype=dtype)
-    packed = [pack(name, weight) for weight in dense]
-    whole, parts = stack_rows(packed)
-    expected = pack(name, torch.cat(dense))
-    assert cuda.sizes(whole) == cuda.sizes(expected)
-    assert whole.shape == expected.shape
-    for actual, wanted in zip(cuda.arrays(whole), cuda.arrays(expected), strict=True):
-        assert torch.equal(actual.view(torch.uint8), wanted.view(torch.uint8))
-    for part, before, weight in zip(parts, packed, dense, strict=True):
-        for actual, wanted in zip(cuda.arrays(part), cuda.arrays(before), strict=True):
-            assert torch.equal(actual.view(torch.uint8), wanted.view(torch.uint8))
-        assert torch.equal(part.to_bitmap().to_dense(), weight)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_parts_hold_no_second_copy_of_the_values(name):
-    whole, parts = stack_rows([pack(name, weight) for weight in weights(name, (16, 32, 7), 200)])
-    storage = cuda.arrays(whole)[0].untyped_storage().data_ptr()
-    assert all(cuda.arrays(part)[0].untyped_storage().data_ptr() == storage for part in parts)
-    assert all(array.is_contiguous() for part in parts for array in cuda.arrays(part))
-    assert all(cuda.arrays(part)[0].data_ptr() % 16 == storage % 16 for part in parts)
-
-
-def test_what_cannot_be_stacked_is_named():
-    def refused(*packings):
-        with pytest.raises(ValueError, match="cannot be stacked: ") as caught:
-            stack_rows(packings)
-        return str(caught.value).partition("stacked: ")[2]
-
-    def fragment(rows, cols, dtype=torch.bfloat16):
-        return FragmentBitmap.from_bitmap(BitmapTensor.from_dense(torch.ones(rows, cols, dtype=dtype)))
-
-    delta = pack("delta", torch.ones(16, 64).bfloat16())
-    assert refused() == "there are none"
-    assert refused(delta, fragment(16, 64)) == "they are delta and fragment"
-    assert refused(fragment(16, 64), fragment(16, 65)) == "they have 64, 65 columns"
-    assert refused(fragment(16, 64), fragment(16, 64, torch.float16)) == "they differ in dtype or device"
-    assert refused(fragment(17, 64), fragment(16, 64)) == "17 rows are no multiple of 16"
-    zeros = BitmapTensor.from_dense(torch.zeros(16, 64).bfloat16())
-    places = [NMRows.from_bitmap(zeros, n, m) for n, m in ((1, 4), (2, 4), (2, 8))]
-    assert refused(places[0], places[1]) == "their patterns are 1:4, 2:4"
-    assert refused(places[2], places[2]) == "with m = 8 the third bits of all places lie behind the others"
-    loose = PairBlocks.from_bitmap(BitmapTensor.from_dense(torch.zeros(3, 64).bfloat16()))
-    assert refused(loose, loose) == "3 rows are no multiple of 16"
-
-
-# ---- layers ----------------------------------------------------------------------------------------------------
 
 
 class Counted:
@@ -160,7 +76,7 @@ def on_device(linear, name="delta"):
             (linear.weight.data.clone(),),
         )
     else:
-        packed = pack(name, linear.weight.data)
+        packed = pack_for_stacking(name, linear.weight.data)
         weight, arrays = (
             DeviceWeight(name, layer.nnz, cuda.sizes(packed), 8, 8, "asked for"),
             cuda.arrays(packed),
@@ -178,10 +94,10 @@ class Attention(nn.Module):
         super().__init__()
         for part, rows in zip("qkv", heights, strict=True):
             linear = nn.Linear(cols, rows, bias=bias and part != "v").bfloat16().requires_grad_(False)
-            linear.weight.data = weights(name, (rows,), cols)[0]
+            linear.weight.data = stackable_weights(name, (rows,), cols)[0]
             setattr(self, part, on_device(linear, name))
         linear = nn.Linear(cols, cols, bias=False).bfloat16().requires_grad_(False)
-        linear.weight.data = weights(name, (cols,), cols)[0]
+        linear.weight.data = stackable_weights(name, (cols,), cols)[0]
         self.o = on_device(linear, name)
 
     def forward(self, x):
