@@ -231,7 +231,7 @@ def test_twins_share_memory_and_function():
     assert type(model.model.layers[0].mlp.up_proj) is nn.Linear  # the original is left alone
     back = dense_twin(sparse)
     assert all(torch.equal(p, q) for p, q in zip(back.parameters(), model.parameters(), strict=True))
-    with pytest.raises(ValueError, match="no layer of this model is sparse enough to pack .*prune it first"):
+    with pytest.raises(ValueError, match="no layer of this model is sparse enough to pack: .*prune it first"):
         sparse_twin(tiny_llama())
 
 

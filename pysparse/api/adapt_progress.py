@@ -4,19 +4,35 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
-from safetensors.torch import save_file
 
+from pysparse.formats.tensor_file import write_tensors
 from pysparse.methods.adaptation import Round, State, Trained
 from pysparse.nn import Adapter
 from pysparse.pruning.identity import differences
 
 _IDENTITY = "identity.json"
 _STATE = "round.safetensors"  # replaced by each round, whole
+
+
+@contextmanager
+def kept_after_error(folder: Path) -> Iterator[None]:
+    """After an error or Ctrl-C note on it what is kept in ``folder``; where nothing is yet, leave no folder."""
+    try:
+        yield
+    except (Exception, KeyboardInterrupt) as stop:
+        if (folder / _STATE).is_file():
+            stop.add_note(f"the progress is kept in {folder}; resume goes on from there")
+        else:
+            (folder / _IDENTITY).unlink(missing_ok=True)
+            with suppress(OSError):  # what is not ours stays
+                folder.rmdir()
+        raise
 
 
 class AdaptProgress:
@@ -63,9 +79,7 @@ class AdaptProgress:
             "index": state.index, "target": state.target, "rates": state.rates, "errors": state.errors,
             "ranks": state.ranks, "scales": scales, "done": [dataclasses.asdict(one) for one in state.done],
         }  # fmt: skip
-        temporary = self._folder / f"{_STATE}.tmp"
-        save_file(tensors, temporary, {"facts": json.dumps(facts)})
-        temporary.replace(self._folder / _STATE)
+        write_tensors(self._folder / _STATE, tensors, {"facts": json.dumps(facts)})
 
     def load(self) -> State | None:
         """Return the state that was written last; None when there is none."""

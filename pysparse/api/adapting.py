@@ -7,6 +7,7 @@ import json
 import logging
 import shutil
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pysparse import data, huggingface
-from pysparse.api.adapt_progress import AdaptProgress
+from pysparse.api.adapt_progress import AdaptProgress, kept_after_error
 from pysparse.api.loading import Texts, Windows, calibration_for, load_model, tokenizer_for
 from pysparse.calib import Calibration, load_texts, token_batches
 from pysparse.huggingface.adapters import check_lora, require_peft, save_adapter
@@ -218,7 +219,10 @@ def adapt(
     report = AdaptReport(method, tuple(rounds), len(layout.layers), rows.numel())
     if output_dir is not None:
         files = {"adapt_report.json": json.dumps(report.to_dict(), indent=1) + "\n"}
-        huggingface.save_pretrained(model, output_dir, format=save_format, tokenizer=found, extra_files=files)
+        with kept_after_error(progress_folder(output_dir)):
+            huggingface.save_pretrained(
+                model, output_dir, format=save_format, tokenizer=found, extra_files=files
+            )
         shutil.rmtree(progress_folder(output_dir), ignore_errors=True)
     return AdaptResult(model, report)
 
@@ -291,12 +295,13 @@ class _Job:
         model = self.layout.model
         dtype = self.layout.layers[0].weight.dtype
         modes = [(module, module.training) for module in model.modules()]
-        with TemporaryDirectory() as scratch, restored_after_error(self.layout):
+        with TemporaryDirectory() as scratch, restored_after_error(self.layout), ExitStack() as stack:
             keeping = None
             folder = Path(scratch)
             if output_dir is not None:
                 folder = progress_folder(output_dir)
                 keeping = AdaptProgress.open(folder, self._identity(), resume=resume)
+                stack.enter_context(kept_after_error(folder))
 
             def train_round(attached: Attached, index: int, total: int) -> Trained:
                 losses = self._train(attached, index, total, folder, advance, resume)

@@ -107,11 +107,9 @@ def executing(
     journal = Journal.open(place, identity(running.device), resume=running.resume, ranks=ranks)
     try:
         yield Execution(running.device, running.activations, running.activations_dir or place, journal)
-    except KeyboardInterrupt as interrupt:
+    except (Exception, KeyboardInterrupt) as stop:  # a full disk at the very end costs no block either
         if not journal.empty:
-            interrupt.add_note(
-                f"{journal.done} blocks are done and kept in {place}; resume goes on with them"
-            )
+            stop.add_note(f"{journal.done} blocks are done and kept in {place}; resume goes on with them")
         raise
     finally:
         journal.close()

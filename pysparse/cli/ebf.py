@@ -72,6 +72,9 @@ def deblur(
 ) -> None:
     """Blur a bundled image, restore it by every hyperprior and baseline, and compare."""
     with guarded(debug):
+        from pysparse.calib.extras import require
+
+        require("bayes", "scipy", "skimage", "pywt", *(() if out is None else ("matplotlib",)))
         from pysparse.bayes import deblur as experiments
         from pysparse.bayes.matrix_free import OperatorSettings
 

@@ -11,6 +11,7 @@ from typing import Any
 import typer
 from rich.console import Console
 
+from pysparse.formats.tensor_file import DISK_FULL
 from pysparse.measure.results import dumps, write_json
 
 EXIT_FAILED, EXIT_USER = 1, 2
@@ -54,7 +55,7 @@ def emit(result: Any, json_target: str | None, content: Any) -> None:
 def guarded(debug: bool) -> Iterator[None]:
     """Turn errors into one line on stderr: exit code 2 for the user's to mend, 1 for everything else.
 
-    Ctrl-C is one line as well, with the notes of the interrupt, and exit code 130.
+    Notes of the error, such as what is kept for --resume, follow on that line. So does Ctrl-C's, with exit code 130.
     """
     logging.basicConfig(level=logging.DEBUG if debug else logging.WARNING)
     from transformers.utils.logging import disable_progress_bar
@@ -71,9 +72,16 @@ def guarded(debug: bool) -> Iterator[None]:
     except Exception as error:
         if debug:
             raise
-        user = isinstance(error, _USER_ERRORS)
-        message = " ".join(str(error).split()) or type(error).__name__
-        if not user:
-            message = f"{type(error).__name__}: {message} (run again with --debug for the traceback)"
-        typer.echo(f"pysparse: error: {message}", err=True)
-        raise typer.Exit(EXIT_USER if user else EXIT_FAILED) from None
+        hints = (" ".join(note.split()) for note in getattr(error, "__notes__", ()))
+        typer.echo("; ".join((f"pysparse: error: {_sentence(error)}", *hints)), err=True)
+        raise typer.Exit(EXIT_USER if isinstance(error, _USER_ERRORS) else EXIT_FAILED) from None
+
+
+def _sentence(error: Exception) -> str:
+    """Return what went wrong on one line, and where only a developer can tell, how to see more."""
+    if isinstance(error, OSError) and error.errno in DISK_FULL:
+        return f"no room left to write {error.filename or 'a file'} ({error.strerror}): free some space"
+    message = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, _USER_ERRORS) or (isinstance(error, ImportError) and "pip install" in message):
+        return message
+    return f"{type(error).__name__}: {message} (run again with --debug for the traceback)"

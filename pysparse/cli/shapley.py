@@ -23,11 +23,19 @@ class Estimator(StrEnum):
     exact = "exact"
 
 
+class Inputs(StrEnum):
+    """What a game gets its coalitions as."""
+
+    numpy = "numpy"
+    torch = "torch"
+
+
 def shapley(
     game: Annotated[
         str,
         typer.Argument(
-            help="FILE.py:FUNCTION; the function takes bool [B, players] (True: takes part) and returns B numbers.",
+            help="FILE.py:FUNCTION; the function takes a NumPy array of bool [B, players] (True: takes part; see "
+            "--inputs) and returns B numbers.",
             show_default=False,
         ),
     ],
@@ -40,6 +48,9 @@ def shapley(
         float | None,
         typer.Option(help="End once the largest standard error is below this share of the spread."),
     ] = None,
+    inputs: Annotated[
+        Inputs, typer.Option(help="What the function is given: a NumPy array or a torch tensor.")
+    ] = Inputs.numpy,
     batch_size: Annotated[int, typer.Option(min=1, help="Coalitions in one call.")] = 256,
     state: Annotated[
         Path | None, typer.Option(help="File of the progress; a run that finds one goes on.")
@@ -51,6 +62,7 @@ def shapley(
 ) -> None:
     """Estimate Shapley (or Banzhaf) values within a budget of evaluations, with standard errors."""
     with guarded(debug):
+        function = _function(game, inputs)
         from pysparse import shapley as library
 
         estimators: dict[str, Any] = {
@@ -65,7 +77,8 @@ def shapley(
             emit(f"plan: {planned} evaluations", json, {"evaluations": planned, "players": players})
             return
         options = library.Options(batch_size, stop, state=state)
-        found = chosen.estimate(library.FunctionGame(_function(game), players), budget, seed, options)
+        played = library.FunctionGame(function, players, inputs.value)
+        found = chosen.estimate(played, budget, seed, options)
         content = {
             "estimator": found.estimator, "evaluations": found.evaluations, "seed": seed, "empty": found.empty,
             "full": found.full, "mean": found.mean.tolist(), "stderr": found.stderr.tolist(),
@@ -73,16 +86,30 @@ def shapley(
         emit(_table(found), json, content)
 
 
-def _function(place: str) -> Any:
+def _function(place: str, inputs: Inputs) -> Any:
+    """Return the function of ``FILE.py:FUNCTION``; what it raises tells in a note what it was given."""
     import runpy
 
     path, separator, name = place.rpartition(":")
     if not separator:
         raise ValueError(f"a game is FILE.py:FUNCTION, got {place!r}")
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no such file: {path}, of the game {place}")
     function = runpy.run_path(path).get(name)
     if not callable(function):
         raise ValueError(f"{path} defines no function {name!r}")
-    return function
+    kind, other = ("NumPy array", "torch") if inputs is Inputs.numpy else ("torch tensor", "numpy")
+
+    def played(coalitions: Any) -> Any:
+        try:
+            return function(coalitions)
+        except Exception as error:
+            error.add_note(
+                f"{place} raised it for a {kind}, bool {list(coalitions.shape)}; --inputs {other} gives the other kind"
+            )
+            raise
+
+    return played
 
 
 def _table(found: Any) -> Any:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from pysparse.formats.tensor_file import system_errors
 from pysparse.huggingface.layout import QUANT_METHOD
 
 MARKER = "pysparse.json"  # says that save_pretrained wrote the folder, and what is in it
@@ -24,13 +25,14 @@ def replaced_folder(directory: str | Path) -> Iterator[Path]:
 
     The folder is filled beside its target, flushed to disk, then renamed, so ``directory`` holds the old
     model or the new one, never a mixture. Files that a save does not write are carried over from the old
-    folder. Raises as :func:`check_replaceable` does.
+    folder. Raises as :func:`check_replaceable` does, and OSError where a file of tensors finds no room.
     """
     target = check_replaceable(directory)
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = _new_sibling(target, "new")
     try:
-        yield temporary
+        with system_errors(target):
+            yield temporary
         if target.is_dir():
             _carry_over(target, temporary)
         _flush(temporary)

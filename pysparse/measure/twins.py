@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pysparse.nn import CompactLinear, DenseLinear, SparseLinear, densify_, sparsify_
+from pysparse.nn.dispatch import MIN_SPARSITY
 
 
 def shared_copy(model: nn.Module) -> nn.Module:
@@ -40,11 +41,22 @@ def sparse_twin(dense: nn.Module) -> nn.Module:
     twin = shared_copy(dense)
     report = sparsify_(twin)
     if not report.sparse:
-        reasons = sorted(set(report.dense.values())) or ["it has no nn.Linear layers"]
-        raise ValueError(
-            f"no layer of this model is sparse enough to pack ({'; '.join(reasons[:3])}): prune it first"
-        )
+        raise ValueError(f"no layer of this model is sparse enough to pack: {_sparsest(dense)}")
     return twin
+
+
+def _sparsest(model: nn.Module) -> str:
+    """Tell how far a model without layers to pack is from having one."""
+    linears = [
+        (path, module)
+        for path, module in model.named_modules()
+        if isinstance(module, nn.Linear) and module.weight.numel() and not path.endswith("lm_head")
+    ]
+    if not linears:
+        return "it has no nn.Linear layers (lm_head apart, which stays dense)"
+    zeros = {path: 1 - int(module.weight.count_nonzero()) / module.weight.numel() for path, module in linears}
+    path = max(zeros, key=zeros.__getitem__)
+    return f"the sparsest is {path} with {zeros[path]:.0%} zeros; prune it first, {MIN_SPARSITY:.0%} or more"
 
 
 @torch.no_grad()

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from pysparse.calib import Ranks
 from pysparse.calib.offload import tensors_of
 from pysparse.formats import Int8Grid
+from pysparse.formats.tensor_file import system_errors
 from pysparse.nn.packing import grid_of, set_grid
 from pysparse.pruning.identity import differences
 from pysparse.pruning.report import PrunedLayer
@@ -157,8 +158,13 @@ class Journal:
             value = value.detach().cpu().contiguous()
             shared = any(value.data_ptr() == other.data_ptr() for other in own.values() if other.numel())
             own[key] = value.clone() if shared else value
-        save_file(own, temporary, metadata)
-        _put_in_place(temporary, path)
+        try:
+            with system_errors(path):
+                save_file(own, temporary, metadata)
+            _put_in_place(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
 
     def _read(self, name: str) -> tuple[dict[str, Tensor], dict[str, str]]:
         path = self.folder / name

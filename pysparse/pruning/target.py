@@ -17,7 +17,7 @@ def check_sparsity(sparsity: Any) -> float:
     except ValueError:
         raise ValueError(f"sparsity is a fraction between 0 and 1, got {sparsity!r}") from None
     if isinstance(sparsity, str | bool) or not 0.0 <= value < 1.0:
-        percent = 1.0 < value < 100.0 and not isinstance(sparsity, bool)
+        percent = 2.0 <= value < 100.0 and not isinstance(sparsity, bool)
         hint = f"; did you mean {value / 100:g}?" if percent else ""
         raise ValueError(f"sparsity is a fraction between 0 (all kept) and 1 (excluded), got {text}{hint}")
     return value

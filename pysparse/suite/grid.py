@@ -148,6 +148,8 @@ class _Reader:
         options = self._options.get(name, {})
         task = task_for(name, options)
         models = [_model(where, task, model) for model in _list(where, block, "models", str)]
+        for model in models:
+            task.require(model)
         recipes = _list(where, block, "recipes", str, list(self._specs))
         targets = list(_targets(where, block))
         seeds = _list(where, block, "seeds", int, [0])

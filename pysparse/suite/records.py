@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import gzip
 import json
 import zlib
@@ -11,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from pysparse.formats.tensor_file import DISK_FULL
 from pysparse.measure.results import to_jsonable, write_text
 from pysparse.suite.cells import SCHEMA, Cell
 
@@ -21,7 +21,6 @@ KEYS = (
     "peak_memory_bytes", "parameters", "file_bytes", "speed", "command", "environment", "started", "seconds",
 )  # fmt: skip
 MEASURED = ("prune_seconds", "peak_memory_bytes", "speed", "environment", "started", "seconds", "command")
-_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class DiskFullError(RuntimeError):
@@ -106,7 +105,7 @@ def explaining_full_disk(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in _FULL:
+        if error.errno not in DISK_FULL:
             raise
         raise DiskFullError(
             f"no room left to write {path} ({error.strerror}): the cells finished before are intact; free some space "

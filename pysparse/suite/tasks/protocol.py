@@ -69,6 +69,9 @@ class Task(Protocol):
     def family(self, model: nn.Module, name: str) -> str:
         """Return what kind of model it is: "llama", "bert", "cnn", "attention", ..."""
 
+    def require(self, model: str) -> None:
+        """Raise ModuleNotFoundError, which says what to install, where that model's packages are missing."""
+
     def load(self, model: str, *, seed: int) -> nn.Module:
         """Return the dense model in eval mode; a new object at each call."""
 
@@ -97,6 +100,9 @@ class OfTransformers:
     def family(self, model: nn.Module, name: str) -> str:
         """Return transformers' word for the architecture."""
         return str(getattr(getattr(model, "config", None), "model_type", type(model).__name__))
+
+    def require(self, model: str) -> None:
+        """Nothing: transformers is there."""
 
     def calibration(self, model: nn.Module, name: str, *, seed: int) -> Any:
         """The bundled calibration text, which the held-out text has nothing of."""

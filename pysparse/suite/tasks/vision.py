@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Protocol
 
 from torch import nn
 
+from pysparse.calib.extras import require
 from pysparse.suite.tasks.protocol import Scope, Speed
 from pysparse.suite.tasks.timing import per_second
 from pysparse.suite.vision.checkpoints import Lesson, trained
@@ -54,6 +55,10 @@ class OfPictures(ABC):
     def models(self) -> tuple[str, ...]:
         """The names of the table."""
         return tuple(self.table)
+
+    def require(self, model: str) -> None:
+        """What the bundled pictures come from."""
+        require("suite", "sklearn", "skimage")
 
     def family(self, model: nn.Module, name: str) -> str:
         """Return the family that the table says."""

@@ -18,7 +18,7 @@ from torch import nn
 
 from pysparse import data
 from pysparse.api.loading import tokenizer_for
-from pysparse.calib.extras import optional
+from pysparse.calib.extras import optional, require
 from pysparse.suite.tasks.language import CausalModels, model_source
 from pysparse.suite.tasks.protocol import Quality
 
@@ -135,7 +135,7 @@ class ZeroShot(CausalModels):
     name = "zero-shot"
 
     def __post_init__(self) -> None:
-        optional("lm_eval", "eval")
+        require("eval", "lm_eval")
         if self.include and not Path(self.include).is_dir():
             raise ValueError(f"include is a folder of lm-eval task files, there is none at {self.include}")
 
