@@ -1,10 +1,12 @@
 """The attention plug-in inside transformers' own models: the same answers as eager attention, whatever the batch."""
 
+import copy
 import logging
 
 import forked
 import pytest
 import torch
+import transformers
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
@@ -241,12 +243,47 @@ def test_a_compiled_model_is_one_graph_and_counts():
 def test_the_extent_of_a_mask():
     mask = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]])
     extent = extent_mask(2, 6, 8, attention_mask=mask)
-    assert extent.flatten(1).tolist() == [[2, 6, 0, 0], [0, 4, 0, 0]]
-    assert unpack_extent(extent)[1:] == (0, None)
+    assert extent.shape == (2, 1, 6, 4)
+    for row in range(6):
+        assert extent[:, 0, row].tolist() == [[2, 6, row, 0], [0, 4, row, 0]]
+    assert unpack_extent(extent, 6)[1:] == (0, None)
+    assert unpack_extent(extent[:, :, -2:], 2)[1:] == (4, None)  # a model that goes on with the last rows
+    for wrong, rows in ((extent, 1), (extent[:, :, [0, 2]], 2), (extent[:, :, :3], 6)):
+        with pytest.raises(ValueError, match="rows of a prompt must follow one another"):
+            unpack_extent(wrong, rows)
     later = extent_mask(1, 3, 9, q_offset=torch.tensor(4))
-    assert later.flatten().tolist() == [0, 9, 4, 0]
+    assert later[0, 0].tolist() == [[0, 9, row, 0] for row in (4, 5, 6)]
     assert extent_mask(1, 1, 9, q_offset=8) is None  # a decoding step sees every key
     assert extent_mask(1, 4, 4, mask_function=lambda b, h, q, k: k >= q).dtype == torch.bool
+
+
+@pytest.mark.skipif(not hasattr(transformers, "Gemma4TextConfig"), reason="this transformers has no Gemma 4")
+@pytest.mark.parametrize("side", ["none", "left"])
+@torch.no_grad()
+def test_a_model_that_drops_rows_of_a_prompt_midway(side):
+    """Gemma 4's last layers share keys and see only the rows whose logits are wanted: it slices the mask."""
+    shape = {**SIZE, "num_hidden_layers": 4, "max_position_embeddings": 256}
+    config = transformers.Gemma4TextConfig(
+        **shape, num_kv_shared_layers=2, sliding_window=12, global_head_dim=16, hidden_size_per_layer_input=8,
+        vocab_size_per_layer_input=64, layer_types=["sliding_attention", "full_attention"] * 2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    eager = transformers.Gemma4ForCausalLM(config).eval()
+    for parameter in eager.parameters():
+        parameter.add_(0.1 * torch.randn_like(parameter))
+    ours = copy.deepcopy(eager)
+    eager.set_attn_implementation("eager")
+    ours.set_attn_implementation("pysparse_flash")
+    given = dict(input_ids=tokens(), attention_mask=padded(side))
+    for keep in (1, 3):
+        torch.testing.assert_close(
+            ours(**given, logits_to_keep=keep).logits,
+            eager(**given, logits_to_keep=keep).logits,
+            atol=1e-3,
+            rtol=1e-3,
+        )
+    how = dict(max_new_tokens=5, do_sample=False, eos_token_id=None, pad_token_id=0)
+    assert torch.equal(ours.generate(**given, **how), eager.generate(**given, **how))
 
 
 def test_registration_waits_for_the_model_code():

@@ -93,7 +93,7 @@ def attention_forward(
         _count_torch(
             query, layer, "dropout" if dropout else "gradients are wanted: the kernels have no backward"
         )
-        shape = _shape(attention_mask, scale, softcap, s_aux, position_bias, dropout)
+        shape = _shape(query, attention_mask, scale, softcap, s_aux, position_bias, dropout)
         return exact_attention(query, key, value, shape).transpose(1, 2).contiguous(), None
     options = getattr(module, _ATTRIBUTE, None)
     if options is None:
@@ -123,6 +123,7 @@ def _everything(query: Tensor, key: Tensor) -> Tensor:
 
 
 def _shape(
+    query: Tensor,
     extent: Tensor,
     scale: float,
     softcap: float | None,
@@ -130,7 +131,7 @@ def _shape(
     bias: Tensor | None,
     dropout: float = 0.0,
 ) -> Shape:
-    key_range, q_offset, window = unpack_extent(extent)
+    key_range, q_offset, window = unpack_extent(extent, query.shape[2])
     return Shape(scale, q_offset, key_range, window, softcap, sinks, dropout, bias)
 
 
@@ -138,7 +139,7 @@ def _prompt_attention(
     query: Tensor, key: Tensor, value: Tensor, extent: Tensor, scale: float, softcap: float,
     sinks: Tensor | None, bias: Tensor | None, options: int, layer: int,
 ) -> Tensor:  # fmt: skip
-    shape = _shape(extent, scale, softcap or None, sinks, bias)
+    shape = _shape(query, extent, scale, softcap or None, sinks, bias)
     reason = _why_torch(query, key, value, shape)
     if reason:
         start = time.perf_counter()

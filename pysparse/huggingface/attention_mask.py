@@ -1,8 +1,9 @@
-"""The mask of a prompt as four integers a sequence: which keys are its own, where its rows begin, how far they see.
+"""The mask of a prompt as four integers a row: which keys are its sequence's own, where it stands, how far it sees.
 
 transformers hands what the mask function returns to every layer. Its four-dimensional masks pass through caches
-and generation untouched, so ours has four dimensions, [B, 1, 1, 4], and int64 tells it from a mask of bools or
-floats. Memory does not grow with the prompt.
+and generation untouched, so ours has four dimensions, [B, 1, N, 4], and int64 tells it from a mask of bools or
+floats. A model that goes on with the last rows alone (Gemma 4) slices it like any other mask. It takes 32 bytes a
+row where a mask of bools takes one a key.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
-_FIELDS = 4  # first valid key, one past the last, key index of query row 0, window (0: none)
+_FIELDS = 4  # first valid key, one past the last, key index of this query row, window (0: none)
 
 
 def extent_mask(
@@ -32,7 +33,7 @@ def extent_mask(
     window = _window(mask_function, local_size, config)
     plain = q_length > 1 and kv_length >= _FIELDS and allow_is_causal_skip and window is not None
     if plain and (valid is None or torch.compiler.is_compiling() or not _has_holes(valid)):
-        return _extent(batch_size, kv_length, q_offset - kv_offset, valid, window or 0, device)
+        return _extent(batch_size, q_length, kv_length, q_offset - kv_offset, valid, window or 0, device)
     mask: Tensor | None = sdpa_mask(
         batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset, kv_offset=kv_offset,  # type: ignore[arg-type]
         mask_function=mask_function, attention_mask=attention_mask, local_size=local_size, device=device,
@@ -47,12 +48,19 @@ def is_extent(mask: Tensor) -> bool:
     return mask.dtype == torch.int64 and mask.dim() == 4 and mask.shape[-1] == _FIELDS
 
 
-def unpack_extent(extent: Tensor) -> tuple[Tensor, int, int | None]:
+def unpack_extent(extent: Tensor, query_rows: int) -> tuple[Tensor, int, int | None]:
     """Return (key range int64 [B, 2] on the CPU, key index of query row 0, window or None).
 
-    Raises ValueError when padding was found in the middle of a sequence, which a compiled model sees only here.
+    Raises ValueError when padding was found in the middle of a sequence, which a compiled model sees only here, and
+    for an extent that is not that of ``query_rows`` rows one after the other.
     """
-    rows = extent.flatten(1).cpu()
+    ends = extent[:, 0, :: max(1, extent.shape[2] - 1)].cpu()  # the first row of each sequence, and the last
+    rows, last = ends[:, 0], int(ends[0, -1, 2])
+    if extent.shape[2] != query_rows or last - int(rows[0, 2]) != query_rows - 1:
+        raise ValueError(
+            f"the mask describes {extent.shape[2]} rows from {int(rows[0, 2])} to {last}, the query has {query_rows}: "
+            "rows of a prompt must follow one another; choose attn_implementation 'sdpa' for this model"
+        )
     if bool((rows[:, 0] < 0).any()):
         raise ValueError(
             "a sequence has padding between its tokens: compiled models take padding at its ends only; run the "
@@ -95,15 +103,15 @@ def _has_holes(valid: Tensor) -> bool:
 
 
 def _extent(
-    batch_size: int, kv_length: int, q_offset: int | Tensor, valid: Tensor | None, window: int,
+    batch_size: int, q_length: int, kv_length: int, q_offset: int | Tensor, valid: Tensor | None, window: int,
     device: torch.device | str,
 ) -> Tensor:  # fmt: skip
-    extent = torch.zeros(batch_size, _FIELDS, dtype=torch.int64, device=device)
-    extent[:, 1] = kv_length
+    extent = torch.zeros(batch_size, q_length, _FIELDS, dtype=torch.int64, device=device)
+    extent[..., 1] = kv_length
     if valid is not None:
         first, count = _first_and_count(valid)
-        extent[:, 0] = torch.where(_holes(valid), -1, first)
-        extent[:, 1] = first + count
-    extent[:, 2] = q_offset
-    extent[:, 3] = window
-    return extent.view(batch_size, 1, 1, _FIELDS)
+        extent[..., 0] = torch.where(_holes(valid), -1, first).unsqueeze(1)
+        extent[..., 1] = (first + count).unsqueeze(1)
+    extent[..., 2] = torch.arange(q_length, device=device) + q_offset
+    extent[..., 3] = window
+    return extent.unsqueeze(1)
