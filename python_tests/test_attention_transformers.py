@@ -254,7 +254,9 @@ def test_the_extent_of_a_mask():
     later = extent_mask(1, 3, 9, q_offset=torch.tensor(4))
     assert later[0, 0].tolist() == [[0, 9, row, 0] for row in (4, 5, 6)]
     assert extent_mask(1, 1, 9, q_offset=8) is None  # a decoding step sees every key
-    assert extent_mask(1, 4, 4, mask_function=lambda b, h, q, k: k >= q).dtype == torch.bool
+    other = extent_mask(1, 4, 4, mask_function=lambda b, h, q, k: k >= q, dtype=torch.bfloat16)
+    assert other.dtype == torch.bfloat16
+    assert torch.equal(other[0, 0] == 0, torch.ones(4, 4).triu().bool())
 
 
 @pytest.mark.skipif(not hasattr(transformers, "Gemma4TextConfig"), reason="this transformers has no Gemma 4")

@@ -7,7 +7,10 @@ an operator that is opaque to ``torch.compile``, which plans, computes and count
 
 from __future__ import annotations
 
+import contextlib
+import inspect
 import logging
+import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -32,6 +35,7 @@ from pysparse.ops.attention_cuda import why_portable
 
 FLASH = f"{PREFIX}flash"  # exact
 DECODING = "decoding step"  # why neither planned nor, often, worth a word
+_UNKNOWN = ("indices", "block_indices", "sinks")  # arguments that choose keys or take a share: not known here
 _ATTRIBUTE = "pysparse_attention"  # of an attention module: the number of its options
 
 # Options are handed through operators as numbers, which equal options share.
@@ -75,6 +79,10 @@ def attention_forward(
         if plain and query.shape[2] == 1 and query.is_cpu:
             return one_row_attention(query, key, value, scale), None
         if not composed:
+            if attention_mask is None and kwargs.get("is_causal") is None:
+                kwargs["is_causal"] = (
+                    False  # a causal prompt has a mask of ours: none hides nothing, as in eager code
+                )
             return sdpa_attention_forward(
                 module,
                 query,
@@ -106,12 +114,16 @@ def attention_forward(
 
 def _check_known(kwargs: dict[str, Any]) -> None:
     """Raise ValueError for arguments that choose keys or add logits in ways unknown here: they must not be ignored."""
-    unknown = [name for name in ("indices", "block_indices", "sinks") if kwargs.get(name) is not None]
+    unknown = [name for name in _UNKNOWN if kwargs.get(name) is not None]
     if unknown:
-        raise ValueError(
-            f"this model's attention depends on {' and '.join(unknown)}, which pysparse's does not know; choose "
-            "another attn_implementation, such as 'sdpa' or 'eager'"
-        )
+        raise ValueError(_not_known(unknown))
+
+
+def _not_known(names: list[str]) -> str:
+    return (
+        f"this model's attention depends on {' and '.join(names)}, which pysparse's does not know; choose another "
+        "attn_implementation, such as 'sdpa' or 'eager'"
+    )
 
 
 def _wants_gradient(*tensors: Tensor | None) -> bool:
@@ -253,7 +265,7 @@ def use_attention(
     """Give ``model`` our attention for good: exact without a ``planner``, else planned with these options.
 
     The options are :func:`attention_options`'s, which overrides them in its block. Raises ValueError for a model
-    that has no attention layers of transformers' kind.
+    that has no attention layers of transformers' kind, or whose layers depend on what our attention does not know.
     """
     options = AttentionOptions(
         None if planner is None else planner_for(planner), min_length, max_density, frozenset(dense_layers),
@@ -261,6 +273,9 @@ def use_attention(
     )  # fmt: skip
     if not has_attention(model):
         raise ValueError(f"{type(model).__name__} has no attention layers that transformers can switch")
+    unknown = unknown_arguments(model)
+    if unknown:
+        raise ValueError(_not_known(unknown))
     model.set_attn_implementation(FLASH)  # type: ignore[operator]
     for module in _attention_layers(model):
         setattr(module, _ATTRIBUTE, _number(options))
@@ -269,6 +284,16 @@ def use_attention(
 def has_attention(model: nn.Module) -> bool:
     """Tell whether ``model`` has attention layers that transformers can switch."""
     return hasattr(model, "set_attn_implementation") and bool(_attention_layers(model))
+
+
+def unknown_arguments(model: nn.Module) -> list[str]:
+    """Return what attention layers of ``model`` hand to their attention that ours does not know, by their source."""
+    found: set[str] = set()
+    for kind in {type(layer) for layer in _attention_layers(model)}:
+        with contextlib.suppress(OSError, TypeError):  # a class without a file has told nothing
+            source = inspect.getsource(kind.forward)
+            found |= {name for name in _UNKNOWN if re.search(rf"^\s*{name}=", source, re.MULTILINE)}
+    return sorted(found)
 
 
 def _attention_layers(model: nn.Module) -> list[nn.Module]:

@@ -8,13 +8,17 @@ row where a mask of bools takes one a key.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.masking_utils import causal_mask_function, sdpa_mask
+from transformers.masking_utils import causal_mask_function, eager_mask, sdpa_mask
 
+# Families that choose their attention and compute with its mask as well: one joins keys of its own to it, the other
+# takes some of its rows. What a mask goes through cannot be told from outside.
+_OWN_MASKS = frozenset({"deepseek_v4", "informer"})
 _FIELDS = 4  # first valid key, one past the last, key index of this query row, window (0: none)
 
 
@@ -22,13 +26,22 @@ def extent_mask(
     batch_size: int, q_length: int, kv_length: int, q_offset: int | Tensor = 0, kv_offset: int = 0,
     mask_function: Callable[..., Any] = causal_mask_function, attention_mask: Tensor | None = None,
     local_size: int | None = None, allow_is_causal_skip: bool = True, config: Any = None,
-    device: torch.device | str = "cpu", **kwargs: Any,
+    device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, **kwargs: Any,
 ) -> Tensor | None:  # fmt: skip
-    """Return the extent of a causal prompt, or transformers' own mask where that is not all there is to say.
+    """Return the extent of a causal prompt, or an additive mask where that is not all there is to say.
 
-    Decoding steps get the ordinary mask, and so do packed sequences, prefix and chunked patterns and padding in
-    the middle of a sequence.
+    Decoding steps get the additive mask, or none where every key is seen, and so do packed sequences, prefix and
+    chunked patterns and padding in the middle of a sequence; so does whatever a family of models asks for that
+    computes with its masks itself. Additive, as attention code of a model's own expects it: a bool would count as 1.
     """
+    if config is not None and not _leaves_masks_alone(type(config)):
+        kwargs.pop("allow_is_bidirectional_skip", None)
+        own: Tensor = eager_mask(
+            batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset, kv_offset=kv_offset,  # type: ignore[arg-type]
+            mask_function=mask_function, attention_mask=attention_mask, local_size=local_size, device=device,
+            dtype=dtype, config=config, **kwargs,
+        )  # fmt: skip
+        return own
     valid = _valid_keys(attention_mask, kv_length, kv_offset)
     window = _window(mask_function, local_size, config)
     plain = q_length > 1 and kv_length >= _FIELDS and allow_is_causal_skip and window is not None
@@ -38,9 +51,22 @@ def extent_mask(
         batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset, kv_offset=kv_offset,  # type: ignore[arg-type]
         mask_function=mask_function, attention_mask=attention_mask, local_size=local_size, device=device,
         # a missing mask would be read as one that lets every row see every key: true for one row only
-        allow_is_causal_skip=allow_is_causal_skip and q_length == 1, config=config, **kwargs,
+        allow_is_causal_skip=allow_is_causal_skip and q_length == 1, config=config, dtype=dtype, **kwargs,
     )  # fmt: skip
-    return mask
+    if mask is None or mask.dtype != torch.bool:
+        return mask
+    return torch.zeros((), dtype=dtype, device=mask.device).where(mask, torch.finfo(dtype).min)
+
+
+def _leaves_masks_alone(config: type) -> bool:
+    """Tell whether models of this configuration hand masks on to an attention that can be chosen, and no more.
+
+    Those that cannot choose do not import the table of implementations; and see ``_OWN_MASKS``.
+    """
+    modelling = sys.modules.get(config.__module__.replace(".configuration_", ".modeling_"))
+    if modelling is not None and not hasattr(modelling, "ALL_ATTENTION_FUNCTIONS"):
+        return False
+    return getattr(config, "model_type", "") not in _OWN_MASKS
 
 
 def is_extent(mask: Tensor) -> bool:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from pysparse.huggingface.attention import has_attention, use_attention
+from pysparse.huggingface.attention import has_attention, unknown_arguments, use_attention
 from pysparse.huggingface.cache import make_room_
 from pysparse.huggingface.registration import PREFIX
 from pysparse.nn import fuse_norms_, fuse_rotary_
@@ -17,7 +17,9 @@ from pysparse.nn.mixin import check_module
 class DecodingReport:
     """What runs on the compiled kernels now."""
 
-    attention: str  # the implementation's name; "" where the model has no attention that can be switched
+    attention: (
+        str  # the implementation's name; "" where the model's attention cannot be switched, or not to ours
+    )
     norms: dict[str, str]  # path of each RMSNorm -> form, of ops.NORM_FORMS
     rotary: tuple[str, ...]  # modelling files whose rotary embedding is one call
     cache: bool  # whether a growing cache gets room ahead
@@ -36,7 +38,7 @@ def prepare_decoding_(model: nn.Module) -> DecodingReport:
     check_module(model)
     config = getattr(model, "config", None)
     chosen = str(getattr(config, "_attn_implementation", None) or "")
-    if not chosen.startswith(PREFIX) and has_attention(model):
+    if not chosen.startswith(PREFIX) and has_attention(model) and not unknown_arguments(model):
         use_attention(model)
         chosen = str(getattr(config, "_attn_implementation", ""))
     return DecodingReport(

@@ -81,6 +81,7 @@ def sparsify_(
         for path, layer in _linears(model, packing)
     }
     report = _convert(model, verdicts, packing, OPTIMIZE[optimize], dense_kernels)
+    report.dense |= _others(model)
     if fuse:
         fuse_(model)
     _tell(model)
@@ -101,6 +102,16 @@ def _linears(model: nn.Module, packing: Packing) -> list[tuple[str, Any]]:
     """Return what may be packed: linear layers of torch's, and where values or places change, bitmap layers too."""
     kinds = (nn.Linear, DenseLinear) if packing.is_plain else (nn.Linear, DenseLinear, SparseLinear)
     return [(path, module) for path, module in model.named_modules() if type(module) in kinds]
+
+
+def _others(model: nn.Module) -> dict[str, str]:
+    """Return why layers that multiply by a weight, but are not ``nn.Linear`` itself, stay as they are."""
+    known = (nn.Linear, DenseLinear, SparseLinear, CompactLinear)
+    return {
+        path: f"{type(module).__name__} is not torch.nn.Linear itself: left as it is"
+        for path, module in model.named_modules()
+        if type(module) not in known and (isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D")
+    }
 
 
 def _convert(
