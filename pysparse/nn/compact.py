@@ -14,7 +14,7 @@ from pysparse.formats import BitmapTensor, Int8Bitmap, NMInt8, NMTensor, TiledIn
 from pysparse.nn.conversion import converted, without_data
 from pysparse.nn.dispatch import Dispatch
 from pysparse.nn.packing import Packing, RowMajor, grid_of, row_major
-from pysparse.nn.shared_input import InputGroup
+from pysparse.nn.seat import Seat
 from pysparse.ops import Compact
 from pysparse.ops.costs import Choice
 
@@ -49,7 +49,7 @@ class CompactLinear(nn.Module):
     # As in SparseLinear, for int8 values under a bitmap:
     _prepared: ops.PreparedInt8 | None = None
     _gated: ops.Prepared | None = None
-    _seat: tuple[InputGroup, int] | None = None
+    _seat: Seat | None = None
 
     def __init__(
         self, weight: Compact, bias: nn.Parameter | None = None, activation_bits: int = 8,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,11 +15,8 @@ from pysparse.nn.conversion import converted, without_data
 from pysparse.nn.device import DeviceWeight
 from pysparse.nn.dispatch import Dispatch
 from pysparse.nn.packing import check_pattern
-from pysparse.nn.shared_input import InputGroup
+from pysparse.nn.seat import Seat
 from pysparse.ops.costs import Choice
-
-if TYPE_CHECKING:
-    from pysparse.nn.stacked import RowStack
 
 _CANONICAL = ("compressed", "bitmask", "row_offsets", "shape")
 
@@ -48,9 +45,7 @@ class SparseLinear(nn.Module):
     bias: nn.Parameter | None
     _prepared: ops.Prepared | None = None  # for one token, while the weight stays where it is
     _gated: ops.Prepared | None = None  # the same, of this layer as a gate with its up
-    _seat: tuple[InputGroup | RowStack, int] | None = (
-        None  # among siblings called with the same input, see fuse_
-    )
+    _seat: Seat | None = None  # among siblings called with the same input, see fuse_
 
     def __init__(
         self,
