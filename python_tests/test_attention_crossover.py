@@ -32,7 +32,7 @@ def test_it_is_measured_kept_and_read_again():
     paying = [
         length for length in (96, 192) if all(found.speedup[n] >= 1.03 for n in (96, 192) if n >= length)
     ]
-    assert found.keys == min(paying, default=384)
+    assert found.keys == min(paying, default=None)
     crossover.forget()
     assert crossover.known_crossover(PLANNER, torch.bfloat16) == found
     assert crossover.known_crossover(PLANNER, torch.float32) is None
@@ -48,7 +48,11 @@ def test_it_decides_which_calls_are_planned(monkeypatch):
     assert why_exact(call(120), options, 0) == ""
     assert why_exact(call(150), AttentionOptions(PLANNER, min_length=151), 0) == "fewer than 151 keys"
     monkeypatch.setattr(crossover, "_speedup", lambda planner, length, dtype: 1.02)
-    assert crossover.tune_crossover(PLANNER, torch.bfloat16, (90, 200)).keys == 400
+    assert crossover.tune_crossover(PLANNER, torch.bfloat16, (90, 200)).keys is None
+    crossover.forget()  # None is read again
+    reason = "fewer than 400 keys, measured up to 200 and not faster"
+    assert why_exact(call(399), options, 0) == reason
+    assert why_exact(call(400), options, 0) == ""
 
 
 def test_a_spoilt_file_is_said_and_not_used():
@@ -60,11 +64,27 @@ def test_a_spoilt_file_is_said_and_not_used():
         assert crossover.known_crossover(PLANNER, torch.bfloat16) is None
 
 
-def test_the_command_shows_it():
+def test_the_command_shows_it(monkeypatch):
     found = pysparse.tune_attention(PLANNER, longest=128)
-    assert str(found.keys) in str(found.table().caption)
     assert set(found.speedup) == {128}
     assert found.to_dict()["file"].endswith(".json")
+    for speedup, said in ((1.2, "used from 128 keys on"), (0.98, "no crossover found up to 128 keys")):
+        monkeypatch.setattr(crossover, "_speedup", lambda *_, speedup=speedup: speedup)
+        assert said in str(pysparse.tune_attention(PLANNER, longest=128).table().caption)
+    with pytest.raises(ValueError, match="longest=1 keys: .* at least 128"):
+        pysparse.tune_attention(PLANNER, longest=1)
+
+
+@pytest.mark.parametrize("keys", ["0", "256", '"96"'])
+def test_a_crossover_that_was_not_timed_is_not_believed(keys):
+    crossover._write(
+        path := crossover.crossover_file(PLANNER, torch.bfloat16),
+        crossover._key(PLANNER, torch.bfloat16),
+        crossover.Crossover(96, {96: 2.0}),
+    )
+    path.write_text(path.read_text().replace('"keys": 96', f'"keys": {keys}'))
+    with pytest.warns(RuntimeWarning, match="no measurement"):
+        assert crossover.known_crossover(PLANNER, torch.bfloat16) is None
 
 
 @pytest.mark.parametrize("lengths", [(), (0, 64)])

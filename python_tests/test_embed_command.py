@@ -47,6 +47,11 @@ def test_embed(tmp_path):
     assert plot.stat().st_size > 10_000
 
 
+def test_samples_bound_bundled_data():
+    found = json.loads(call("embed", "fair", "--samples", 100, "--dry-run", "--json", "-").stdout)
+    assert found["samples"] == 70  # of 100, 70 % are for training
+
+
 def test_embed_refuses():
     assert "no data set 'criteo'" in call("embed", "criteo", code=2).stderr
     assert "sparsities are in [0, 1]" in call("embed", "fair", "--sparsity", 1.5, code=2).stderr

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from pysparse.api.loading import Texts, load_model, texts_of, tokenizer_for
 from pysparse.attention import AttentionLog, Planner
-from pysparse.attention.crossover import LENGTHS, crossover_file, tune_crossover
+from pysparse.attention.crossover import LENGTHS, SHORTEST, crossover_file, tune_crossover
 from pysparse.huggingface.attention import attention_options, use_attention
 from pysparse.measure.results import Result, make_table
 from pysparse.measure.rounds import torch_threads
@@ -65,17 +65,23 @@ def _tokens(
 
 @dataclass(frozen=True, slots=True)
 class TunedAttention(Result):
-    """From how many keys on a planner is used, the speed over exact attention by length, and where that is kept."""
+    """From how many keys on a planner is used, the speed over exact attention by length, and where that is kept.
+
+    ``keys`` is None where the planner was not faster at the longest: it is not used for calls of up to that many.
+    """
 
     planner: str
-    keys: int
+    keys: int | None
     speedup: dict[int, float]
     file: str
 
     def table(self) -> Table:
         """Return a rich table, a line for each length."""
         lines = [(length, f"{ratio:.2f}") for length, ratio in self.speedup.items()]
-        caption = f"used from {self.keys} keys on; kept in {self.file}"
+        used = f"used from {self.keys} keys on"
+        if self.keys is None:
+            used = f"no crossover found up to {max(self.speedup)} keys: such calls stay exact"
+        caption = f"{used}; kept in {self.file}"
         return make_table(self.planner, ("keys", "times faster than exact"), lines, caption=caption)
 
 
@@ -86,9 +92,11 @@ def tune_attention(
     """Time ``planner`` beside exact attention to ``longest`` keys now, and keep from how many on it is faster.
 
     Prompts of fewer keys are exact from then on, in every process with the same threads, unless ``min_length`` says
-    otherwise. Raises ValueError for an unknown planner or a ``longest`` below 1.
+    otherwise. Raises ValueError for an unknown planner or a ``longest`` below ``SHORTEST``.
     """
     chosen = planner_for(planner)
+    if longest < SHORTEST:
+        raise ValueError(f"longest={longest} keys: the longest call timed has at least {SHORTEST}")
     lengths = [length for length in LENGTHS if length < longest] + [longest]
     with torch_threads(threads):
         found = tune_crossover(chosen, dtype, lengths)

@@ -23,16 +23,25 @@ from pysparse.backend import CACHE_VARIABLE, cache_directory
 from pysparse.ops.cost_cache import setting_key
 
 LENGTHS = (1024, 2048, 3072, 4096, 6144, 8192)
+SHORTEST = 128  # keys of the longest call timed: fewer are one block, all of which is computed
 _GAIN = 1.03  # times faster than exact attention: less is within what a timing can tell
 _ROUNDS = 3
 
 
 @dataclass(frozen=True, slots=True)
 class Crossover:
-    """``keys`` from which a planner pays, and the speed over exact attention at each length that was timed."""
+    """``keys`` from which a planner pays, and the speed over exact attention at each length that was timed.
 
-    keys: int
+    ``keys`` is one of these lengths, or None where the planner paid up to none of them.
+    """
+
+    keys: int | None
     speedup: dict[int, float]
+
+    @property
+    def longest(self) -> int:
+        """Keys of the longest call that was timed."""
+        return max(self.speedup)
 
 
 _known: dict[Hashable, Crossover | None] = {}
@@ -61,14 +70,15 @@ def gpu_crossover() -> int:
 def tune_crossover(planner: Planner, dtype: torch.dtype, lengths: Sequence[int] = LENGTHS) -> Crossover:
     """Time ``planner`` beside exact attention now, and keep on disk from how many keys on it is faster.
 
-    The calls are :class:`Synthetic` ones (8 query heads, 2 key heads of 128). Where the planner is at no length at
-    least 3 % faster, ``keys`` is twice the longest. Some seconds a planner. ValueError without lengths.
+    The calls are :class:`Synthetic` ones (8 query heads, 2 key heads of 128). ``keys`` is the length from which to
+    the longest the planner is at least 3 % faster, None where it is not so at the longest. Some seconds a planner.
+    ValueError without lengths.
     """
     if not lengths or min(lengths) < 1:
         raise ValueError(f"lengths={tuple(lengths)} must be positive numbers of keys")
     with torch.no_grad():
         speedup = {length: _speedup(planner, length, dtype) for length in sorted(lengths)}
-    keys = 2 * max(lengths)
+    keys = None
     for length in sorted(lengths, reverse=True):
         if speedup[length] < _GAIN:
             break
@@ -117,9 +127,10 @@ def _read(path: Path, key: dict[str, Any]) -> Crossover | None:
         if content["key"] != key:
             raise ValueError("it belongs to another machine or version")
         speedup = {int(length): float(value) for length, value in content["speedup"].items()}
-        if int(content["keys"]) < 1 or not speedup:
-            raise ValueError(f"keys={content['keys']} and speedup={speedup} are no measurement")
-        return Crossover(int(content["keys"]), speedup)
+        keys = content["keys"]
+        if not speedup or min(speedup) < 1 or not (keys is None or keys in speedup):
+            raise ValueError(f"keys={keys} and speedup={speedup} are no measurement")
+        return Crossover(keys, speedup)
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

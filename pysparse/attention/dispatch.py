@@ -111,7 +111,12 @@ def _least_keys(planner: Planner, asked: int | None, dtype: torch.dtype, on_gpu:
     if on_gpu and planner.crossover:  # 0: the user brought the lists
         return max(planner.crossover, gpu_crossover()), ", as measured on a GPU"
     found = known_crossover(planner, dtype)
-    return (planner.crossover, "") if found is None else (found.keys, ", as measured")
+    if found is None:
+        return planner.crossover, ""
+    if found.keys is None:  # longer calls may pay or not: the planner's bound and a doubling are a guess
+        least = max(planner.crossover, 2 * found.longest)
+        return least, f", measured up to {found.longest} and not faster"
+    return found.keys, ", as measured"
 
 
 def row_recall(given: AttentionInput, lse: Tensor, rows: Tensor) -> Tensor:

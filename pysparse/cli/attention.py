@@ -28,7 +28,7 @@ def tune(
         str, typer.Option(help="anchor, proxy, streaming, vertical-slash, flexprefill or xattention.")
     ] = "anchor",
     dtype: Annotated[Dtype, typer.Option(help="Dtype of the calls.")] = Dtype.bf16,
-    longest: Annotated[int, typer.Option(min=1, help="Keys of the longest call timed.")] = 8192,
+    longest: Annotated[int, typer.Option(help="Keys of the longest call timed, at least 128.")] = 8192,
     threads: Threads = None,
     json: Json = None,
     debug: Debug = False,

@@ -109,7 +109,7 @@ def _load(source: str, samples: int, seed: int) -> Clicks:
     if source == "synthetic":
         return SyntheticClicks(SyntheticSpec(seed=seed)).draw(samples)
     if not Path(source).suffix:
-        return clicks.load_clicks(source)
+        return _at_most(clicks.load_clicks(source), samples, seed)
     readers: dict[str, Callable[[str], ClickLog]] = {
         ".parquet": clicks_files.parquet,
         ".tsv": clicks_files.criteo,
@@ -128,6 +128,15 @@ def _load(source: str, samples: int, seed: int) -> Clicks:
         np.concatenate([getattr(one, name) for one in pieces])[:samples] for name in ("ids", "labels")
     )
     return clicks.Clicks(ids, labels, vocabulary.field_sizes, log.fields)
+
+
+def _at_most(clicks: Clicks, samples: int, seed: int) -> Clicks:
+    """Return ``samples`` drawn without repetition where there are more: bundled data lie sorted."""
+    import numpy as np
+
+    if len(clicks.ids) <= samples:
+        return clicks
+    return clicks.take(np.sort(np.random.default_rng(seed).permutation(len(clicks.ids))[:samples]))
 
 
 def _lookups(

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from pysparse.attention import AttentionInput, AttentionPlan
-from pysparse.attention.selection import as_index, causal_blocks, diagonal_blocks
+from pysparse.attention.selection import as_index, causal_blocks
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,9 +33,8 @@ class StreamingAttention:
         for query, key, first in given.sequences():
             begin = first // self.block
             size = (-(-(first + query.shape[1]) // self.block) - begin, -(-key.shape[1] // self.block))
-            keep = diagonal_blocks(begin, *size)
-            for back in range(1, -(-self.window // self.block) + 1):
-                keep |= diagonal_blocks(begin - back, *size)
+            back = torch.arange(begin, begin + size[0]).unsqueeze(1) - torch.arange(size[1])
+            keep = back <= min(-(-self.window // self.block), size[1])  # no row block sees more
             keep[:, : -(-self.sink // self.block)] = True
             masks.append((keep & causal_blocks(begin, *size)).unsqueeze(0))
         return AttentionPlan(blocks=as_index(given, masks, self.block))
