@@ -67,7 +67,7 @@ def _tokens(
 class TunedAttention(Result):
     """From how many keys on a planner is used, the speed over exact attention by length, and where that is kept.
 
-    ``keys`` is None where the planner was not faster at the longest: it is not used for calls of up to that many.
+    ``keys`` is None where the planner was not faster at the longest: calls of fewer than twice that stay exact.
     """
 
     planner: str
@@ -80,7 +80,7 @@ class TunedAttention(Result):
         lines = [(length, f"{ratio:.2f}") for length, ratio in self.speedup.items()]
         used = f"used from {self.keys} keys on"
         if self.keys is None:
-            used = f"no crossover found up to {max(self.speedup)} keys: such calls stay exact"
+            used = f"no crossover found up to {max(self.speedup)} keys: calls of fewer than twice that stay exact"
         caption = f"{used}; kept in {self.file}"
         return make_table(self.planner, ("keys", "times faster than exact"), lines, caption=caption)
 

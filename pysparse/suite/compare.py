@@ -14,6 +14,8 @@ from pysparse.measure.results import Result, format_number, make_table
 from pysparse.suite.records import Record, read_records
 
 _SAME = 1e-9  # relative: what is equal but for the last bits of a sum
+_SAME_DENSE = 1e-3  # relative: as much as a dense model's quality moves from one CPU's kernels to another's
+_VERDICTS = ("better", "worse", "not comparable", "within noise", "same")
 Key = tuple[str, str, str, str, float]
 
 
@@ -30,9 +32,9 @@ class Band:
         """Return smallest, median and largest."""
         return cls(min(values), median(values), max(values))
 
-    def apart(self, other: Band) -> bool:
-        """Tell whether the two do not overlap."""
-        slack = _SAME * max(abs(self.middle), abs(other.middle))
+    def apart(self, other: Band, same: float = _SAME) -> bool:
+        """Tell whether the two do not overlap, nor are the ``same`` but for this relative difference."""
+        slack = same * max(abs(self.middle), abs(other.middle))
         return self.low > other.high + slack or other.low > self.high + slack
 
     def __str__(self) -> str:
@@ -53,10 +55,13 @@ class Change:
     before: Band
     after: Band
     higher_is_better: bool
+    obstacle: str = ""  # why the two were not measured alike; "" where they were
 
     @property
     def verdict(self) -> str:
-        """Return "better" or "worse" where the bands do not touch, else "within noise"."""
+        """Return "better" or "worse" where the bands do not touch or "within noise"; "not comparable" by an obstacle."""
+        if self.obstacle:
+            return "not comparable"
         if not self.before.apart(self.after):
             return "same" if self.before == self.after else "within noise"
         return "better" if (self.after.middle > self.before.middle) == self.higher_is_better else "worse"
@@ -71,26 +76,31 @@ class Comparison(Result):
     only_first: tuple[Key, ...]
     only_second: tuple[Key, ...]
     failed: tuple[tuple[str, str], ...]  # (run, cell) that has no figures
+    run_otherwise: tuple[Key, ...] = ()  # of the settings that both have: other cells with the same seed
 
     def table(self) -> Table:
-        """Return a rich table of what is outside the noise."""
-        return self.table_of([one for one in self.changes if one.verdict in ("better", "worse")])
+        """Return a rich table of what is outside the noise, or cannot be compared."""
+        return self.table_of([one for one in self.changes if one.verdict in _VERDICTS[:3]])
 
     def table_of(self, changes: Sequence[Change]) -> Table:
         """Return a rich table of some changes."""
         rows = [
-            (_setting(one.key), one.figure, str(one.before), str(one.after), one.verdict) for one in changes
-        ]
+            (_setting(one.key), one.figure, str(one.before), str(one.after),
+             f"{one.verdict}: {one.obstacle}" if one.obstacle else one.verdict)
+            for one in changes
+        ]  # fmt: skip
         title = f"{self.names[0]} -> {self.names[1]}"
         return make_table(title, ["setting", "figure", "before", "after", ""], rows, self.summary())
 
     def summary(self) -> str:
         """Return one line: how many figures went which way, and what only one run has."""
-        counts = {
-            word: sum(one.verdict == word for one in self.changes)
-            for word in ("better", "worse", "within noise", "same")
-        }
-        parts = [f"{count} {word}" for word, count in counts.items()]
+        counts = {word: sum(one.verdict == word for one in self.changes) for word in _VERDICTS}
+        parts = [f"{count} {word}" for word, count in counts.items() if count or word != "not comparable"]
+        if self.run_otherwise:
+            parts.append(
+                f"{len(self.run_otherwise)} settings were run otherwise: the options of their task, the recipe of "
+                "this name or the threads differ"
+            )
         parts += [
             f"{len(keys)} settings only in {name}"
             for name, keys in zip(self.names, (self.only_first, self.only_second), strict=True) if keys
@@ -113,6 +123,8 @@ def compare(first: str | Path, second: str | Path) -> Comparison:
     """Compare two runs, each a folder or its ``cells.jsonl``; ``first`` is the one before.
 
     Settings are matched by task, model, recipe name, pattern and sparsity; their seeds make the noise of the quality.
+    A figure gets the verdict "not comparable" where the dense model's quality differs too (other texts, another
+    number of windows), or a speed-up's batch or tokens do.
     Raises what :func:`pysparse.suite.records.read_records` does, and ValueError when they share no setting.
     """
     before, after = read_records(first), read_records(second)
@@ -129,7 +141,10 @@ def compare(first: str | Path, second: str | Path) -> Comparison:
         if record["status"] != "done"
     ]
     gone, come = [key for key in old if key not in new], [key for key in new if key not in old]
-    return Comparison((str(first), str(second)), tuple(changes), tuple(gone), tuple(come), tuple(failed))
+    otherwise = [key for key in shared if _run_otherwise(old[key], new[key])]
+    return Comparison(
+        (str(first), str(second)), tuple(changes), tuple(gone), tuple(come), tuple(failed), tuple(otherwise)
+    )
 
 
 def _key(record: Record) -> Key:
@@ -149,24 +164,54 @@ def _by_setting(records: Sequence[Record]) -> dict[Key, list[Record]]:
     return dict(sorted(found.items()))
 
 
+def _run_otherwise(old: Sequence[Record], new: Sequence[Record]) -> bool:
+    """Tell whether cells of the same seed have other ids, which follow from all that a grid says of a cell."""
+    before, after = ({record["seed"]: record["id"] for record in runs} for runs in (old, new))
+    return any(before[seed] != after[seed] for seed in before.keys() & after.keys())
+
+
 def _changes(key: Key, old: Sequence[Record], new: Sequence[Record]) -> list[Change]:
-    quality = old[0]["quality"]
-    metric, higher = quality["metric"], quality["higher_is_better"]
-    figures = [
-        (metric, higher, *(Band.of([float(one["quality"]["value"]) for one in runs]) for runs in (old, new))),
-        (
-            "file bytes",
-            False,
-            *(Band.of([one["file_bytes"]["sparse"] for one in runs]) for runs in (old, new)),
-        ),
+    metric, higher = old[0]["quality"]["metric"], old[0]["quality"]["higher_is_better"]
+    quality = [_quality(runs, "value") for runs in (old, new)]
+    sizes = [Band.of([one["file_bytes"]["sparse"] for one in runs]) for runs in (old, new)]
+    found = [
+        Change(key, metric, *quality, higher, _other_protocol(old, new)),
+        Change(key, "file bytes", *sizes, higher_is_better=False),
     ]
-    speeds = [_speeds(runs) for runs in (old, new)]
-    figures += [
-        (f"{name} speed-up", True, speeds[0][name], speeds[1][name])
-        for name in speeds[0]
-        if name in speeds[1]
-    ]
-    return [Change(key, name, before, after, better) for name, better, before, after in figures]
+    before, after = _speeds(old), _speeds(new)
+    for name in before:
+        if name in after:
+            loads = [_loads(runs, name) for runs in (old, new)]
+            obstacle = (
+                "" if loads[0] == loads[1] else f"{_load_text(loads[0])} before, {_load_text(loads[1])} after"
+            )
+            found.append(Change(key, f"{name} speed-up", before[name], after[name], True, obstacle))
+    return found
+
+
+def _quality(records: Sequence[Record], name: str) -> Band:
+    return Band.of([float(record["quality"][name]) for record in records])
+
+
+def _other_protocol(old: Sequence[Record], new: Sequence[Record]) -> str:
+    """Return how the dense model tells that the two runs measured other things; "" where it does not."""
+    metrics = [runs[0]["quality"]["metric"] for runs in (old, new)]
+    if metrics[0] != metrics[1]:
+        return f"the second run's figure is {metrics[1]}"
+    before, after = _quality(old, "dense"), _quality(new, "dense")
+    return f"dense is {before} before, {after} after" if before.apart(after, _SAME_DENSE) else ""
+
+
+def _loads(records: Sequence[Record], name: str) -> set[tuple[int | None, int | None]]:
+    """Return (batch, tokens) of the workload ``name``."""
+    return {
+        (speed["batch"], speed["tokens"])
+        for record in records for speed in record["speed"] if speed["name"] == name
+    }  # fmt: skip
+
+
+def _load_text(loads: set[tuple[int | None, int | None]]) -> str:
+    return " and ".join(sorted(f"batch {batch}, tokens {tokens}" for batch, tokens in loads))
 
 
 def _speeds(records: Sequence[Record]) -> Mapping[str, Band]:

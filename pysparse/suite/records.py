@@ -85,7 +85,10 @@ def read_records(source: str | Path) -> list[Record]:
             text = (gzip.decompress(content) if path.suffix == ".gz" else content).decode()
         except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
             raise ValueError(f"{path} holds no records: {error}") from None
-        return [_checked(line, f"{path}:{n}") for n, line in enumerate(text.splitlines(), start=1)]
+        lines = text.splitlines()
+        if not lines:
+            raise ValueError(f"{path} holds no finished cell: it is empty")
+        return [_checked(line, f"{path}:{n}") for n, line in enumerate(lines, start=1)]
     found = Results(path).read()
     if not found and (path / "cells.jsonl").is_file():
         return read_records(path / "cells.jsonl")
