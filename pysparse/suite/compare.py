@@ -59,7 +59,7 @@ class Change:
 
     @property
     def verdict(self) -> str:
-        """Return "better" or "worse" where the bands do not touch or "within noise"; "not comparable" by an obstacle."""
+        """Return "better" or "worse" where the bands do not touch, or "within noise"; or "not comparable"."""
         if self.obstacle:
             return "not comparable"
         if not self.before.apart(self.after):
@@ -172,11 +172,11 @@ def _run_otherwise(old: Sequence[Record], new: Sequence[Record]) -> bool:
 
 def _changes(key: Key, old: Sequence[Record], new: Sequence[Record]) -> list[Change]:
     metric, higher = old[0]["quality"]["metric"], old[0]["quality"]["higher_is_better"]
-    quality = [_quality(runs, "value") for runs in (old, new)]
+    obstacle = _other_protocol(old, new)
     sizes = [Band.of([one["file_bytes"]["sparse"] for one in runs]) for runs in (old, new)]
     found = [
-        Change(key, metric, *quality, higher, _other_protocol(old, new)),
-        Change(key, "file bytes", *sizes, higher_is_better=False),
+        Change(key, metric, _quality(old, "value"), _quality(new, "value"), higher, obstacle),
+        Change(key, "file bytes", sizes[0], sizes[1], higher_is_better=False),
     ]
     before, after = _speeds(old), _speeds(new)
     for name in before:
