@@ -3,7 +3,7 @@
 import pytest
 import tiny_models
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 import pysparse
@@ -69,6 +69,18 @@ def test_keep_needs_no_merge_and_takes_them_all(config):
         expected = model(TOKENS).logits
         kept = pysparse.merge_and_sparsify(model, "keep")
         torch.testing.assert_close(kept(TOKENS).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_what_keep_returns_comes_back_from_its_base_and_its_adapter(tmp_path):
+    model = tiny_models.tiny("llama", vocab_size=64, max_position_embeddings=32)
+    run(discover(model), recipe_for("magnitude"), 0.5)
+    pysparse.save_pretrained(model, tmp_path / "base")
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=LAYERS, init_lora_weights=False)).eval()
+    adapted.save_pretrained(tmp_path / "adapter")
+    base = pysparse.from_pretrained(tmp_path / "base", format="dense")
+    loaded = pysparse.merge_and_sparsify(PeftModel.from_pretrained(base, tmp_path / "adapter"), "keep")
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(TOKENS).logits, adapted(TOKENS).logits, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("mode", ["mask", "reprune"])

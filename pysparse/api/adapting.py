@@ -24,16 +24,26 @@ from pysparse.api.loading import Texts, Windows, calibration_for, load_model, to
 from pysparse.calib import Calibration, load_texts, token_batches
 from pysparse.huggingface.adapters import check_lora, require_peft, save_adapter
 from pysparse.huggingface.folder import check_replaceable
+from pysparse.huggingface.saving import FORMATS
 from pysparse.measure.progress import Advance, progress_on_stderr
 from pysparse.measure.results import Chart, make_table, save_plot, to_jsonable
 from pysparse.measure.rounds import torch_threads
 from pysparse.measure.windows import choose_window
 from pysparse.methods import recipe_for
-from pysparse.methods.adaptation import ADAPTATIONS, Adaptation, Round, Schedule, Trained, mean_of_last
+from pysparse.methods.adaptation import (
+    ADAPTATIONS,
+    Adaptation,
+    Round,
+    Schedule,
+    Trained,
+    check_adapter,
+    check_training,
+    mean_of_last,
+)  # fmt: skip
 from pysparse.methods.attach import Attached, float32_master, restored_after_error
 from pysparse.methods.losa import LoSA
 from pysparse.models.discover import discover
-from pysparse.pruning import BlockLayout, resolve_sparsity
+from pysparse.pruning import BlockLayout, check_sparsity, resolve_sparsity
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -173,7 +183,8 @@ def adapt(
         output_dir: folder to save the merged model in; progress is kept beside it meanwhile, in
             "<output_dir>.adapt-progress".
         adapter_dir: folder for the last round's adapters in peft's format, and the base that they belong to,
-            float32, in "base" inside it.
+            float32, in "base" inside it. peft knows no mask: PeftModel.from_pretrained(base, adapter_dir) alone
+            computes another function; after :func:`pysparse.merge_and_sparsify` with "mask" it is the trained one.
         save_format: of ``output_dir``: "pysparse" (packed) or "dense".
         resume: go on with that progress after a crash: at the last finished round, and there at the last
             checkpoint of the Trainer (``save_steps``).
@@ -192,12 +203,20 @@ def adapt(
     )  # takes seconds: it imports peft's every model
 
     schedule, config = schedule_for(sparsity, method, host, pattern, lora, losa, seed)
+    if save_format not in FORMATS:
+        raise ValueError(f"save_format is one of {', '.join(FORMATS)}, got '{save_format}'")
     if resume and output_dir is None:
         raise ValueError("resume=True needs output_dir: progress is kept beside the folder of the result")
     if output_dir is not None:
         check_replaceable(output_dir)
     with TemporaryDirectory() as scratch:
         arguments = training_arguments(training or {}, Path(scratch), cpu=True, seed=seed)
+    epochs = 1.0 if arguments.max_steps > 0 else arguments.num_train_epochs  # steps go before epochs
+    check_training(epochs, arguments.learning_rate)
+    if arguments.logging_strategy != "steps" or arguments.logging_steps != 1:
+        raise ValueError(
+            "training: logging_strategy and logging_steps cannot be set: each step's loss is reported"
+        )
     model = load_model(model_or_path, format="dense")
     if not isinstance(model, PreTrainedModel):
         raise ValueError(f"adapt takes a transformers model, got {type(model).__name__}")
@@ -245,6 +264,12 @@ def schedule_for(
         peft.LoraConfig(r=8, lora_alpha=16, lora_dropout=0.0, task_type="CAUSAL_LM") if lora is None else lora
     )
     check_lora(config)
+    check_adapter(config.lora_alpha, float(config.lora_dropout))
+    if sparsity is not None and check_sparsity(sparsity) == 0:
+        raise ValueError(
+            f"sparsity={sparsity} prunes nothing: ask for more than 0, or pass None to train under the zeros "
+            "that the model has"
+        )
     recipe = recipe_for(host, pattern)
     scale, dropout = config.lora_alpha / config.r, float(config.lora_dropout)
     if method == "losa":

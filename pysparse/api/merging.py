@@ -74,13 +74,14 @@ def merge_and_sparsify(
 
     Returns the base model with merged weights (with "keep" the peft model). It is changed in place; after an
     error it is as before. What peft trained whole, ``modules_to_save`` and ``trainable_token_indices``, stays.
-    With "keep" nothing is merged, so every kind of LoRA will do; but neither this package nor transformers
-    writes sparse layers and adapters into one folder: save the pruned base before it is wrapped, the adapter
-    by ``peft_model.save_pretrained``, and load both. Raises TypeError for another model, ValueError for an
-    unknown mode, a model without active LoRA layers or with merged ones, what is more than a sum of weight and
-    B A (DoRA and other variants, ``lora_bias``, LoRA of an embedding), an adapter that does not fit, is not
-    finite or leaves the range of the weight's dtype, or a base without a single zero when zeros are to be met
-    again.
+    With "keep" nothing is merged, so every kind of LoRA will do; but :func:`pysparse.save_pretrained` takes no
+    peft model: save the pruned base before it is wrapped and the adapter by ``peft_model.save_pretrained``; to
+    load, read the base with ``format="dense"``, wrap it by ``PeftModel.from_pretrained`` and "keep" again.
+
+    Raises TypeError for another model, ValueError for an unknown mode, a model without active LoRA layers or
+    with merged ones, what is more than a sum of weight and B A (DoRA and other variants, ``lora_bias``, LoRA of
+    an embedding), an adapter that does not fit, is not finite or leaves the range of the weight's dtype, or a
+    base without a single zero when zeros are to be met again.
     """
     if mode not in MODES:
         raise ValueError(f"mode is one of {', '.join(MODES)}, got {mode!r}")

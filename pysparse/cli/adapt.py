@@ -30,10 +30,10 @@ def adapt(
         int | None, typer.Option(min=2, help="Tokens a sequence. [default: 2048 or the model's limit]")
     ] = None,
     rank: Annotated[int, typer.Option(help="Rank of masked-lora, and what alpha is divided by.")] = 8,
-    alpha: Annotated[float, typer.Option(help="Scale of the adapters is alpha / rank.")] = 16.0,
-    dropout: Annotated[float, typer.Option(min=0.0, max=1.0, help="Of the adapters' inputs.")] = 0.0,
+    alpha: Annotated[float, typer.Option(help="Above 0: the scale of the adapters is alpha / rank.")] = 16.0,
+    dropout: Annotated[float, typer.Option(min=0.0, help="Of the adapters' inputs, below 1.")] = 0.0,
     rounds: Annotated[int | None, typer.Option(help="Of losa. [default: 5]")] = None,
-    epochs: Annotated[float, typer.Option(min=0.0, help="Passes over the training text.")] = 1.0,
+    epochs: Annotated[float, typer.Option(help="Passes over the training text, above 0.")] = 1.0,
     learning_rate: Annotated[float, typer.Option(min=0.0, help="Largest learning rate.")] = 2e-4,
     batch_size: Annotated[int, typer.Option(min=1, help="Sequences a step.")] = 8,
     accumulate: Annotated[int, typer.Option(min=1, help="Batches whose gradients make a step.")] = 1,
@@ -45,7 +45,10 @@ def adapt(
         int | None, typer.Option(min=1, help="Steps between checkpoints. [default: rounds only]")
     ] = None,
     adapter_dir: Annotated[
-        Path | None, typer.Option(help="Folder for the last adapters in peft's format, and their base.")
+        Path | None,
+        typer.Option(
+            help="Folder for the last adapters in peft's format, and their base; merge them under its mask."
+        ),
     ] = None,
     save_format: Annotated[str, typer.Option("--format", help="pysparse (packed) or dense.")] = "pysparse",
     resume: Annotated[

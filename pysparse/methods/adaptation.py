@@ -73,6 +73,24 @@ class Adapt:
         for name in ("rounds", "rank", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        check_adapter(self.alpha)
+        check_training(self.epochs, self.learning_rate)
+
+
+def check_adapter(alpha: float, dropout: float = 0.0) -> None:
+    """Raise ValueError for a scale or a dropout with which an adapter learns nothing."""
+    if not 0.0 < alpha < math.inf:
+        raise ValueError(f"alpha={alpha} must be a number above 0: adapters are scaled by alpha / rank")
+    if not 0.0 <= dropout < 1.0:
+        raise ValueError(f"dropout={dropout} must be in [0, 1): at 1 an adapter sees no input")
+
+
+def check_training(epochs: float, learning_rate: float) -> None:
+    """Raise ValueError for a training without a step, or a rate that no step can take."""
+    if not 0.0 < epochs < math.inf:
+        raise ValueError(f"epochs={epochs} must be a number above 0: training takes at least a step")
+    if not 0.0 <= learning_rate < math.inf:
+        raise ValueError(f"learning_rate={learning_rate} must be a number of 0 or more")
 
 
 class Train(Protocol):
