@@ -9,10 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pysparse.attention.checks import check_count
 from pysparse.attention.crossover import gpu_crossover, known_crossover
 from pysparse.attention.exact import Shape, exact_attention
 from pysparse.attention.log import DENSE, SPARSE, Tally
-from pysparse.attention.plan import Attended, AttentionInput, Fused, Planner, attend, dense
+from pysparse.attention.plan import Attended, AttentionInput, Fused, Planner, attend, check_planner, dense
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16)
 
@@ -36,12 +37,15 @@ class AttentionOptions:
     profile: bool = False
 
     def __post_init__(self) -> None:
-        if self.min_length is not None and self.min_length < 0:
-            raise ValueError(f"min_length={self.min_length} keys must not be negative")
+        if self.planner is not None:
+            check_planner(self.planner)
+        if self.min_length is not None:
+            check_count("min_length", self.min_length)
         if not 0 <= self.max_density <= 1:
             raise ValueError(f"max_density={self.max_density} is a share of the pairs: it lies in [0, 1]")
-        if self.sample_rows < 0:
-            raise ValueError(f"sample_rows={self.sample_rows} must not be negative")
+        check_count("sample_rows", self.sample_rows)
+        for layer in self.dense_layers:
+            check_count("a layer in dense_layers", layer)
         object.__setattr__(self, "dense_layers", frozenset(self.dense_layers))
 
 

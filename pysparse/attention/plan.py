@@ -103,6 +103,7 @@ class AttentionPlan:
         return selected_density(given, self.blocks, self.stripes, self.region)
 
 
+@runtime_checkable
 class Planner(Protocol):
     """Chooses the pairs of one attention call."""
 
@@ -114,6 +115,14 @@ class Planner(Protocol):
     def plan(self, given: AttentionInput) -> AttentionPlan:
         """Return what to compute; ValueError for inputs that the method cannot serve."""
         ...
+
+
+def check_planner(value: object) -> None:
+    """Raise ValueError for what is no planner: it lacks ``plan`` or ``crossover``, or is the class of one."""
+    if isinstance(value, type) or not isinstance(value, Planner):
+        raise ValueError(
+            f"{value!r} is no planner: an object with plan(given) and crossover, or a planner's name"
+        )
 
 
 @runtime_checkable

@@ -38,6 +38,10 @@ def _existing(source: str | Path) -> Path:
         raise ValueError(f"'{source}' is a folder; pass one .txt, .json or .jsonl file, or a list of texts")
     if path.is_file():
         return path
+    if path.exists():
+        raise ValueError(
+            f"'{source}' is a device or a pipe; pass one .txt, .json or .jsonl file, or a list of texts"
+        )
     if isinstance(source, Path) or path.suffix in _READERS or str(source).startswith((".", "/", "~")):
         raise FileNotFoundError(f"no such file: {source}")
     raise ValueError(

@@ -27,7 +27,7 @@ from pysparse.attention import AttentionInput, AttentionLog, AttentionOptions, P
 from pysparse.attention.dispatch import KERNEL_DTYPES
 from pysparse.attention.exact import Shape, exact_attention, one_row_attention
 from pysparse.attention.log import DENSE, TORCH, TOTAL, Tally
-from pysparse.huggingface.attention_mask import extent_mask, is_extent, unpack_extent
+from pysparse.huggingface.attention_mask import MIN_KEYS, extent_mask, is_extent, unpack_extent
 from pysparse.huggingface.registration import PREFIX
 from pysparse.methods import PLANNERS, planner_for
 from pysparse.ops.attention import MAX_HEAD_DIM
@@ -73,9 +73,7 @@ def attention_forward(
         _record(layer, DENSE, DECODING, Tally(1, 1, 1.0))
         return ops.call_row_attention(query, key, value, scale), None
     if attention_mask is None or not is_extent(attention_mask):
-        _count_torch(
-            query, layer, DECODING if query.shape[2] == 1 else "mask is more than causal and padding"
-        )
+        _count_torch(query, layer, _why_no_extent(query, key))
         if plain and query.shape[2] == 1 and query.is_cpu:
             return one_row_attention(query, key, value, scale), None
         if not composed:
@@ -110,6 +108,14 @@ def attention_forward(
         query, key, value, attention_mask, scale, softcap or 0.0, s_aux, position_bias, options, layer
     )
     return out, None
+
+
+def _why_no_extent(query: Tensor, key: Tensor) -> str:
+    if query.shape[2] == 1:
+        return DECODING
+    return (
+        f"fewer than {MIN_KEYS} keys" if key.shape[2] < MIN_KEYS else "mask is more than causal and padding"
+    )
 
 
 def _check_known(kwargs: dict[str, Any]) -> None:
@@ -265,7 +271,8 @@ def use_attention(
     """Give ``model`` our attention for good: exact without a ``planner``, else planned with these options.
 
     The options are :func:`attention_options`'s, which overrides them in its block. Raises ValueError for a model
-    that has no attention layers of transformers' kind, or whose layers depend on what our attention does not know.
+    that has no attention layers of transformers' kind, or whose layers depend on what our attention does not know,
+    and for ``dense_layers`` that it does not have.
     """
     options = AttentionOptions(
         None if planner is None else planner_for(planner), min_length, max_density, frozenset(dense_layers),
@@ -273,12 +280,21 @@ def use_attention(
     )  # fmt: skip
     if not has_attention(model):
         raise ValueError(f"{type(model).__name__} has no attention layers that transformers can switch")
+    _check_layers(options.dense_layers, model)
     unknown = unknown_arguments(model)
     if unknown:
         raise ValueError(_not_known(unknown))
     model.set_attn_implementation(FLASH)  # type: ignore[operator]
     for module in _attention_layers(model):
         setattr(module, _ATTRIBUTE, _number(options))
+
+
+def _check_layers(asked: frozenset[int], model: nn.Module) -> None:
+    known = {int(layer.layer_idx) for layer in _attention_layers(model)}  # type: ignore[arg-type]
+    if asked - known:
+        raise ValueError(
+            f"dense_layers={sorted(asked - known)}: attention layers are {min(known)} to {max(known)}"
+        )
 
 
 def has_attention(model: nn.Module) -> bool:

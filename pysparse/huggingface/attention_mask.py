@@ -21,6 +21,8 @@ from transformers.masking_utils import causal_mask_function, eager_mask, sdpa_ma
 _OWN_MASKS = frozenset({"deepseek_v4", "informer"})
 _FIELDS = 4  # first valid key, one past the last, key index of this query row, window (0: none)
 
+MIN_KEYS = _FIELDS  # of a prompt: code that cuts a mask to the keys would cut fields away
+
 
 def extent_mask(
     batch_size: int, q_length: int, kv_length: int, q_offset: int | Tensor = 0, kv_offset: int = 0,
@@ -44,7 +46,7 @@ def extent_mask(
         return own
     valid = _valid_keys(attention_mask, kv_length, kv_offset)
     window = _window(mask_function, local_size, config)
-    plain = q_length > 1 and kv_length >= _FIELDS and allow_is_causal_skip and window is not None
+    plain = q_length > 1 and kv_length >= MIN_KEYS and allow_is_causal_skip and window is not None
     if plain and (valid is None or torch.compiler.is_compiling() or not _has_holes(valid)):
         return _extent(batch_size, q_length, kv_length, q_offset - kv_offset, valid, window or 0, device)
     mask: Tensor | None = sdpa_mask(

@@ -6,6 +6,7 @@ import time
 from dataclasses import dataclass
 
 from pysparse.attention import Attended, AttentionInput, AttentionPlan, selected_density
+from pysparse.attention.checks import check_count
 from pysparse.ops.attention import (
     AnchorRegion,
     StripeRule,
@@ -41,6 +42,8 @@ class AnchorAttention:
     share_kv: bool = False
 
     def __post_init__(self) -> None:
+        for name in ("group_size", "step", "init", "local"):
+            check_count(name, getattr(self, name))
         check_pools(self.region, self.rule)
 
     @property

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pysparse.attention import AttentionInput, AttentionPlan
+from pysparse.attention.checks import check_block, check_count
 from pysparse.attention.probe import Probe
 from pysparse.attention.selection import (
     as_index,
@@ -38,8 +39,10 @@ class FlexPrefill:
     def __post_init__(self) -> None:
         if not self.gamma > 0:
             raise ValueError(f"gamma={self.gamma} must be positive: it is a share of the attention mass")
-        if self.minimum < 0:
-            raise ValueError(f"minimum={self.minimum} tokens must not be negative")
+        if not self.tau >= 0:
+            raise ValueError(f"tau={self.tau} must not be negative: it bounds the root of a divergence")
+        check_count("minimum", self.minimum)
+        check_block(self.block)
 
     @property
     def crossover(self) -> int:

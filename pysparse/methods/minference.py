@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pysparse.attention import AttentionInput, AttentionPlan
+from pysparse.attention.checks import check_block, check_count
 from pysparse.attention.probe import Probe
 from pysparse.attention.selection import as_index, causal_blocks, diagonal_blocks
 from pysparse.formats.stripe import StripeIndex
@@ -27,10 +28,10 @@ class VerticalSlash:
     block: int = 128
 
     def __post_init__(self) -> None:
-        if self.vertical < 0 or self.slash < 0 or self.probe < 1:
-            raise ValueError(
-                f"vertical={self.vertical}, slash={self.slash}, probe={self.probe} must not be negative"
-            )
+        check_count("vertical", self.vertical)
+        check_count("slash", self.slash)
+        check_count("probe", self.probe, least=1)
+        check_block(self.block)
 
     @property
     def crossover(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pysparse.attention import Planner
+from pysparse.attention.plan import check_planner
 from pysparse.methods.anchor_attention import AnchorAttention
 from pysparse.methods.flexprefill import FlexPrefill
 from pysparse.methods.minference import VerticalSlash
@@ -22,5 +23,8 @@ PLANNERS: dict[str, Planner] = {
 
 
 def planner_for(value: Planner | str) -> Planner:
-    """Return the planner that ``value`` names, or ``value`` itself; ValueError that lists the known names."""
-    return lookup("planner", value, PLANNERS) if isinstance(value, str) else value
+    """Return the planner that ``value`` names, or ``value`` itself; ValueError for what is neither."""
+    if isinstance(value, str):
+        return lookup("planner", value, PLANNERS)
+    check_planner(value)
+    return value

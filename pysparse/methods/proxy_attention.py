@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pysparse.attention import AttentionInput, AttentionPlan
+from pysparse.attention.checks import check_block, check_count
 from pysparse.attention.selection import cumulative_budget, rank_descending
 from pysparse.formats.stripe import BlockIndex
 from pysparse.ops.attention import ProxyGrid, block_mass, proxy_scores
@@ -36,11 +37,13 @@ class ProxyAttention:
     def __post_init__(self) -> None:
         if not self.gamma > 0:
             raise ValueError(f"gamma={self.gamma} must be positive: it is a share of the attention mass")
-        if self.minimum < 0:
-            raise ValueError(f"minimum={self.minimum} tokens must not be negative")
+        check_count("minimum", self.minimum)
+        check_count("proxies", self.proxies, least=1)
+        check_count("stride", self.stride, least=1)
+        check_block(self.block)
         if self.budget not in ("total", "causal"):
             raise ValueError(f"budget={self.budget!r} is neither 'total' nor 'causal'")
-        _ = self.grid  # checks the rest
+        _ = self.grid  # checks how they go together
 
     @property
     def grid(self) -> ProxyGrid:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from pysparse.attention import AttentionInput, AttentionPlan
+from pysparse.attention.checks import check_block, check_count
 from pysparse.attention.selection import as_index, causal_blocks
 
 
@@ -19,8 +20,9 @@ class StreamingAttention:
     block: int = 128
 
     def __post_init__(self) -> None:
-        if self.sink < 0 or self.window < 0:
-            raise ValueError(f"sink={self.sink} and window={self.window} are numbers of keys, not negative")
+        check_count("sink", self.sink)
+        check_count("window", self.window)
+        check_block(self.block)
 
     @property
     def crossover(self) -> int:

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from pysparse.attention import AttentionInput, AttentionPlan
+from pysparse.attention.checks import check_block, check_count
 from pysparse.attention.selection import as_index, causal_blocks, diagonal_blocks, top_mass
 
 
@@ -27,7 +28,9 @@ class XAttention:
     def __post_init__(self) -> None:
         if not self.threshold > 0:
             raise ValueError(f"threshold={self.threshold} must be positive: it is a share of the mass")
-        if self.stride < 1 or self.block % self.stride:
+        check_count("stride", self.stride, least=1)
+        check_block(self.block)
+        if self.block % self.stride:
             raise ValueError(f"stride={self.stride} does not divide a block of {self.block} tokens")
 
     @property
