@@ -54,6 +54,11 @@ def test_samples_bound_bundled_data():
 
 def test_embed_refuses():
     assert "no data set 'criteo'" in call("embed", "criteo", code=2).stderr
+    for rate in ("-1", "nan"):
+        refused = call("embed", "fair", "--learning-rate", rate, code=2).stderr.strip()
+        assert refused.endswith("must be positive and finite")
+        assert refused.count("\n") == 0  # no plan before it
+        assert "CtrTraining" not in refused
     assert "sparsities are in [0, 1]" in call("embed", "fair", "--sparsity", 1.5, code=2).stderr
     assert "bits is 4, 8 or 16, got 5" in call("embed", "fair", "--bits", 5, code=2).stderr
     assert "logs are .parquet, .tsv, .txt files, got x.csv" in call("embed", "x.csv", code=2).stderr

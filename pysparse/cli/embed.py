@@ -71,6 +71,7 @@ def embed(
             raise ValueError(f"sparsities are in [0, 1], got {budgets}")
         if bits not in (None, 4, 8, 16):
             raise ValueError(f"bits is 4, 8 or 16, got {bits}")
+        training = CtrTraining(epochs, 512, learning_rate, patience=2, seed=seed)
         parts = _load(source, samples, seed).split(0.7, 0.1, seed=seed)
         scorers, count = all_scorers(passes, seed), len(parts[0].ids)
         forms = {
@@ -82,7 +83,6 @@ def embed(
             emit("", json, {"evaluations": plan, "samples": count, "forms": forms})
             return
         config = CtrConfig(kind.value, parts[0].field_sizes, dims)
-        training = CtrTraining(epochs, 512, learning_rate, patience=2, seed=seed)
         with torch_threads(threads or _torch_threads()):
             model, seconds = trained_model(config, parts[0], parts[1], training, say)
             found = study(model, seconds, parts, scorers, budgets, say)

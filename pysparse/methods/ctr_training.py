@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -31,10 +32,13 @@ class CtrTraining:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if min(self.epochs, self.batch_size, self.patience) < 1:
-            raise ValueError(f"epochs, batch_size and patience are at least 1, got {self}")
-        if not self.learning_rate > 0.0 or self.weight_decay < 0.0:
-            raise ValueError(f"learning_rate is positive, weight_decay not negative, got {self}")
+        for name in ("epochs", "batch_size", "patience"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if not 0.0 < self.learning_rate < math.inf:
+            raise ValueError(f"learning_rate={self.learning_rate} must be positive and finite")
+        if not 0.0 <= self.weight_decay < math.inf:
+            raise ValueError(f"weight_decay={self.weight_decay} must be finite and not negative")
 
 
 @dataclass(frozen=True, slots=True)

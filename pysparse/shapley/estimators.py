@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pysparse import ops
-from pysparse.shapley.game import Coalitions, Game, Orders, WalkingGame, check_finite
+from pysparse.shapley.game import Coalitions, Game, Orders, WalkingGame, as_real, check_finite
 from pysparse.shapley.sampling import UnitEstimator
 from pysparse.shapley.values import Array
 
@@ -67,7 +67,7 @@ class Permutation(UnitEstimator):
 
 
 def _walk(game: WalkingGame, orders: Orders) -> Array:
-    values = np.asarray(game.walk(orders), dtype=np.float64)
+    values = as_real(game.walk(orders))
     if values.shape != (len(orders), orders.shape[1] + 1):
         raise ValueError(f"the game walked to shape {values.shape} along {orders.shape} orders")
     bad = ~np.isfinite(values)

@@ -69,11 +69,20 @@ def check_players(count: int) -> int:
     return count
 
 
+def as_real(values: Any) -> Values:
+    """Return real numbers as float64; ValueError for complex ones, whose imaginary part must not get lost."""
+    found = np.asarray(values)
+    if np.iscomplexobj(found):
+        raise ValueError(f"a game's values are real numbers, got {found.dtype}")
+    return found.astype(np.float64, copy=False)
+
+
 def as_values(values: Any) -> Values:
-    """Return what a function gave as float64 [B]; a trailing axis of size 1 is dropped."""
+    """Return what a function gave as float64 [B]; a trailing axis of size 1 is dropped. ValueError if complex."""
     if isinstance(values, torch.Tensor):
-        values = values.detach().to("cpu", torch.float64).numpy()
-    result = np.asarray(values, dtype=np.float64)
+        values = values.detach().cpu()
+        values = (values if values.is_complex() else values.double()).numpy()
+    result = as_real(values)
     return result[:, 0] if result.ndim == 2 and result.shape[1] == 1 else result
 
 
