@@ -20,8 +20,9 @@ LAYERS = ["q_proj", "down_proj"]
 TOKENS = torch.arange(16)[None]
 
 
-def wrapped(dtype=torch.float32, fill=None, **config):
-    model = tiny_models.tiny("llama", vocab_size=64, max_position_embeddings=32).to(dtype)
+def wrapped(dtype=torch.float32, fill=None, tied=False, **config):
+    sizes = {"vocab_size": 64, "max_position_embeddings": 32, "tie_word_embeddings": tied}
+    model = tiny_models.tiny("llama", **sizes).to(dtype)
     run(discover(model), recipe_for("magnitude"), 0.5)
     settings = {"r": 2, "lora_alpha": 4, "target_modules": LAYERS, "task_type": "CAUSAL_LM", **config}
     adapted = get_peft_model(model, LoraConfig(**settings)).eval()
@@ -69,6 +70,13 @@ def test_keep_needs_no_merge_and_takes_them_all(config):
         expected = model(TOKENS).logits
         kept = pysparse.merge_and_sparsify(model, "keep")
         torch.testing.assert_close(kept(TOKENS).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("mode", ["mask", "reprune"])
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+def test_an_adapter_of_a_tied_head_is_refused(mode):
+    model = wrapped(tied=True, target_modules=[*LAYERS, "lm_head"])
+    refused(model, mode, "lm_head: its weight is that of model.embed_tokens and lm_head")
 
 
 def test_what_keep_returns_comes_back_from_its_base_and_its_adapter(tmp_path):

@@ -80,8 +80,8 @@ def merge_and_sparsify(
 
     Raises TypeError for another model, ValueError for an unknown mode, a model without active LoRA layers or
     with merged ones, what is more than a sum of weight and B A (DoRA and other variants, ``lora_bias``, LoRA of
-    an embedding), an adapter that does not fit, is not finite or leaves the range of the weight's dtype, or a
-    base without a single zero when zeros are to be met again.
+    an embedding), a weight that another layer shares, an adapter that does not fit, is not finite or leaves the
+    range of the weight's dtype, or a base without a single zero when zeros are to be met again.
     """
     if mode not in MODES:
         raise ValueError(f"mode is one of {', '.join(MODES)}, got {mode!r}")
@@ -92,6 +92,7 @@ def merge_and_sparsify(
             sparsify_(peft_model, lambda module, path: id(module) in bases or "lora_" not in path)
         return peft_model  # type: ignore[no-any-return]
     _check_trained_tokens(peft_model)
+    _check_untied(peft_model, adapted)
     merges = [_merge_of(path, layer) for path, layer in adapted.items()]
     if not any(one.sparsity for one in merges):
         raise ValueError(
@@ -175,6 +176,22 @@ def _check_trained_tokens(peft_model: Any) -> None:
             rows = layer.trainable_tokens_delta.get(name, None)
             if rows is not None and not bool(torch.isfinite(rows).all()):
                 raise ValueError(f"the trained token embeddings of adapter '{name}' are not finite")
+
+
+def _check_untied(peft_model: Any, adapted: Mapping[str, Any]) -> None:
+    """Refuse an adapter of one of two layers that share a weight: merged, it would act in both."""
+    bases = {id(layer.get_base_layer()._parameters.get("weight")): path for path, layer in adapted.items()}
+    owners: dict[int, list[str]] = {}
+    for path, module in peft_model.get_base_model().named_modules():
+        weight = module._parameters.get("weight")
+        if weight is not None and id(weight) in bases:
+            owners.setdefault(id(weight), []).append(path.removesuffix(".base_layer"))
+    for weight_id, paths in owners.items():
+        if len(paths) > 1:
+            raise ValueError(
+                f"{bases[weight_id]}: its weight is that of {' and '.join(paths)}, so that a merged adapter would act "
+                'in each: use mode="keep", or untie them'
+            )
 
 
 def _adapted(peft_model: Any) -> dict[str, Any]:
