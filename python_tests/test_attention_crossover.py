@@ -7,7 +7,7 @@ import pysparse
 from pysparse.attention import AttentionInput, AttentionOptions, crossover
 from pysparse.attention.dispatch import why_exact
 from pysparse.attention.synthetic import Synthetic
-from pysparse.methods import AnchorAttention
+from pysparse.methods import AnchorAttention, StreamingAttention
 
 PLANNER = AnchorAttention(theta=2.0, group_size=64, init=16, local=16)
 
@@ -73,6 +73,13 @@ def test_the_command_shows_it(monkeypatch):
         assert said in str(pysparse.tune_attention(PLANNER, longest=128).table().caption)
     with pytest.raises(ValueError, match="longest=1 keys: .* at least 128"):
         pysparse.tune_attention(PLANNER, longest=1)
+
+
+def test_a_plan_of_all_pairs_is_not_faster(monkeypatch):
+    monkeypatch.setattr(crossover, "_speedup", lambda *_: 1.17)  # of noise
+    planner = StreamingAttention(sink=0, window=128, block=64)
+    assert crossover.tune_crossover(planner, torch.bfloat16, (64, 192)).keys is None
+    assert crossover.tune_crossover(planner, torch.bfloat16, (64, 192, 256)).keys == 256
 
 
 @pytest.mark.parametrize("keys", ["0", "256", '"96"'])

@@ -71,8 +71,8 @@ def tune_crossover(planner: Planner, dtype: torch.dtype, lengths: Sequence[int] 
     """Time ``planner`` beside exact attention now, and keep on disk from how many keys on it is faster.
 
     The calls are :class:`Synthetic` ones (8 query heads, 2 key heads of 128). ``keys`` is the length from which to
-    the longest the planner is at least 3 % faster, None where it is not so at the longest. Some seconds a planner.
-    ValueError without lengths.
+    the longest the planner is at least 3 % faster and leaves pairs out, None where it is not so at the longest. Some
+    seconds a planner. ValueError without lengths.
     """
     if not lengths or min(lengths) < 1:
         raise ValueError(f"lengths={tuple(lengths)} must be positive numbers of keys")
@@ -80,7 +80,7 @@ def tune_crossover(planner: Planner, dtype: torch.dtype, lengths: Sequence[int] 
         speedup = {length: _speedup(planner, length, dtype) for length in sorted(lengths)}
     keys = None
     for length in sorted(lengths, reverse=True):
-        if speedup[length] < _GAIN:
+        if speedup[length] < _GAIN or _computes_all(planner, length, dtype):
             break
         keys = length
     found = Crossover(keys, speedup)
@@ -102,6 +102,13 @@ def forget() -> None:
 
 def _key(planner: Planner, dtype: torch.dtype) -> dict[str, Any]:
     return {**setting_key(dtype), "planner": str(planner)}
+
+
+def _computes_all(planner: Planner, length: int, dtype: torch.dtype) -> bool:
+    """Tell whether the planner leaves out no pair: what it seems to gain is then the noise of the timing."""
+    given = AttentionInput.of(*Synthetic(length).make(dtype))
+    with torch.no_grad():
+        return planner.plan(given).density(given) >= 1
 
 
 def _speedup(planner: Planner, length: int, dtype: torch.dtype) -> float:
