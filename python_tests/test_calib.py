@@ -1,6 +1,7 @@
 """Calibration data: texts, windows, and batches of every kind."""
 
 import json
+import os
 import random
 from collections import UserDict
 
@@ -274,3 +275,8 @@ def test_seeds_do_not_touch_the_global_generators(tokenizer):
     torch.manual_seed(5)
     token_batches(data.calibration_texts()[:20], tokenizer, 2, 32)
     assert (random.random(), torch.rand(1)) == expected
+
+
+def test_a_device_is_no_missing_file():
+    with pytest.raises(ValueError, match=f"'{os.devnull}' is a device or a pipe"):
+        load_texts(os.devnull)
