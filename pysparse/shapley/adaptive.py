@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pysparse import ops
-from pysparse.shapley.game import Game, check_players, ends, evaluate
+from pysparse.shapley.game import Game, check_budget, check_players, ends, evaluate
 from pysparse.shapley.sampling import CHECK_UNITS, DEFAULTS, Options
 from pysparse.shapley.state import Journal
 from pysparse.shapley.values import Array, Moments, ShapleyValues, error_ratio
@@ -38,7 +38,7 @@ class Truncated:
 
     def plan(self, players: int, budget: int) -> int:
         """Return the most evaluations that ``budget`` allows; ValueError when it may not be enough for one walk."""
-        if budget < 1 + check_players(players):
+        if check_budget(budget) < 1 + check_players(players):
             raise ValueError(f"{self} of {players} players needs a budget of {1 + players}, got {budget}")
         return budget
 
@@ -135,7 +135,7 @@ class TopK:
         if self.k >= n:
             raise ValueError(f"k={self.k} is not below the number of players, {n}")
         round_cost = 2 * (n - 1) * self.round_size
-        if budget < 2 + round_cost:
+        if check_budget(budget) < 2 + round_cost:
             raise ValueError(f"{self} of {n} players needs a budget of {2 + round_cost}, got {budget}")
         empty, full = known = ends(game)
         journal = Journal(options.state, {"estimator": str(self), "players": n, "seed": seed})

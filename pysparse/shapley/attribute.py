@@ -27,6 +27,17 @@ class Attributions:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Repeated:
+    """An argument that belongs to one input, [1, ...]: each of that input's perturbations needs it too."""
+
+    row: Tensor
+
+    def times(self, count: int) -> Tensor:
+        """Return the row ``count`` times, [count, ...], a copy that the function may write to."""
+        return self.row.repeat_interleave(count, dim=0)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class FeatureGame:
     """One input's features as players: absent ones take the baseline's values.
 
@@ -40,13 +51,16 @@ class FeatureGame:
     features: Tensor
     n_players: int
     target: int | None = None
-    arguments: tuple[Any, ...] = ()
+    arguments: tuple[Any, ...] = ()  # a :class:`Repeated` one has a row for each coalition
 
     def __call__(self, coalitions: Coalitions) -> Values:
         """Return the forward function's outputs, float64 [B]."""
         present = torch.from_numpy(coalitions).to(self.row.device)[:, self.features]  # [B, ...]
+        arguments = [
+            one.times(len(coalitions)) if isinstance(one, Repeated) else one for one in self.arguments
+        ]
         with torch.no_grad():
-            output = self.forward(torch.where(present, self.row, self.baseline), *self.arguments)
+            output = self.forward(torch.where(present, self.row, self.baseline), *arguments)
         if self.target is not None:
             output = output[:, self.target]
         return as_values(output)
@@ -72,7 +86,7 @@ class ShapleyValueSampling:
         inputs: Tensor,
         baselines: Tensor | float = 0.0,
         target: int | Tensor | None = None,
-        additional_forward_args: tuple[Any, ...] = (),
+        additional_forward_args: Any = None,
         feature_mask: Tensor | None = None,
         n_samples: int = 25,
         perturbations_per_eval: int = 64,
@@ -82,17 +96,21 @@ class ShapleyValueSampling:
 
         ``inputs`` [B, ...]; ``baselines`` a number or a tensor that broadcasts to an input; ``target`` an index or
         one for each input; ``feature_mask`` int64 of an input's shape (a leading axis of 1 is taken) groups entries;
-        ``n_samples`` units (pairs of permutations by default) an input; ``perturbations_per_eval`` rows a call.
+        ``additional_forward_args``, one or a tuple, follow the inputs: of a tensor of B rows each input's own row is
+        repeated for all of its perturbations, as in captum, and anything else is passed as it is; ``n_samples`` units
+        (pairs of permutations by default) an input; ``perturbations_per_eval`` rows a call.
         Raises ValueError for masks, targets and numbers that do not fit, and for outputs that are not finite.
         """
         if n_samples < 1:
             raise ValueError(f"n_samples is at least 1, got {n_samples}")
         features, players = _features(inputs, feature_mask)
+        extra = () if additional_forward_args is None else additional_forward_args
+        extra = extra if isinstance(extra, tuple) else (extra,)
         values, stderr, evaluations = torch.empty_like(inputs), torch.empty_like(inputs), 0
         for index, row in enumerate(inputs):
             game = FeatureGame(
                 self.forward, row[None], _baseline(baselines, inputs, index), features, players,
-                _target(target, index, len(inputs)), additional_forward_args,
+                _target(target, index, len(inputs)), _own(extra, index, len(inputs)),
             )  # fmt: skip
             budget = 2 + n_samples * self.estimator.cost(players)
             result = self.estimator.estimate(
@@ -134,6 +152,14 @@ def _target(target: int | Tensor | None, index: int, count: int) -> int | None:
     if target.numel() != count:
         raise ValueError(f"{target.numel()} targets for {count} inputs")
     return int(target.flatten()[index])
+
+
+def _own(arguments: tuple[Any, ...], index: int, count: int) -> tuple[Any, ...]:
+    """Return the arguments of one input of ``count``."""
+    return tuple(
+        Repeated(one[index : index + 1]) if isinstance(one, Tensor) and one.shape[:1] == (count,) else one
+        for one in arguments
+    )
 
 
 def _own_seed(seed: int, index: int) -> int:

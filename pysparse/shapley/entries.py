@@ -30,6 +30,7 @@ from pysparse.ops import (
     head_shapley_cuda,
 )
 from pysparse.ops.shapley_entries import Players, check_players
+from pysparse.shapley.game import check_budget
 from pysparse.shapley.sampling import Progress
 from pysparse.shapley.state import read_state, write_state
 
@@ -128,7 +129,7 @@ class EntryRun:
         check_players(self.players)
         if self.se not in ("population", "permutation"):
             raise ValueError(f"se is 'population' or 'permutation', got {self.se!r}")
-        if self.budget < 1 or self.batch_size < 1:
+        if check_budget(self.budget) < 1 or self.batch_size < 1:
             raise ValueError(f"budget and batch_size are at least 1, got {self.budget} and {self.batch_size}")
         if self.stop is not None and not self.stop > 0.0:
             raise ValueError(f"stop is a positive ratio, got {self.stop}")

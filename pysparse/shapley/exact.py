@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pysparse.shapley.game import Coalitions, Game, check_players, evaluate
+from pysparse.shapley.game import Coalitions, Game, check_budget, check_players, evaluate
 from pysparse.shapley.sampling import DEFAULTS, Options
 from pysparse.shapley.state import Journal
 from pysparse.shapley.values import Array, ShapleyValues
@@ -34,7 +34,7 @@ class Exact:
             raise ValueError(
                 f"2^{players} coalitions cannot be enumerated; exact values take {MAX_EXACT} players"
             )
-        if budget < 1 << players:
+        if check_budget(budget) < 1 << players:
             raise ValueError(
                 f"exact values of {players} players need {1 << players} evaluations, got {budget}"
             )

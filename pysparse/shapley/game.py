@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -75,6 +76,16 @@ def as_real(values: Any) -> Values:
     if np.iscomplexobj(found):
         raise ValueError(f"a game's values are real numbers, got {found.dtype}")
     return found.astype(np.float64, copy=False)
+
+
+def check_budget(budget: Any) -> int:
+    """Return ``budget`` as an int; ValueError unless it is a whole number of evaluations."""
+    try:
+        if not isinstance(budget, bool):
+            return operator.index(budget)
+    except TypeError:  # floats, NaN and infinity among them, text, None
+        pass
+    raise ValueError(f"budget is a whole number of evaluations, got {budget!r}")
 
 
 def as_values(values: Any) -> Values:

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pysparse.shapley.control import Control
-from pysparse.shapley.game import Coalitions, Game, Values, check_players, ends, evaluate
+from pysparse.shapley.game import Coalitions, Game, Values, check_budget, check_players, ends, evaluate
 from pysparse.shapley.state import read_state, write_state
 from pysparse.shapley.values import Array, Moments, ShapleyValues, error_ratio
 
@@ -83,9 +83,9 @@ class UnitEstimator(ABC):
     def plan(self, players: int, budget: int) -> int:
         """Return the evaluations that ``budget`` allows: whole units, and the two of nobody and everybody.
 
-        Raises ValueError when there is not enough for one unit.
+        Raises ValueError when there is not enough for one unit, and for what is no whole number.
         """
-        cost = self.cost(check_players(players))
+        cost, budget = self.cost(check_players(players)), check_budget(budget)
         if budget < 2 + cost:
             raise ValueError(
                 f"{self} of {players} players needs a budget of {2 + cost} evaluations or more, got {budget}"
@@ -95,8 +95,8 @@ class UnitEstimator(ABC):
     def estimate(self, game: Game, budget: int, seed: int = 0, options: Options = DEFAULTS) -> ShapleyValues:
         """Estimate within ``budget`` evaluations of ``game``.
 
-        Raises ValueError for a budget below one unit, for values that are not finite, and for a state that is
-        damaged or belongs to another estimation.
+        Raises ValueError for a budget below one unit or not a whole number, for values that are not finite, and for a
+        state that is damaged or belongs to another estimation.
         """
         self.plan(game.n_players, budget)
         run = _Run(self, game, seed, options)
