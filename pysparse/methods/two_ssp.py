@@ -88,14 +88,16 @@ class TwoSSP:
         anatomy, surgery = bench.anatomy, bench.surgery
         _, wanted = self.plan(anatomy, sparsity)
         count, before = len(wanted.attentions), [block.ffn.width for block in anatomy.blocks]
-        scores = bench.neuron_scores() if list(wanted.widths) != before else []
         batches = [one for one in bench.calibration.batches if one.is_text] or list(bench.calibration.batches)
         if count:
             batches = first_sequences(batches, self.search_sequences)
         if bench.device is not None:
             batches = [batch.to(bench.device) for batch in batches]
+        # What cannot be done is found before the scores are measured and kept. Without attentions to remove it does
+        # not matter how blocks would do without theirs, only how the neurons lie.
         with on_device(anatomy.model, bench.device):
-            seats = find_seats(anatomy, batches[:1])
+            seats = find_seats(anatomy, batches[:1], removal=count > 0)
+        scores = bench.neuron_scores() if list(wanted.widths) != before else []
         for block, score, width in zip(anatomy.blocks, scores, wanted.widths, strict=bool(scores)):
             block.ffn.cut(surgery, strongest(score, width))
         if not count:

@@ -30,11 +30,12 @@ class Seats:
             surgery.replace(path, PassThrough())
 
 
-def find_seats(anatomy: Anatomy, batches: Sequence[Batch]) -> list[Seats]:
+def find_seats(anatomy: Anatomy, batches: Sequence[Batch], removal: bool = True) -> list[Seats]:
     """Return what removing each block's attention changes, after trying it on a few tokens.
 
     Raises ValueError when a block without its attention is not the block whose attention returns zeros (as where the
-    attention module adds the residual itself), and when its FFN's neurons are not laid out as they seem.
+    attention module adds the residual itself), and when its FFN's neurons are not laid out as they seem. Without
+    ``removal`` only the neurons are looked at.
     """
     tiny = batches[0].rows(slice(0, 1), slice(0, 8))
     recorded = record_calls(anatomy.model, anatomy.stack, tiny)
@@ -45,7 +46,8 @@ def find_seats(anatomy: Anatomy, batches: Sequence[Batch]) -> list[Seats]:
         if block.signature not in makes:
             probe = _Probe(anatomy, index, recorded.calls[index], recorded.first_input)
             makes[block.signature] = probe.served_alone()
-            probe.check_removal(*makes[block.signature])
+            if removal:
+                probe.check_removal(*makes[block.signature])
             probe.check_neurons()
         names, outputs = makes[block.signature]
         seats.append(Seats(block.attention[0], tuple(f"{block.path}.{name}" for name in names), outputs))
