@@ -20,7 +20,9 @@ from pysparse.measure.results import (
 )
 from pysparse.pruning.layout import PrunableLayer, skipped_note
 from pysparse.pruning.recipe import MaskStructure, Recipe
+from pysparse.pruning.structure import Unstructured
 
+_SHORT = 0.005  # sparsity that may be missing without a word
 _LONG = 64  # layers above which the table shows one line a block
 
 
@@ -174,6 +176,17 @@ def describe_recipe(recipe: Recipe) -> dict[str, Any]:
         name: {"type": type(part).__name__, **(to_jsonable(part) if dataclasses.is_dataclass(part) else {})}
         for name, part in parts.items()
     }
+
+
+def shortfall_warning(structure: MaskStructure, layers: Sequence[PrunedLayer], target: float) -> str | None:
+    """Say that whole numbers of weights a row came to clearly less than ``target``; None otherwise."""
+    pruned, size = sum(layer.pruned for layer in layers), sum(layer.size for layer in layers)
+    if not isinstance(structure, Unstructured) or not size or target - pruned / size <= _SHORT:
+        return None
+    return (
+        f"{pruned / size:.2%} of the weights were pruned, {target:.2%} were asked for: each {structure.group} loses a "
+        "whole number of weights, rounded down"
+    )
 
 
 def structure_warning(structure: MaskStructure, layers: Sequence[PrunableLayer]) -> str | None:

@@ -24,7 +24,13 @@ from pysparse.pruning.layout import BlockLayout, PrunableLayer
 from pysparse.pruning.mixed import mixed_note
 from pysparse.pruning.placement import check_device
 from pysparse.pruning.recipe import Evidence, Recipe, Stats
-from pysparse.pruning.report import PrunedLayer, PruneReport, describe_recipe, structure_warning
+from pysparse.pruning.report import (
+    PrunedLayer,
+    PruneReport,
+    describe_recipe,
+    shortfall_warning,
+    structure_warning,
+)
 from pysparse.pruning.solve import merged, prune_layers
 from pysparse.pruning.target import resolve_sparsity
 from pysparse.pruning.walk import LayerStats, Walk
@@ -250,13 +256,14 @@ class _Job:
             f"{len(walk.warnings)} layers saw no calibration token, {next(iter(walk.warnings))} first: their inputs "
             "count as equally strong"
         ) if walk.warnings else None  # fmt: skip
+        short = shortfall_warning(self.recipe.structure, layers, target)
         mixed = mixed_note(self.recipe.structure, [layer.requested for layer in layers])
         remarks = (
             f"{layer.path}: {text}"
             for layer in layers
             for text in layer.warnings[layer.path in walk.warnings :]
         )
-        for text in filter(None, (ragged, unseen, mixed, *remarks)):
+        for text in filter(None, (ragged, short, unseen, mixed, *remarks)):
             _LOGGER.warning(text)
             warnings.append(text)
         return PruneReport(
