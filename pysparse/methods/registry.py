@@ -156,10 +156,21 @@ def configured(kind: str, name: str, known: T, text: str) -> T:
             raise ValueError(f"{kind} '{name}' has no setting '{part}'; settings are key=value, {names}")
         settings[key] = value
     try:
-        settings = {key: yaml.safe_load(value) for key, value in settings.items()}
+        settings = {key: _setting(key, value, getattr(known, key)) for key, value in settings.items()}
         return dataclasses.replace(known, **settings)  # type: ignore[type-var]
     except (TypeError, ValueError, yaml.YAMLError) as error:
         raise ValueError(f"{kind} '{name}': {error}") from None
+
+
+def _setting(name: str, text: str, known: Any) -> Any:
+    """Return what ``text`` says in place of ``known``; ValueError when that is a number and ``text`` is none."""
+    value = yaml.safe_load(text)
+    if not isinstance(known, int | float) or isinstance(known, bool) or not isinstance(value, str):
+        return value
+    try:
+        return float(value)  # "nan" and "1e-3" are text to YAML
+    except ValueError:
+        raise ValueError(f"{name} is a number, got {text!r}") from None
 
 
 def lookup(kind: str, name: str, known: Mapping[str, T]) -> T:
