@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from typing import Any, Self
 
 import numpy as np
@@ -31,7 +32,8 @@ class EBFRegressor(_base.RegressorMixin, _base.BaseEstimator):  # type: ignore[m
         object of :mod:`pysparse.bayes.hyperpriors`.
     kappa : float. How much harder than "flat" a coefficient finds it to enter: its test is q^2 > (1 + kappa) s for
         "half-laplace". 0, 2.841, 5.635, 9.828 keep 32, 5, 1, 0.1 % of useless coefficients.
-    noise_variance : float or None. sigma^2; None estimates it.
+    noise_variance : float or None. sigma^2; None estimates it, which needs more samples than features: with as many
+        features or more a fit can explain all of y, the estimate is far too small, and a warning says so.
     algorithm : "mm", "palm", "coordinate" or "reweighted-l1".
     fit_intercept, refit : bool. ``refit`` replaces the shrunken coefficients by least squares on the support.
     max_iter, tol : of the algorithm.
@@ -40,6 +42,10 @@ class EBFRegressor(_base.RegressorMixin, _base.BaseEstimator):  # type: ignore[m
     ----------
     coef_ [n_features], intercept_, gamma_ (prior variances), coef_variance_ (posterior variances),
     noise_variance_, objective_ (one value an iteration), n_iter_, converged_.
+
+    Coefficients are shrunken towards 0, and ``coef_variance_`` does not know of that bias: coef_ +- 1.96
+    sqrt(coef_variance_) covers the true coefficient less often than 95 %, the less the larger ``kappa``. ``refit``
+    takes most of the bias away.
     """
 
     def __init__(
@@ -63,10 +69,19 @@ class EBFRegressor(_base.RegressorMixin, _base.BaseEstimator):  # type: ignore[m
         self.tol = tol
 
     def fit(self, X: Any, y: Any) -> Self:
-        """Fit ``X`` [samples, features] and ``y`` [samples]; ValueError for wrong shapes, NaN or settings."""
+        """Fit ``X`` [samples, features] and ``y`` [samples]; ValueError for wrong shapes, NaN or settings.
+
+        Warns when the noise is to be estimated from no more samples than features.
+        """
         X, y = _validation.validate_data(self, X, y, dtype=np.float64, y_numeric=True)
         if self.kappa < 0:
             raise ValueError(f"kappa is not negative, got {self.kappa}")
+        if self.noise_variance is None and X.shape[1] >= X.shape[0]:
+            warnings.warn(
+                f"{X.shape[1]} features for {X.shape[0]} samples: they can explain all of y, so that the noise is "
+                "estimated too small and useless coefficients stay; give noise_variance",
+                stacklevel=2,
+            )
         center, level = (
             (X.mean(axis=0), float(y.mean())) if self.fit_intercept else (np.zeros(X.shape[1]), 0.0)
         )
