@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from tiny_models import save_llama
 from typer.testing import CliRunner
 
 import pysparse
@@ -28,15 +28,7 @@ def refused(*arguments):
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory):
     """A tiny Llama with the bundled tokenizer beside it."""
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("models") / "dense"
-    config = LlamaConfig(
-        vocab_size=4096, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=128,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(data.demo_model_path()).save_pretrained(folder)
-    return folder
+    return save_llama(tmp_path_factory.mktemp("models") / "dense")
 
 
 @pytest.fixture(scope="module")

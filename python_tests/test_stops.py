@@ -6,8 +6,7 @@ import resource
 from contextlib import contextmanager
 
 import pytest
-import torch
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from tiny_models import save_llama
 from typer.testing import CliRunner
 
 from pysparse import data
@@ -26,15 +25,7 @@ def run(*arguments, code):
 
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory):
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("models") / "dense"
-    config = LlamaConfig(
-        vocab_size=4096, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=128,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(folder)  # a block has 0.15 MB, the embedding 1 MB
-    AutoTokenizer.from_pretrained(data.demo_model_path()).save_pretrained(folder)
-    return folder
+    return save_llama(tmp_path_factory.mktemp("models") / "dense")  # a block has 0.15 MB, the embedding 1 MB
 
 
 @contextmanager

@@ -4,6 +4,7 @@ import torch
 from transformers import (
     AlbertConfig,
     AlbertModel,
+    AutoTokenizer,
     BertConfig,
     BertModel,
     BloomConfig,
@@ -39,6 +40,8 @@ from transformers import (
     ViTConfig,
     ViTModel,
 )
+
+from pysparse import data
 
 VOCABULARY = 64
 _IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -135,3 +138,15 @@ def tokens(sequences=6, length=12, seed=0):
 def images(count=6, size=16, seed=0):
     """Return random images [count, 3, size, size]."""
     return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(seed))
+
+
+def save_llama(folder):
+    """Save a Llama of two small blocks with the bundled tokenizer beside it, and return ``folder``."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=4096, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=128,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(data.demo_model_path()).save_pretrained(folder)
+    return folder

@@ -77,21 +77,12 @@ def attention_forward(
         if plain and query.shape[2] == 1 and query.is_cpu:
             return one_row_attention(query, key, value, scale), None
         if not composed:
+            # A causal prompt has a mask of ours: none hides nothing, as in eager code.
             if attention_mask is None and kwargs.get("is_causal") is None:
-                kwargs["is_causal"] = (
-                    False  # a causal prompt has a mask of ours: none hides nothing, as in eager code
-                )
+                kwargs["is_causal"] = False
             return sdpa_attention_forward(
-                module,
-                query,
-                key,
-                value,
-                attention_mask,
-                dropout,
-                scaling,
-                position_bias=position_bias,
-                **kwargs,
-            )
+                module, query, key, value, attention_mask, dropout, scaling, position_bias=position_bias, **kwargs
+            )  # fmt: skip
         mask = _everything(query, key) if attention_mask is None else attention_mask
         shape = Shape(scale, softcap=softcap, sinks=s_aux, dropout=dropout, bias=position_bias, mask=mask)
         return exact_attention(query, key, value, shape).transpose(1, 2).contiguous(), None
