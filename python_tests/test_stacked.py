@@ -346,6 +346,8 @@ def test_layers_that_cannot_be_one_weight_say_why(counted):
         RowStack(("q", "k"), (model.q, model.k))
     with pytest.raises(TypeError, match="example is a tensor, a sequence .* got a int"):
         fuse_(model, example=3)
+    with pytest.raises(TypeError, match="got a str"):
+        fuse_(nn.Linear(2, 2), "a prompt")  # whether there are layers on a GPU or not
     assert fuse_(Attention(), [token()]).stacked == {"": ("q", "k", "v")}
 
 

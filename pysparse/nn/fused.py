@@ -13,7 +13,7 @@ from pysparse.nn.gated import GatedMLP, GatedPlan, can_share
 from pysparse.nn.linear import SparseLinear
 from pysparse.nn.mixin import check_module
 from pysparse.nn.shared_input import InputGroup, kin
-from pysparse.nn.stacked import Example, RowStack, shared_inputs, why_apart
+from pysparse.nn.stacked import Example, RowStack, check_example, shared_inputs, why_apart
 
 
 @dataclass(slots=True)
@@ -51,6 +51,7 @@ def fuse_(model: nn.Module, example: Example | None = None) -> FusionReport:
     check_module(model)
     report = FusionReport()
     if example is not None:
+        check_example(example)
         _stack(model, example, report)
     for path, module in list(model.named_modules()):
         children = {n: m for n, m in module.named_children() if can_share(m) and m._seat is None}

@@ -271,14 +271,18 @@ def shared_inputs(
     return [tuple(paths) for paths in groups.values() if len(paths) > 1]
 
 
+def check_example(example: object) -> None:
+    """Raise TypeError unless ``example`` is an input: a tensor, a sequence of arguments or a mapping of them by name."""
+    if isinstance(example, str) or not isinstance(example, Tensor | Mapping | Sequence):
+        raise TypeError(
+            f"example is a tensor, a sequence of arguments or a mapping of them by name, got a {type(example).__name__}"
+        )
+
+
 def _call(model: nn.Module, example: Example) -> None:
     if isinstance(example, Tensor):
         model(example)
     elif isinstance(example, Mapping):
         model(**example)
-    elif isinstance(example, Sequence) and not isinstance(example, str):
-        model(*example)
     else:
-        raise TypeError(
-            f"example is a tensor, a sequence of arguments or a mapping of them by name, got a {type(example).__name__}"
-        )
+        model(*example)
