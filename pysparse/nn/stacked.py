@@ -272,7 +272,7 @@ def shared_inputs(
 
 
 def check_example(example: object) -> None:
-    """Raise TypeError unless ``example`` is an input: a tensor, a sequence of arguments or a mapping of them by name."""
+    """Raise TypeError unless ``example`` is an input: a tensor, a sequence of arguments or a mapping by name."""
     if isinstance(example, str) or not isinstance(example, Tensor | Mapping | Sequence):
         raise TypeError(
             f"example is a tensor, a sequence of arguments or a mapping of them by name, got a {type(example).__name__}"
